@@ -1,0 +1,3 @@
+"""Fine-tuning of image-editing diffusion models on pairs of pictures and an instruction."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,104 @@
+"""The three records that travel through the system: Example -> Encoded -> Batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor, device, dtype
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row of a dataset: pixels in, pixels wanted. Pictures are upright RGB, already cropped.
+
+    References stay at their own size, with the size the VAE sees beside them: some families show the text encoder
+    another size of the same picture, and a picture must never be resized twice.
+    """
+
+    key: str
+    prompt: str
+    references: tuple[Image, ...]
+    reference_sizes: tuple[tuple[int, int], ...]  # (width, height) for the VAE, one per reference
+    target: Image  # at its final size
+    mask: Image | None = None  # mode L, size of the target; white is foreground
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One row after the frozen encoders: what the store keeps."""
+
+    key: str
+    target: Tensor  # (C, H, W), normalised latent
+    references: tuple[Tensor, ...]  # each (C, h, w); sizes may differ
+    text: dict[str, Tensor]  # the family's own names, (T, D) or (D,)
+    mask: Tensor | None = None  # (H, W) in [0, 1], share of foreground under each latent cell
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Encoded rows of one geometry, stacked on a first axis B."""
+
+    keys: tuple[str, ...]
+    target: Tensor  # (B, C, H, W)
+    references: tuple[Tensor, ...]  # each (B, C, h, w)
+    text: dict[str, Tensor]  # (B, T, D), zero-padded to the longest row, or (B, D)
+    text_mask: Tensor | None = None  # (B, T) int64, 1 for real tokens; None where no row is padded
+    mask: Tensor | None = None  # (B, H, W)
+
+    def to(self, device: device | str, dtype: dtype | None = None) -> Batch:
+        """The same batch on `device`; floating tensors in `dtype` when given, masks as they are."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device=device, dtype=dtype, non_blocking=True)
+
+        return Batch(
+            keys=self.keys,
+            target=move(self.target),
+            references=tuple(move(reference) for reference in self.references),
+            text={name: move(tensor) for name, tensor in self.text.items()},
+            text_mask=None if self.text_mask is None else self.text_mask.to(device),
+            mask=None if self.mask is None else self.mask.to(device),
+        )
+
+
+def collate(rows: list[Encoded]) -> Batch:
+    """Stack rows of one geometry; token sequences of unequal length are zero-padded and masked.
+
+    Raises:
+        ValueError: the rows differ in the shape of their target or references.
+    """
+    import torch
+
+    first = rows[0]
+    for row in rows[1:]:
+        shapes = [tensor.shape for tensor in (row.target, *row.references)]
+        expected = [tensor.shape for tensor in (first.target, *first.references)]
+        if shapes != expected:
+            raise ValueError(f"a batch holds one geometry: {first.key} has {expected}, {row.key} has {shapes}")
+
+    text: dict[str, Tensor] = {}
+    text_mask = None
+    for name, tensor in first.text.items():
+        tensors = [row.text[name] for row in rows]
+        if tensor.ndim == 1:
+            text[name] = torch.stack(tensors)
+            continue
+        lengths = torch.tensor([len(tokens) for tokens in tensors])
+        text[name] = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True)
+        if lengths.min() < lengths.max():
+            text_mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+
+    masks = [row.mask for row in rows if row.mask is not None]
+    if masks and len(masks) < len(rows):  # a row without an edit mask counts as foreground everywhere
+        masks = [torch.ones(row.target.shape[1:]) if row.mask is None else row.mask for row in rows]
+    return Batch(
+        keys=tuple(row.key for row in rows),
+        target=torch.stack([row.target for row in rows]),
+        references=tuple(torch.stack(column) for column in zip(*(row.references for row in rows), strict=True)),
+        text=text,
+        text_mask=text_mask,
+        mask=torch.stack(masks) if masks else None,
+    )

@@ -1,0 +1,51 @@
+# Every target builds the environment it needs: `make test` works in a fresh clone.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.stamp
+# Held where the wheels of a machine are known to work; `make lock TORCH=` takes the newest.
+TORCH ?= torch==2.14.1 torchvision==0.29.1
+
+.PHONY: help env demo test check lint format bench lock clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1\t/' | expand -t 10
+
+env: $(STAMP)  ## the development environment in .venv, from requirements.lock
+
+$(STAMP): pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; name one with make PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $(STAMP)
+
+demo: env  ## a whole fine-tune in miniature, on any machine
+	$(BIN)/python scripts/demo.py
+
+test: env  ## the tests
+	$(BIN)/python -m pytest
+
+lint: env  ## formatting, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+check: lint test  ## everything that must pass before a commit
+
+format: env  ## rewrite the files as lint wants them
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: env  ## the measurements of the documentation
+	$(BIN)/python scripts/bench.py
+
+lock: env  ## resolve requirements.lock anew
+	printf '%s\n' $(TORCH) > .venv/torch.txt
+	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --constraint .venv/torch.txt \
+	  --upgrade --no-annotate --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" \
+	  --output-file requirements.lock
+
+clean:  ## remove caches and builds; the environment and all outputs stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find qwen_image_finetune src tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -57,7 +57,7 @@ class Family(ABC):
 
     @abstractmethod
     def velocity(
-        self, transformer: nn.Module, noisy: Tensor, timestep: Tensor, batch: Batch, guidance: float = 1.0
+        self, transformer: nn.Module, noisy: Tensor, timestep: Tensor, batch: Batch, guidance: float | None = None
     ) -> Tensor:
         """Predicted velocity eps - x0, shape of `noisy`.
 
@@ -65,7 +65,7 @@ class Family(ABC):
             noisy: (B, C, H, W) noisy target latents.
             timestep: (B,) float32 in [0, 1], the noise level sigma.
             batch: references and text of the same rows; its target is not read.
-            guidance: value of the guidance embedding, for checkpoints that have one.
+            guidance: value of the guidance embedding; None for checkpoints that have none.
         """
 
     @abstractmethod

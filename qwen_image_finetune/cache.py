@@ -1,0 +1,317 @@
+"""Embeddings of a dataset: computed by the frozen encoders once and kept, or computed on the way.
+
+Both roads end in the same `Encoded` rows. A row consists of entries of the store: one for the target (with its mask),
+one for each reference, and one for each text it can be trained or sampled with.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from qwen_image_finetune import console, loading
+from qwen_image_finetune.config import CacheConfig, Config
+from qwen_image_finetune.data.dataset import ImageDataset, Picture
+from qwen_image_finetune.data.images import open_mask, open_upright, resize
+from qwen_image_finetune.families.base import Family
+from qwen_image_finetune.records import Encoded, Example
+from qwen_image_finetune.store import Fingerprints, Store, entry_key
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+NEGATIVE_PROMPT = " "  # the pipelines' own word for "no prompt" in classifier-free guidance
+
+Item = TypeVar("Item")
+Loaded = TypeVar("Loaded")
+
+
+class TextVariant(NamedTuple):
+    """One way a row can be described to the model."""
+
+    prompt: str | None = None  # None: the row's own; "": a dropped one
+    references: bool = True  # False: as if there were none
+
+
+class RowKeys(NamedTuple):
+    """Names of a row's entries in the store."""
+
+    target: str
+    references: tuple[str, ...]
+    texts: tuple[str, ...]  # in the order of `EncodedDataset.variants`
+
+
+class PictureSource(NamedTuple):
+    """What an image entry is made of."""
+
+    picture: Picture
+    mask: Picture | None
+
+
+class TextSource(NamedTuple):
+    """What a text entry is made of."""
+
+    prompt: str
+    references: tuple[Picture, ...]
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Entries that the store lacks, by key."""
+
+    images: dict[str, PictureSource]
+    texts: dict[str, TextSource]
+    entries: int  # all that the dataset needs, present ones included
+    damaged: int = 0  # how many were there, but not as they were written
+
+    def __len__(self) -> int:
+        return len(self.images) + len(self.texts)
+
+    def share(self, rank: int, processes: int) -> Missing:
+        """The part of process `rank`: entries are dealt out in turn, so that nobody waits for a neighbour."""
+
+        def deal(entries: dict[str, Any]) -> dict[str, Any]:
+            return {key: source for place, (key, source) in enumerate(entries.items()) if place % processes == rank}
+
+        return Missing(deal(self.images), deal(self.texts), self.entries, self.damaged)
+
+
+def text_variants(config: Config, family: Family) -> tuple[TextVariant, ...]:
+    """Every text that rows of this configuration can be trained or sampled with."""
+    arguments = config.data.init_args
+    prompts: list[str | None] = [None]
+    if arguments.caption_dropout_rate > 0:
+        prompts.append("")
+    if config.validation.enabled:
+        prompts.append(NEGATIVE_PROMPT)
+    blind = arguments.prompt_image_dropout_rate > 0 and family.text_sees_references
+    return tuple(TextVariant(prompt, seen) for prompt in prompts for seen in ((True, False) if blind else (True,)))
+
+
+class EncodedDataset:
+    """Rows of a dataset as `Encoded`, out of the store or straight from the encoders."""
+
+    def __init__(
+        self, config: Config, family: Family, dataset: ImageDataset, checkpoint: Path, dtype: torch.dtype
+    ) -> None:
+        self.family, self.dataset = family, dataset
+        self.drop_keys = config.cache.prompt_empty_drop_keys
+        self.variants = text_variants(config, family)
+        self.dtype = str(dtype).removeprefix("torch.")
+        folder = Path(config.cache.cache_dir).expanduser()
+        self.store, self.fingerprints = Store(folder), Fingerprints(folder)
+        self.checkpoint = checkpoint
+        self._row_keys: list[RowKeys] = []
+
+    # Naming and filling the store
+
+    def missing(self, verify: bool = False, progress: Callable[[int, int], None] = lambda done, total: None) -> Missing:
+        """Name every entry of every row, and say which of them the store lacks.
+
+        Args:
+            verify: read the present ones too; damaged entries are removed and count as lacking.
+            progress: called with (rows done, rows in all).
+        """
+        encoders = {
+            "vae": self.fingerprints.folders([self.checkpoint / "vae"]),
+            "text": self.fingerprints.folders([self.checkpoint / part for part in self.family.text_components]),
+        }
+        images: dict[str, PictureSource] = {}
+        texts: dict[str, TextSource] = {}
+        self._row_keys = []
+        for index in range(len(self.dataset)):
+            self._row_keys.append(self._name_row(index, encoders, images, texts))
+            progress(index + 1, len(self.dataset))
+        self.fingerprints.save()
+
+        keys = [*images, *texts]
+        lacking = set(self.store.missing(keys))
+        damaged = set(self._damaged([key for key in keys if key not in lacking])) if verify else set()
+        return Missing(
+            images={key: source for key, source in images.items() if key in lacking | damaged},
+            texts={key: source for key, source in texts.items() if key in lacking | damaged},
+            entries=len(keys),
+            damaged=len(damaged),
+        )
+
+    def _name_row(
+        self, index: int, encoders: dict[str, str], images: dict[str, PictureSource], texts: dict[str, TextSource]
+    ) -> RowKeys:
+        plan, own_prompt = self.dataset.plan(index), self.dataset.prompt(index)
+
+        def identity(picture: Picture) -> list[Any]:
+            return [self.fingerprints.file(picture.path), list(picture.box), list(picture.size)]
+
+        def image(picture: Picture, mask: Picture | None = None) -> str:
+            extra = {} if mask is None else {"mask": identity(mask)}
+            key = entry_key(image=identity(picture), vae=encoders["vae"], dtype=self.dtype, **extra)
+            images.setdefault(key, PictureSource(picture, mask))
+            return key
+
+        def text(variant: TextVariant) -> str:
+            prompt = own_prompt if variant.prompt is None else variant.prompt
+            seen = plan.references if self.family.text_sees_references and variant.references else ()
+            key = entry_key(
+                text=prompt, references=[identity(picture) for picture in seen], encoder=encoders["text"],
+                dtype=self.dtype,
+            )  # fmt: skip
+            texts.setdefault(key, TextSource(prompt, seen))
+            return key
+
+        return RowKeys(
+            target=image(plan.target, plan.mask),
+            references=tuple(image(picture) for picture in plan.references),
+            texts=tuple(text(variant) for variant in self.variants),
+        )
+
+    def _damaged(self, keys: list[str]) -> Iterator[str]:
+        with ThreadPoolExecutor(4) as pool:
+            for key, sound in zip(keys, pool.map(self.store.verify, keys), strict=True):
+                if not sound:
+                    self.store.discard(key)
+                    yield key
+
+    def encode_texts(self, pipe: DiffusionPipeline, texts: dict[str, TextSource]) -> Iterator[str]:
+        """Encode and store texts; yields each key when its entry is written."""
+
+        def load(item: tuple[str, TextSource]) -> list[Image]:
+            return [cropped(picture) for picture in item[1].references]
+
+        for (key, source), pictures in ahead(texts.items(), load):
+            sizes = [picture.size for picture in source.references]
+            self.store.write(key, self.family.encode_text(pipe, source.prompt, pictures, sizes))
+            yield key
+
+    def encode_images(self, pipe: DiffusionPipeline, images: dict[str, PictureSource]) -> Iterator[str]:
+        """Encode and store pictures; yields each key when its entry is written."""
+
+        def load(item: tuple[str, PictureSource]) -> Image:
+            return resize(cropped(item[1].picture), item[1].picture.size)
+
+        for (key, source), picture in ahead(images.items(), load):
+            entry = {"latent": self.family.encode_image(pipe, picture)}
+            if source.mask is not None:
+                mask = resize(open_mask(source.mask.path).crop(source.mask.box), source.mask.size)
+                entry["mask"] = latent_mask(mask, entry["latent"])
+            self.store.write(key, entry)
+            yield key
+
+    # Reading rows
+
+    def read(self, index: int, variant: TextVariant = TextVariant()) -> Encoded:
+        """A row out of the store; `missing` must have named its entries.
+
+        Raises:
+            DamagedEntry: an entry is not as it was written.
+            FileNotFoundError: an entry is gone.
+        """
+        keys = self._row_keys[index]
+
+        def embed(wanted: TextVariant) -> dict[str, Tensor]:
+            # Where the text encoder is blind, a row has one text with and without its references.
+            seen = wanted.references or not self.family.text_sees_references
+            place = self.variants.index(TextVariant(wanted.prompt, seen))
+            return self.store.read(keys.texts[place])
+
+        target = self.store.read(keys.target)
+        pictures = keys.references if variant.references else ()
+        return Encoded(
+            key=self.dataset.rows[index].key,
+            target=target["latent"],
+            references=tuple(self.store.read(key)["latent"] for key in pictures),
+            text=self._text(variant, embed),
+            mask=target.get("mask"),
+        )
+
+    def encode(self, pipe: DiffusionPipeline, example: Example, variant: TextVariant = TextVariant()) -> Encoded:
+        """The same row straight from the encoders, on the CPU."""
+        pictures = example.references if variant.references else ()
+        sizes = example.reference_sizes if variant.references else ()
+
+        def embed(wanted: TextVariant) -> dict[str, Tensor]:
+            prompt = example.prompt if wanted.prompt is None else wanted.prompt
+            text = self.family.encode_text(pipe, prompt, pictures, sizes)
+            return {name: tensor.cpu() for name, tensor in text.items()}
+
+        target = self.family.encode_image(pipe, example.target).cpu()
+        return Encoded(
+            key=example.key,
+            target=target,
+            references=tuple(
+                self.family.encode_image(pipe, resize(picture, size)).cpu()
+                for picture, size in zip(pictures, sizes, strict=True)
+            ),
+            text=self._text(variant, embed),
+            mask=None if example.mask is None else latent_mask(example.mask, target),
+        )
+
+    def _text(self, variant: TextVariant, embed: Callable[[TextVariant], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Embeddings of a variant; a dropped prompt ("") replaces only the configured ones."""
+        text = embed(variant)
+        if variant.prompt != "" or self.drop_keys is None:
+            return text
+        own = embed(variant._replace(prompt=None))
+        return {name: text[name] if name in self.drop_keys else own[name] for name in text}
+
+
+def cropped(picture: Picture) -> Image:
+    """The part of the upright picture that is used, at its own size."""
+    return open_upright(picture.path).crop(picture.box)
+
+
+def latent_mask(mask: Image, latent: Tensor) -> Tensor:
+    """Share of foreground under each latent cell, (H, W) float32 in [0, 1]; `mask` is mode L, of the target's size."""
+    pixels = torch.from_numpy(np.asarray(mask, dtype=np.float32) / 255)
+    pooled: Tensor = torch.nn.functional.adaptive_avg_pool2d(pixels[None], latent.shape[-2:])[0]
+    return pooled
+
+
+def ahead(
+    items: Iterable[Item], load: Callable[[Item], Loaded], depth: int = 4
+) -> Iterator[tuple[Item, Loaded]]:
+    """Items with what was loaded for them, a few loads ahead of the consumer, in a bounded amount of memory."""
+    with ThreadPoolExecutor(2) as pool:
+        waiting: deque[tuple[Item, Future[Loaded]]] = deque()
+        for item in items:
+            waiting.append((item, pool.submit(load, item)))
+            if len(waiting) > depth:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        for first, future in waiting:
+            yield first, future.result()
+
+
+def fill(rows: EncodedDataset, missing: Missing, devices: CacheConfig, shown: bool = True) -> None:
+    """Encode what the store lacks: first the texts, then the pictures, so that only one kind of encoder is in memory.
+
+    Every entry is written as soon as it is known; an interrupted run continues where it was.
+    """
+    dtype: torch.dtype = getattr(torch, rows.dtype)
+    homes = {
+        "default": loading.resolve_device(None, "device"),
+        "vae": loading.resolve_device(devices.vae_encoder_device, "cache.vae_encoder_device"),
+        "text_encoder": loading.resolve_device(devices.text_encoder_device, "cache.text_encoder_device"),
+        "text_encoder_2": loading.resolve_device(devices.text_encoder_2_device, "cache.text_encoder_2_device"),
+    }
+
+    def encode(title: str, entries: dict[str, Any], text: bool, run: Callable[..., Iterator[str]]) -> None:
+        if not entries:
+            return
+        pipe = loading.load_encoders(rows.family, rows.checkpoint, dtype, homes, text=text, vae=not text)
+        with console.progress(title, len(entries), shown=shown) as update:
+            for done, _ in enumerate(run(pipe, entries), start=1):
+                update(done)
+
+    encode("encoding texts", missing.texts, True, rows.encode_texts)
+    encode("encoding pictures", missing.images, False, rows.encode_images)
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()

@@ -1,0 +1,121 @@
+"""Qwen-Image-Edit: double-stream transformer, Qwen2.5-VL text that looks at the reference, causal 3-D VAE.
+
+Oracle: `diffusers.QwenImageEditPipeline`; without a reference, `diffusers.QwenImagePipeline`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, QwenImageEditPipeline, QwenImagePipeline, QwenImageTransformer2DModel
+from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit import calculate_dimensions
+from PIL.Image import Image
+from torch import Tensor, nn
+
+from qwen_image_finetune.families.base import Family, concatenate_tokens, pack, unpack
+from qwen_image_finetune.families.tiny import tiny_qwen_image_edit
+from qwen_image_finetune.records import Batch
+
+MODEL_AREA = 1024 * 1024
+
+
+class QwenImageEdit(Family):
+    """Qwen-Image-Edit, the first release: one reference."""
+
+    name = "QwenImageEdit"
+    pipeline = QwenImageEditPipeline
+    transformer = QwenImageTransformer2DModel
+    text_components = ("text_encoder", "tokenizer", "processor")
+    text_sees_references = True
+    max_references = 1
+    side_multiple = 16
+    num_inference_steps = 40
+    guidance_scale = 4.0
+
+    def size(self, width: int, height: int, area: int | None = None) -> tuple[int, int]:
+        """The aspect ratio kept at `area` (the model's: 1024 x 1024), sides rounded to 32."""
+        width, height, _ = calculate_dimensions(area or MODEL_AREA, width / height)
+        return max(width, 32), max(height, 32)
+
+    @torch.no_grad()
+    def encode_image(self, pipe: DiffusionPipeline, image: Image) -> Tensor:
+        """(16, H/8, W/8): (mode - latents_mean) / latents_std per channel, of a film of one frame."""
+        pixels = pipe.image_processor.preprocess(image).unsqueeze(2).to(pipe.vae.device, pipe.vae.dtype)
+        latent: Tensor = pipe._encode_vae_image(pixels, generator=None)[0, :, 0]
+        return latent
+
+    @torch.no_grad()
+    def encode_text(
+        self,
+        pipe: DiffusionPipeline,
+        prompt: str,
+        references: Sequence[Image] = (),
+        sizes: Sequence[tuple[int, int]] = (),
+    ) -> dict[str, Tensor]:
+        """Last hidden state (T, D) behind the template's system text.
+
+        The language model sees the reference at the size the VAE sees it. Without a reference the prompt goes through
+        the text-to-image template, on which the base model was trained.
+        """
+        device = pipe.text_encoder.device
+        if not references:
+            embeds, _ = text_to_image(pipe).encode_prompt(prompt, device=device)
+            return {"prompt_embeds": embeds[0]}
+        (reference,), ((width, height),) = references, sizes
+        picture = pipe.image_processor.resize(reference, height, width)
+        embeds, _ = pipe.encode_prompt(prompt, image=picture, device=device)
+        return {"prompt_embeds": embeds[0]}
+
+    def velocity(
+        self, transformer: nn.Module, noisy: Tensor, timestep: Tensor, batch: Batch, guidance: float | None = None
+    ) -> Tensor:
+        height, width = noisy.shape[-2:]
+        shapes = [(1, picture.shape[-2] // 2, picture.shape[-1] // 2) for picture in (noisy, *batch.references)]
+        predicted: Tensor = transformer(
+            hidden_states=concatenate_tokens(noisy, batch.references),
+            timestep=timestep,
+            guidance=None if guidance is None else torch.full_like(timestep, guidance, dtype=torch.float32),
+            encoder_hidden_states=batch.text["prompt_embeds"],
+            encoder_hidden_states_mask=batch.text_mask,
+            img_shapes=[shapes] * len(noisy),
+            return_dict=False,
+        )[0]
+        return unpack(predicted[:, : self.tokens(noisy.shape)], height, width)
+
+    @torch.no_grad()
+    def decode(self, pipe: DiffusionPipeline, latents: Tensor) -> list[Image]:
+        vae = pipe.vae
+        latents = latents.to(vae.device, vae.dtype).unsqueeze(2)
+
+        def per_channel(values: Sequence[float]) -> Tensor:
+            return torch.tensor(values).view(1, vae.config.z_dim, 1, 1, 1)
+
+        # The pipeline divides by the reciprocal; multiplying by the std itself differs in the last bit.
+        mean = per_channel(vae.config.latents_mean).to(latents.device, latents.dtype)
+        reciprocal = 1.0 / per_channel(vae.config.latents_std).to(latents.device, latents.dtype)
+        pixels = vae.decode(latents / reciprocal + mean, return_dict=False)[0][:, :, 0]
+        pictures: list[Image] = pipe.image_processor.postprocess(pixels)
+        return pictures
+
+    def guide(self, conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+        """Guidance whose tokens keep the norm of the conditional prediction."""
+        height, width = conditional.shape[-2:]
+        conditional, unconditional = pack(conditional), pack(unconditional)
+        combined = unconditional + scale * (conditional - unconditional)
+        norm = torch.norm(conditional, dim=-1, keepdim=True) / torch.norm(combined, dim=-1, keepdim=True)
+        return unpack(combined * norm, height, width)
+
+    def distilled_guidance(self, transformer_config: Mapping[str, Any]) -> bool:
+        return bool(transformer_config["guidance_embeds"])
+
+    def tiny(self, folder: Path) -> None:
+        tiny_qwen_image_edit(folder)
+
+
+def text_to_image(pipe: DiffusionPipeline) -> QwenImagePipeline:
+    """The text-to-image pipeline over the same components; no weight is copied."""
+    parts = {name: pipe.components[name] for name in ("scheduler", "vae", "text_encoder", "tokenizer", "transformer")}
+    return QwenImagePipeline(**parts)

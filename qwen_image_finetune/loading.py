@@ -1,0 +1,119 @@
+"""Pretrained parts: where they lie, and loading them one by one. Safetensors only; no code from a hub runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from torch import nn
+
+from qwen_image_finetune.config import Config, ConfigError
+from qwen_image_finetune.families.base import Family
+
+PRECISION = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def weight_dtype(mixed_precision: str) -> torch.dtype:
+    """Precision of frozen weights and of the forward pass."""
+    return PRECISION[mixed_precision]
+
+
+def encoder_dtype(mixed_precision: str) -> torch.dtype:
+    """Precision of the encoders and the cache: never fp16, whose range T5 and Qwen-VL states leave (65504)."""
+    return torch.float32 if mixed_precision == "fp16" else PRECISION[mixed_precision]
+
+
+def checkpoint_folder(config: Config, family: Family) -> Path:
+    """Local folder of the checkpoint; a hub id is downloaded into (or found in) the hub's cache.
+
+    Raises:
+        ConfigError: the checkpoint can be found neither here nor there.
+    """
+    name = config.model.pretrained_model_name_or_path
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    try:
+        return Path(family.pipeline.download(name, revision=config.model.revision, use_safetensors=True))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model.pretrained_model_name_or_path={name!r}: no such folder, and the hub gave: {error}. "
+            "Check the name, the network, and that HF_TOKEN may read a gated model"
+        ) from error
+
+
+def load_encoders(
+    family: Family,
+    folder: Path,
+    dtype: torch.dtype,
+    devices: Mapping[str, torch.device | str],
+    *,
+    text: bool = True,
+    vae: bool = True,
+) -> DiffusionPipeline:
+    """The family's pipeline without its transformer; text encoders or VAE are left out on request.
+
+    Args:
+        devices: where each component goes, by its name in the pipeline; "default" for the others.
+    """
+    absent = {"transformer"} | (set() if vae else {"vae"})
+    if not text:
+        absent |= set(family.text_components)
+    pipe = family.pipeline.from_pretrained(
+        folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, **dict.fromkeys(absent)
+    )
+    for name, part in pipe.components.items():
+        if isinstance(part, nn.Module):
+            part.requires_grad_(False).eval().to(devices.get(name) or devices["default"])
+    return pipe
+
+
+def load_transformer(family: Family, folder: Path, dtype: torch.dtype) -> nn.Module:
+    """The transformer in `dtype`, on the CPU, frozen.
+
+    Raises:
+        ConfigError: its configuration has keys that the installed diffusers does not know; ignoring one would train
+            another model than the one the checkpoint describes.
+    """
+    import inspect
+
+    config = json.loads((folder / "transformer" / "config.json").read_text())
+    known = set(inspect.signature(family.transformer.__init__).parameters)
+    unknown = sorted(key for key in config if not key.startswith("_") and key not in known | {"quantization_config"})
+    if unknown:
+        raise ConfigError(
+            f"{folder / 'transformer' / 'config.json'} has keys {unknown} that {family.transformer.__name__} of the "
+            "installed diffusers does not know; upgrade diffusers"
+        )
+    transformer: nn.Module = family.transformer.from_pretrained(
+        folder, subfolder="transformer", torch_dtype=dtype, use_safetensors=True, local_files_only=True
+    )
+    return transformer.requires_grad_(False)
+
+
+def load_scheduler(folder: Path) -> FlowMatchEulerDiscreteScheduler:
+    """The checkpoint's scheduler, whose constants decide the timestep shift."""
+    return FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler", local_files_only=True)
+
+
+def resolve_device(name: str | None, key: str) -> torch.device:
+    """The device called `name`; without a name, the first accelerator, else the CPU.
+
+    Raises:
+        ConfigError: it is not there; the message lists the ones that are.
+    """
+    present = ["cpu"]
+    if torch.accelerator.is_available():
+        kind = torch.accelerator.current_accelerator()
+        assert kind is not None
+        present += [f"{kind.type}:{index}" for index in range(torch.accelerator.device_count())]
+    if name is None:
+        return torch.device(present[1] if len(present) > 1 else "cpu")
+    device = torch.device(name)
+    wanted = device.type if device.type == "cpu" else f"{device.type}:{device.index or 0}"
+    if wanted not in present:
+        raise ConfigError(f"{key}={name!r} is not a device of this machine; there are {present}")
+    return device

@@ -1,0 +1,194 @@
+"""Prompt and references -> pictures. Training calls the same sampler for its samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from PIL.Image import Image
+from torch import Tensor, nn
+
+from qwen_image_finetune import flow
+from qwen_image_finetune.cache import NEGATIVE_PROMPT
+from qwen_image_finetune.data.images import resize, upright
+from qwen_image_finetune.families.base import Family
+from qwen_image_finetune.records import Batch, Encoded, collate
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How strongly prompt and references steer the sampler."""
+
+    embedded: float | None = None  # value of the guidance embedding, for models that have one
+    prompt: float = 1.0  # true classifier-free guidance; 1 needs no second pass
+    image: float = 1.0  # the same for the references (InstructPix2Pix, Brooks et al. 2023, equation 3)
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """A batch as the sampler needs it: what is wanted, and the poorer conditions that guidance compares with."""
+
+    wanted: Batch
+    negative: Batch | None = None  # negative prompt, references kept
+    blind: Batch | None = None  # negative prompt, no references
+
+
+def guided(family: Family, transformer: nn.Module, conditions: Conditions, guidance: Guidance) -> flow.Velocity:
+    """Velocity under guidance.
+
+    With image guidance s_I and prompt guidance s_T: v = v(-, -) + s_I (v(-, I) - v(-, -)) + s_T (v(T, I) - v(-, I)).
+    """
+
+    def run(latents: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
+        return family.velocity(transformer, latents, timestep, batch, guidance=guidance.embedded)
+
+    def velocity(latents: Tensor, timestep: Tensor) -> Tensor:
+        predicted = run(latents, timestep, conditions.wanted)
+        if conditions.negative is None:
+            return predicted
+        negative = run(latents, timestep, conditions.negative)
+        predicted = family.guide(predicted, negative, guidance.prompt)
+        if conditions.blind is not None:
+            predicted = predicted + (guidance.image - 1) * (negative - run(latents, timestep, conditions.blind))
+        return predicted
+
+    return velocity
+
+
+def draw_noise(latent_shape: Sequence[int], seeds: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Initial noise (B, C, H, W), one CPU generator per picture: the pipelines' numbers for the same seeds."""
+    rows = [
+        randn_tensor((1, *latent_shape), generator=torch.Generator().manual_seed(seed), device=device, dtype=dtype)
+        for seed in seeds
+    ]
+    return torch.cat(rows)
+
+
+class Predictor:
+    """The loaded parts of one model, ready to draw."""
+
+    def __init__(
+        self,
+        family: Family,
+        pipe: DiffusionPipeline,
+        transformer: nn.Module,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        area: int | None = None,
+    ) -> None:
+        """
+        Args:
+            pipe: text encoders and VAE; its transformer is not used.
+            area: pixel area of references and pictures; None is the model's own.
+        """
+        self.family, self.pipe, self.transformer, self.scheduler, self.area = family, pipe, transformer, scheduler, area
+
+    def size(self, image: Image) -> tuple[int, int]:
+        """(width, height) at which the model sees a reference."""
+        return self.family.size(*image.size, self.area)
+
+    def encode(self, prompt: str, images: Sequence[Image], size: tuple[int, int]) -> Encoded:
+        """Conditions of one picture of `size`; the target latent only carries the shape of what is to be drawn."""
+        sizes = [self.size(image) for image in images]
+        vae = self.pipe.vae
+        references = [self.family.encode_image(self.pipe, resize(i, s)) for i, s in zip(images, sizes, strict=True)]
+        factor = self.pipe.vae_scale_factor
+        shape = (self.pipe.latent_channels, size[1] // factor, size[0] // factor)
+        return Encoded(
+            key=prompt,
+            target=torch.zeros(shape, dtype=vae.dtype),
+            references=tuple(references),
+            text=self.family.encode_text(self.pipe, prompt, images, sizes),
+        )
+
+    @torch.no_grad()
+    def predict(
+        self,
+        prompt_image: Image | Sequence[Image] | None,
+        prompt: str,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt: str | None = None,
+        true_cfg_scale: float | None = None,
+        image_guidance_scale: float = 1.0,
+        width: int | None = None,
+        height: int | None = None,
+        seed: int | Sequence[int] = 0,
+        progress: Callable[[int], None] = lambda step: None,
+    ) -> list[Image]:
+        """Draw pictures.
+
+        Args:
+            prompt_image: the picture to edit, several references, or None to draw from the prompt alone.
+            guidance_scale: for models with a guidance embedding its value, for the others classifier-free guidance.
+            negative_prompt: what classifier-free guidance steers away from.
+            true_cfg_scale: classifier-free guidance on top, for models with a guidance embedding; default 1 (none).
+            image_guidance_scale: guidance towards the references, for models trained with prompt_image_dropout_rate.
+            width, height: of the picture; default: the size at which the model sees the (last) reference.
+            seed: one picture is drawn for each seed.
+
+        Raises:
+            ValueError: more references than the family can see, or no reference and no size.
+        """
+        family = self.family
+        images = [] if prompt_image is None else list(prompt_image) if isinstance(prompt_image, Sequence) else [prompt_image]
+        images = [upright(image) for image in images]
+        if len(images) > family.max_references:
+            raise ValueError(f"{family.name} sees at most {family.max_references} reference(s), {len(images)} were given")
+        size = self._picture_size(images, width, height)
+        guidance = self._guidance(guidance_scale, true_cfg_scale, image_guidance_scale)
+        seeds = [seed] if isinstance(seed, int) else list(seed)
+
+        device, dtype = self.transformer.device, self.pipe.vae.dtype
+        wanted = self.encode(prompt, images, size)
+
+        def batch(words: str, pictures: Sequence[Image]) -> Batch:
+            row = wanted if words == prompt and pictures == images else self.encode(words, pictures, size)
+            return collate([row] * len(seeds)).to(device)
+
+        negative = NEGATIVE_PROMPT if negative_prompt is None else negative_prompt
+        guided_twice = guidance.prompt != 1.0 or guidance.image != 1.0
+        conditions = Conditions(
+            wanted=batch(prompt, images),
+            negative=batch(negative, images) if guided_twice else None,
+            blind=batch(negative, []) if guidance.image != 1.0 and images else None,
+        )
+        latents = self.sample(conditions, guidance, seeds, dtype, num_inference_steps, progress)
+        return family.decode(self.pipe, latents)
+
+    def sample(
+        self,
+        conditions: Conditions,
+        guidance: Guidance,
+        seeds: Sequence[int],
+        dtype: torch.dtype,
+        steps: int | None = None,
+        progress: Callable[[int], None] = lambda step: None,
+    ) -> Tensor:
+        """Latents (B, C, H, W) of the wanted pictures."""
+        shape = conditions.wanted.target.shape[1:]
+        noise = draw_noise(shape, seeds, dtype, self.transformer.device)
+        velocity = guided(self.family, self.transformer, conditions, guidance)
+        mu = self.family.mu(self.family.tokens(shape), self.scheduler.config)
+        return flow.sample(velocity, noise, self.scheduler, steps or self.family.num_inference_steps, mu, progress)
+
+    def _guidance(self, scale: float | None, true_cfg_scale: float | None, image: float) -> Guidance:
+        scale = self.family.guidance_scale if scale is None else scale
+        if self.family.distilled_guidance(self.transformer.config):
+            return Guidance(embedded=scale, prompt=1.0 if true_cfg_scale is None else true_cfg_scale, image=image)
+        return Guidance(prompt=scale if true_cfg_scale is None else true_cfg_scale, image=image)
+
+    def _picture_size(self, images: Sequence[Image], width: int | None, height: int | None) -> tuple[int, int]:
+        if width is None and height is None and images:
+            return self.size(images[-1])
+        if width is None or height is None:
+            raise ValueError("give width and height together, or a picture to take the size from")
+        multiple = self.family.side_multiple
+        if width % multiple or height % multiple:
+            raise ValueError(f"width={width} and height={height} must be multiples of {multiple} for {self.family.name}")
+        return width, height

@@ -1,0 +1,118 @@
+"""What caching, training and prediction set up in the same way: data, batches, devices, embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from qwen_image_finetune import cache, loading, runs
+from qwen_image_finetune.cache import EncodedDataset
+from qwen_image_finetune.config import OUR_DATASETS, Config, ConfigError, import_class
+from qwen_image_finetune.data.batches import Batches
+from qwen_image_finetune.data.dataset import ImageDataset
+from qwen_image_finetune.data.images import DataError
+from qwen_image_finetune.families.base import Family
+from qwen_image_finetune.trackers import unavailable
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from diffusers import DiffusionPipeline
+
+Say = Callable[[str], None]
+
+
+def build_accelerator(config: Config) -> Accelerator:
+    """Devices and processes, as `accelerate launch` or torchrun started them.
+
+    Raises:
+        ConfigError: fp16 without an accelerator.
+    """
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+
+    if config.train.mixed_precision == "fp16" and not torch.accelerator.is_available():
+        raise ConfigError("train.mixed_precision='fp16' needs a GPU; this machine has none: use 'bf16' or 'no'")
+    # A LoRA on text modules of the last block gets no gradient in some families; DDP would wait for it for ever.
+    kwargs = DistributedDataParallelKwargs(find_unused_parameters=True)
+    return Accelerator(mixed_precision=config.train.mixed_precision, kwargs_handlers=[kwargs])
+
+
+def open_dataset(config: Config, family: Family) -> ImageDataset:
+    """The dataset of a configuration, checked: every missing or unreadable file in one report.
+
+    Raises:
+        DataError: with all problems, before any model is loaded.
+    """
+    chosen = ImageDataset
+    if config.data.class_path not in OUR_DATASETS:
+        chosen = import_class(config.data.class_path, "data.class_path", ImageDataset)
+    arguments = config.data.init_args
+    dataset = chosen(arguments, family.size, family.side_multiple, family.max_references, config.train.seed)
+    problems = dataset.check()
+    if problems:
+        raise DataError("\n".join([f"the data set cannot be used, {len(problems)} problem(s):", *problems]))
+    return dataset
+
+
+def plan_batches(config: Config, dataset: ImageDataset, processes: int) -> Batches:
+    """The order of the samples over all processes."""
+    arguments = config.data.init_args
+    everything = range(len(dataset))
+    return Batches(
+        [dataset.geometry(index) for index in everything],
+        [dataset.geometry(index, with_references=False) for index in everything],
+        batch_size=config.data.batch_size,
+        micro_batches_per_step=config.train.gradient_accumulation_steps * processes,
+        seed=config.train.seed,
+        shuffle=config.data.shuffle,
+        caption_dropout_rate=arguments.caption_dropout_rate,
+        reference_dropout_rate=arguments.prompt_image_dropout_rate,
+    )
+
+
+def check_outputs(config: Config) -> None:
+    """Refuse, before any model loads, trackers that are not installed."""
+    absent = unavailable(config.logging.trackers)
+    if absent:
+        raise ConfigError(f"logging.report_to names {absent}, not installed here: pip install {' '.join(absent)}")
+
+
+def fill_cache(config: Config, rows: EncodedDataset, accelerator: Accelerator, say: Say) -> None:
+    """Complete the cache; every process encodes its share, and only the end is waited for."""
+    missing = rows.missing(verify=accelerator.is_main_process)
+    accelerator.wait_for_everyone()  # the first process has removed damaged entries
+    if accelerator.num_processes > 1:
+        missing = rows.missing()
+    if missing.damaged:
+        say(f"{missing.damaged} damaged cache entries are encoded again")
+    if missing:
+        say(f"the cache in {rows.store.folder} lacks {len(missing.texts)} texts and {len(missing.images)} pictures "
+            f"of {missing.entries} entries: encoding them")  # fmt: skip
+        share = missing.share(accelerator.process_index, accelerator.num_processes)
+        cache.fill(rows, share, config.cache, shown=accelerator.is_main_process)
+        accelerator.wait_for_everyone()
+    else:
+        say(f"the cache in {rows.store.folder} is complete: {missing.entries} entries")
+
+
+def prepare_embeddings(
+    config: Config, rows: EncodedDataset, accelerator: Accelerator, say: Say
+) -> DiffusionPipeline | None:
+    """Complete the cache, or, without one, load the encoders that training needs; None with the cache."""
+    if config.cache.use_cache:
+        fill_cache(config, rows, accelerator, say)
+        return None
+    train = config.train
+    home = torch.device("cpu") if train.low_memory else accelerator.device  # low memory: the card is the transformer's
+
+    def place(name: str | None, key: str) -> torch.device:
+        return home if name is None else loading.resolve_device(name, key)
+
+    homes = {
+        "default": home,
+        "vae": place(train.vae_encoder_device, "train.vae_encoder_device"),
+        "text_encoder": place(train.text_encoder_device, "train.text_encoder_device"),
+        "text_encoder_2": place(train.text_encoder_2_device, "train.text_encoder_2_device"),
+    }
+    return loading.load_encoders(rows.family, rows.checkpoint, loading.encoder_dtype(train.mixed_precision), homes)

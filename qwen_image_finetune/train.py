@@ -1,0 +1,422 @@
+"""The training loop, and what is set up around it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from qwen_image_finetune import cache, checkpoint, console, flow, levers, loading, runs
+from qwen_image_finetune.cache import EncodedDataset, TextVariant
+from qwen_image_finetune.config import Config, ConfigError, import_class, resolve_family
+from qwen_image_finetune.data.batches import Batches, MicroBatch
+from qwen_image_finetune.data.dataset import ImageDataset
+from qwen_image_finetune.data.images import DataError
+from qwen_image_finetune.families import get_family
+from qwen_image_finetune.families.base import Family
+from qwen_image_finetune.levers import adapters, lora_files
+from qwen_image_finetune.optim import build_optimizer, build_scheduler
+from qwen_image_finetune.records import Batch, Encoded, Example, collate
+from qwen_image_finetune.trackers import Trackers
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from diffusers import DiffusionPipeline
+
+BAD_STEPS_IN_A_ROW = 3
+
+
+class TrainingStopped(RuntimeError):
+    """Training cannot go on; the last checkpoint is intact."""
+
+
+@dataclass
+class Progress:
+    """Where a run is. Order of the data and noise are functions of it, so a resume needs nothing else of them."""
+
+    step: int = 0  # optimizer steps done
+    bad_steps: int = 0  # steps in a row that were skipped because of a non-finite loss or gradient
+
+
+def train(config: Config) -> Path:
+    """Train as configured; returns the version folder.
+
+    Raises:
+        ConfigError, DataError: before any model is loaded.
+        TrainingStopped: the loss or the gradients stay non-finite.
+        SystemExit: 143 after SIGTERM or SIGUSR1, 130 after SIGINT; a checkpoint was written.
+    """
+    # Who takes part
+    accelerator = build_accelerator(config)
+    say: Callable[[str], None] = console.say if accelerator.is_main_process else lambda message: None
+    family = get_family(resolve_family(config)[0])
+
+    # The pairs
+    dataset = open_dataset(config, family)
+    folder = loading.checkpoint_folder(config, family)
+    rows = EncodedDataset(config, family, dataset, folder, loading.encoder_dtype(config.train.mixed_precision))
+    batches = plan_batches(config, dataset, accelerator.num_processes)
+    total_steps = min(
+        config.max_steps or math.inf, batches.steps(config.train.num_epochs) if config.train.num_epochs else math.inf
+    )
+    assert isinstance(total_steps, int)
+
+    # Where the run is written, and where it continues
+    resume = find_resume(config, say)
+    run = open_run(config, accelerator, resume)
+    say(f"{family.name} on {len(dataset)} pairs, {total_steps} steps -> {run.path}")
+    stopping = StopSignals()
+    progress = Progress()
+    try:
+        # Embeddings: from the cache, which is completed first, or from encoders that stay
+        pipe = prepare_embeddings(config, rows, accelerator, say)
+
+        # The model, its optimizer, and their state
+        transformer = loading.load_transformer(family, folder, loading.weight_dtype(config.train.mixed_precision))
+        levers.prepare(transformer, config)
+        if config.model.lora and config.model.lora.pretrained_weight and resume is None:
+            name = config.model.lora.adapter_name
+            source = config.model.lora.pretrained_weight
+            lora_files.load_lora(transformer, source, family.pipeline, config.model.lora, name)
+        transformer.to(accelerator.device).train()
+        parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+        optimizer = build_optimizer(config.optimizer, parameters)
+        schedule = build_scheduler(config.lr_scheduler, optimizer, total_steps)
+        model, optimizer = accelerator.prepare(transformer, optimizer)
+        state = State(config, family, transformer, optimizer, schedule, progress, accelerator)
+        if resume is not None:
+            state.load(resume)
+            run.rewind(progress.step)
+            say(f"continuing {resume} at step {progress.step}")
+
+        # The objective
+        scheduler_config = loading.load_scheduler(folder).config
+        guidance = config.train.guidance_scale if family.distilled_guidance(transformer.config) else None
+        velocity = partial(family.velocity, model, guidance=guidance)
+        objective = Objective(config, family, velocity, scheduler_config, accelerator)
+        trackers = Trackers(config, run.path, progress.step or None) if accelerator.is_main_process else None
+        if accelerator.is_main_process:
+            (run.path / "config.yaml").write_text(config.to_yaml())
+        writer = checkpoint.CheckpointWriter()
+        save = partial(save_checkpoint, config, run, writer, state, batches)
+        validation = build_validation(config, family, rows, pipe, transformer, folder, run, trackers, accelerator)
+
+        # The loop
+        stream = read_ahead(config, rows, pipe, batches, accelerator, progress.step, total_steps)
+        with console.progress("training", total_steps, progress.step, accelerator.is_main_process) as update:
+            while progress.step < total_steps:
+                began = time.monotonic()
+                plan = batches.at(progress.step)
+                samples = sum(len(micro.rows) for micro in plan)
+                own = range(config.train.gradient_accumulation_steps)
+                losses, sigmas, keys = [], [], []
+                for place in own:
+                    micro, batch = next(stream)
+                    last = place == own[-1]
+                    with contextlib.nullcontext() if last else accelerator.no_sync(model):
+                        loss, sigma = objective(batch, micro)
+                        # DDP averages over processes; the step's loss is the mean over all its samples.
+                        accelerator.backward(loss.sum() * accelerator.num_processes / samples)
+                    losses.append(loss.detach().sum())
+                    sigmas.append(sigma)
+                    keys.extend(batch.keys)
+
+                gradient_norm = accelerator.clip_grad_norm_(parameters, config.train.max_grad_norm)
+                mean_loss, stop = agree(accelerator, torch.stack(losses).sum() / samples, stopping.received)
+                sound = math.isfinite(mean_loss) and (
+                    math.isfinite(float(gradient_norm)) or config.train.mixed_precision == "fp16"
+                )  # fp16 gradients overflow now and then by design; the gradient scaler skips those steps itself
+                learning_rate = optimizer.param_groups[0]["lr"]
+                if sound:
+                    optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                schedule.step()
+                progress.step += 1
+                progress.bad_steps = 0 if sound else progress.bad_steps + 1
+
+                values = {
+                    "loss": mean_loss,
+                    "grad_norm": float(gradient_norm),
+                    "learning_rate": learning_rate,
+                    "epoch": batches.epoch_of(progress.step - 1),
+                    "step_seconds": time.monotonic() - began,
+                }
+                if accelerator.is_main_process:
+                    log(run, trackers, progress.step, values, sigmas)
+                    update(progress.step, f"loss {mean_loss:.4f} {memory_words(accelerator.device)}")
+                if not sound:
+                    say(f"step {progress.step}: loss {mean_loss}, gradient norm {float(gradient_norm)}; "
+                        f"skipped, its samples were {', '.join(keys)}")  # fmt: skip
+                    if progress.bad_steps == BAD_STEPS_IN_A_ROW:
+                        save(wait=True)
+                        raise TrainingStopped(
+                            f"the loss or the gradients were not finite for {BAD_STEPS_IN_A_ROW} steps in a row; the "
+                            f"weights of step {progress.step - BAD_STEPS_IN_A_ROW} are saved. Lower optimizer.init_args.lr, "
+                            "use train.mixed_precision=bf16, and look at the samples named above"
+                        )
+
+                if stop:
+                    save(wait=True)
+                    run.finish("interrupted", progress.step)
+                    say(f"stopped at step {progress.step} by signal {stop}; continue with train.resume_from_checkpoint=latest")
+                    raise SystemExit(130 if stop == signal.SIGINT else 143)
+                if progress.step % config.train.checkpointing_steps == 0 or progress.step == total_steps:
+                    save(wait=progress.step == total_steps)
+                if validation is not None and progress.step % config.validation.steps == 0:
+                    validation(progress.step)
+
+        writer.wait()
+        run.finish("finished", progress.step)
+        if trackers is not None:
+            trackers.close()
+        return run.path
+    except BaseException as error:
+        if not isinstance(error, SystemExit):
+            run.finish("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", progress.step)
+        raise
+    finally:
+        stopping.restore()
+        accelerator.end_training()
+
+
+# What the loop calls
+
+
+class Objective:
+    """Loss of one micro-batch."""
+
+    def __init__(
+        self, config: Config, family: Family, velocity: Any, scheduler_config: Any, accelerator: Accelerator
+    ) -> None:
+        self.train, self.weighting = config.train, config.loss
+        self.family, self.velocity, self.scheduler_config = family, velocity, scheduler_config
+        self.accelerator = accelerator
+        self.dtype = loading.weight_dtype(config.train.mixed_precision)
+        self.dropout = bool(config.model.lora and config.model.lora.lora_dropout)
+
+    def shift(self, latent_shape: Sequence[int]) -> float:
+        """Timestep shift of a target latent: the model's own for its number of tokens, or the configured constant."""
+        if self.train.sigma_shift != "model":
+            return float(self.train.sigma_shift)
+        mu = self.family.mu(self.family.tokens(latent_shape), self.scheduler_config)
+        return flow.shift_factor(mu, self.scheduler_config)
+
+    def weight(self, batch: Batch) -> Tensor | None:
+        """Loss weights (B, H, W) of a batch with masks."""
+        if not self.weighting.mask_loss or batch.mask is None:
+            return None
+        foreground, background = self.weighting.foreground_weight, self.weighting.background_weight
+        return background + (foreground - background) * batch.mask
+
+    def __call__(self, batch: Batch, micro: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Loss (B,) float32 on the device, and the noise levels (B,) it was taken at, on the CPU."""
+        shape = batch.target.shape[1:]
+        visits = [micro.visit] * len(batch.keys)
+        sigma, noise = flow.draw(
+            batch.keys, visits, self.train.seed, shape, self.train.sigma_distribution, self.shift(shape)
+        )
+        if self.dropout:  # the only user of the global random state: make it a function of the samples as well
+            torch.manual_seed(flow.seed_of("dropout", self.train.seed, *batch.keys, micro.visit))
+        device = self.accelerator.device
+        batch = batch.to(device, self.dtype)
+        with self.accelerator.autocast():
+            loss = flow.loss(
+                partial(self.velocity, batch=batch), batch.target, sigma.to(device), noise.to(device), self.weight(batch)
+            )
+        return loss, sigma
+
+
+@dataclass
+class State:
+    """Everything a resume needs, as named parts."""
+
+    config: Config
+    family: Family
+    transformer: nn.Module  # without the wrappers of several processes
+    optimizer: Any
+    schedule: Any
+    progress: Progress
+    accelerator: Accelerator
+
+    def snapshot(self) -> dict[str, Any]:
+        """Copies on the CPU of what changes from step to step; the loop may go on while they are written."""
+        parts = {
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "progress": {"step": self.progress.step, "seed": self.config.train.seed},
+        }
+        if self.accelerator.scaler is not None:
+            parts["scaler"] = self.accelerator.scaler.state_dict()
+        return {"parts": checkpoint.snapshot(parts), "weights": adapters.snapshot(self.transformer, self.config.model)}
+
+    def write(self, folder: Path, snapshot: dict[str, Any]) -> None:
+        """Write a snapshot into a staged folder."""
+        adapters.save_weights(folder, self.transformer, snapshot["weights"], self.config.model, self.metadata(snapshot))
+        checkpoint.save_state(folder, snapshot["parts"])
+
+    def metadata(self, snapshot: dict[str, Any]) -> dict[str, str]:
+        """What the weights file says about itself."""
+        train, arguments = self.config.train, self.config.data.init_args
+        return {
+            "base_model": self.config.model.pretrained_model_name_or_path,
+            "family": self.family.name,
+            "steps": str(snapshot["parts"]["progress"]["step"]),
+            "resolution": json.dumps(arguments.image_size or arguments.resolution or "model"),
+            "sigma_distribution": train.sigma_distribution,
+            "sigma_shift": str(train.sigma_shift),
+            "guidance_scale": str(train.guidance_scale),
+            "sampling_steps": str(self.family.num_inference_steps),
+            "sampling_guidance": str(self.family.guidance_scale),
+        }
+
+    def load(self, folder: Path) -> None:
+        """Continue from a checkpoint folder, which was verified when it was found."""
+        adapters.load_weights(folder, self.transformer, self.config.model)
+        progress = checkpoint.load_state(folder, "progress")
+        if progress["seed"] != self.config.train.seed:
+            raise ConfigError(
+                f"train.seed={self.config.train.seed}, but {folder} was trained with {progress['seed']}: order of the "
+                "data and noise would change in the middle of the run; set the seed back or start afresh"
+            )
+        self.optimizer.load_state_dict(checkpoint.load_state(folder, "optimizer"))
+        self.schedule.load_state_dict(checkpoint.load_state(folder, "schedule"))
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(checkpoint.load_state(folder, "scaler"))
+        self.progress.step = progress["step"]
+
+
+def save_checkpoint(
+    config: Config, run: runs.Run, writer: checkpoint.CheckpointWriter, state: State, batches: Batches, wait: bool = False
+) -> None:
+    """Copy the state to the host and write it behind the loop's back; `wait` for the last one of a run."""
+    step = state.progress.step
+    if state.accelerator.is_main_process:
+        final = run.checkpoint_path(batches.epoch_of(max(step - 1, 0)), step)
+        snapshot = state.snapshot()
+        writer.submit(
+            final,
+            lambda folder: state.write(folder, snapshot),
+            lambda: runs.retention(run, config.train.checkpoints_total_limit),
+        )
+        if wait:
+            writer.wait()
+    if wait:
+        state.accelerator.wait_for_everyone()
+
+
+def read_ahead(
+    config: Config,
+    rows: EncodedDataset,
+    pipe: DiffusionPipeline | None,
+    batches: Batches,
+    accelerator: Accelerator,
+    first_step: int,
+    last_step: int,
+) -> Iterator[tuple[MicroBatch, Batch]]:
+    """This process's micro-batches from `first_step` on, read before they are needed."""
+    source = MicroBatches(rows, batches, config.train.gradient_accumulation_steps, accelerator, cached=pipe is None)
+    span = range(
+        first_step * config.train.gradient_accumulation_steps, last_step * config.train.gradient_accumulation_steps
+    )
+    for micro, items in source.stream(span, config):
+        if pipe is None:
+            yield micro, collate(items)
+        else:
+            variants = row_variants(micro)
+            encoded = [rows.encode(pipe, example, variant) for example, variant in zip(items, variants, strict=True)]
+            yield micro, collate(encoded)
+
+
+class MicroBatches(torch.utils.data.Dataset[tuple[MicroBatch, list[Any]]]):
+    """Micro-batches of one process by their number since the start of training."""
+
+    def __init__(
+        self, rows: EncodedDataset, batches: Batches, accumulation: int, accelerator: Accelerator, cached: bool
+    ) -> None:
+        self.rows, self.batches, self.accumulation, self.cached = rows, batches, accumulation, cached
+        self.rank, self.processes = accelerator.process_index, accelerator.num_processes
+
+    def __getitem__(self, number: int) -> tuple[MicroBatch, list[Encoded] | list[Example]]:
+        step, place = divmod(number, self.accumulation)
+        micro = self.batches.at(step)[place * self.processes + self.rank]
+        if self.cached:
+            return micro, [self.rows.read(row, variant) for row, variant in zip(micro.rows, row_variants(micro), strict=True)]
+        return micro, [self.rows.dataset.load(row, micro.visit) for row in micro.rows]
+
+    def stream(self, span: range, config: Config) -> Iterator[tuple[MicroBatch, Any]]:
+        """The numbered micro-batches in order, read by worker processes, or by a thread where there are none."""
+        if config.data.num_workers == 0:
+            yield from (loaded for _, loaded in cache.ahead(span, self.__getitem__, config.data.prefetch_factor))
+            return
+        yield from torch.utils.data.DataLoader(
+            self,
+            batch_size=None,
+            sampler=span,
+            num_workers=config.data.num_workers,
+            prefetch_factor=config.data.prefetch_factor,
+            persistent_workers=config.data.persistent_workers,
+        )
+
+
+def row_variants(micro: MicroBatch) -> list[TextVariant]:
+    """How each row of a micro-batch is described to the model."""
+    return [TextVariant("" if dropped else None, not micro.drop_references) for dropped in micro.drop_caption]
+
+
+def agree(accelerator: Accelerator, loss: Tensor, signal_number: int) -> tuple[float, int]:
+    """Mean loss over all processes, and the signal that any of them received (0 for none)."""
+    if accelerator.num_processes == 1:
+        return float(loss), signal_number
+    shared = torch.stack([loss.float(), torch.tensor(float(signal_number), device=loss.device)])
+    gathered = accelerator.gather(shared[None])
+    return float(gathered[:, 0].sum()), int(gathered[:, 1].max())
+
+
+def log(
+    run: runs.Run, trackers: Trackers | None, step: int, values: dict[str, float], sigmas: list[Tensor]
+) -> None:
+    """One line of metrics.jsonl and one point of every curve."""
+    run.record(step, values)
+    assert trackers is not None
+    trackers.scalars(values, step)
+    trackers.collect("sigma", sigmas, step)
+
+
+def memory_words(device: torch.device) -> str:
+    """Peak memory of the accelerator, or of the process on a CPU."""
+    if device.type == "cpu":
+        import resource
+
+        return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB"
+    return f"{torch.accelerator.max_memory_allocated(device) / 2**30:.1f} GiB"
+
+
+class StopSignals:
+    """SIGTERM, SIGUSR1 (preemption) and SIGINT end the run after the current step; a second SIGINT ends it at once."""
+
+    NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._previous = {number: signal.signal(number, self._note) for number in self.NUMBERS}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+        console.say(f"signal {signal.Signals(number).name}: saving after this step")
+
+    def restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)

@@ -21,15 +21,13 @@ from torch import Tensor
 from qwen_image_finetune import console, loading
 from qwen_image_finetune.config import CacheConfig, Config
 from qwen_image_finetune.data.dataset import ImageDataset, Picture
-from qwen_image_finetune.data.images import open_mask, open_upright, resize
+from qwen_image_finetune.data.images import open_upright, resize
 from qwen_image_finetune.families.base import Family
 from qwen_image_finetune.records import Encoded, Example
 from qwen_image_finetune.store import Fingerprints, Store, entry_key
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-
-NEGATIVE_PROMPT = " "  # the pipelines' own word for "no prompt" in classifier-free guidance
 
 Item = TypeVar("Item")
 Loaded = TypeVar("Loaded")
@@ -92,7 +90,7 @@ def text_variants(config: Config, family: Family) -> tuple[TextVariant, ...]:
     if arguments.caption_dropout_rate > 0:
         prompts.append("")
     if config.validation.enabled:
-        prompts.append(NEGATIVE_PROMPT)
+        prompts.append(family.negative_prompt)
     blind = arguments.prompt_image_dropout_rate > 0 and family.text_sees_references
     return tuple(TextVariant(prompt, seen) for prompt in prompts for seen in ((True, False) if blind else (True,)))
 
@@ -200,7 +198,7 @@ class EncodedDataset:
         for (key, source), picture in ahead(images.items(), load):
             entry = {"latent": self.family.encode_image(pipe, picture)}
             if source.mask is not None:
-                mask = resize(open_mask(source.mask.path).crop(source.mask.box), source.mask.size)
+                mask = resize(cropped(source.mask, background="black").convert("L"), source.mask.size)
                 entry["mask"] = latent_mask(mask, entry["latent"])
             self.store.write(key, entry)
             yield key
@@ -263,9 +261,9 @@ class EncodedDataset:
         return {name: text[name] if name in self.drop_keys else own[name] for name in text}
 
 
-def cropped(picture: Picture) -> Image:
+def cropped(picture: Picture, background: str = "white") -> Image:
     """The part of the upright picture that is used, at its own size."""
-    return open_upright(picture.path).crop(picture.box)
+    return open_upright(picture.path, background).crop(picture.box)
 
 
 def latent_mask(mask: Image, latent: Tensor) -> Tensor:

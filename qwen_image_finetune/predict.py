@@ -12,7 +12,6 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from qwen_image_finetune import flow
-from qwen_image_finetune.cache import NEGATIVE_PROMPT
 from qwen_image_finetune.data.images import resize, upright
 from qwen_image_finetune.families.base import Family
 from qwen_image_finetune.records import Batch, Encoded, collate
@@ -151,7 +150,7 @@ class Predictor:
             row = wanted if words == prompt and pictures == images else self.encode(words, pictures, size)
             return collate([row] * len(seeds)).to(device)
 
-        negative = NEGATIVE_PROMPT if negative_prompt is None else negative_prompt
+        negative = family.negative_prompt if negative_prompt is None else negative_prompt
         guided_twice = guidance.prompt != 1.0 or guidance.image != 1.0
         conditions = Conditions(
             wanted=batch(prompt, images),

@@ -27,6 +27,7 @@ class Family(ABC):
     side_multiple: ClassVar[int]  # sides of target and references are multiples of this, in pixels
     num_inference_steps: ClassVar[int]  # defaults of prediction
     guidance_scale: ClassVar[float]
+    negative_prompt: ClassVar[str] = " "  # the pipelines' own word for "no prompt" in classifier-free guidance
 
     @abstractmethod
     def size(self, width: int, height: int, area: int | None = None) -> tuple[int, int]:

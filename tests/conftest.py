@@ -1,0 +1,60 @@
+"""What every test runs under, and the tiny checkpoints that many of them share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+# Set before torch and the hub are imported, and inherited by the processes that tests start. One thread: tiny models
+# gain nothing from more, and tests that run side by side would only take the cores from each other.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for the whole session, whatever number of workers pytest-xdist runs it on."""
+    base = tmp_path_factory.getbasetemp()
+    # A worker's own folder lies inside the session's.
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def build_once(shared_folder: Path) -> Callable[[str, Callable[[Path], object]], Path]:
+    """`build_once(name, build)`: the folder `name`, filled by `build(folder)` in the first process that asks for it."""
+
+    def folder_of(name: str, build: Callable[[Path], object]) -> Path:
+        folder, complete = shared_folder / name, shared_folder / f"{name}.complete"
+        with FileLock(shared_folder / f"{name}.lock"):
+            if not complete.exists():
+                folder.mkdir(exist_ok=True)
+                build(folder)
+                complete.touch()
+        return folder
+
+    return folder_of
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoints(build_once: Callable[[str, Callable[[Path], object]], Path]) -> dict[str, Path]:
+    """A tiny random checkpoint of every family, in diffusers layout. Read them; copy one before changing it."""
+    from qwen_image_finetune.families import FAMILIES, get_family
+
+    return {name: build_once(f"tiny-{name}", get_family(name).tiny) for name in FAMILIES}
+
+
+@pytest.fixture(scope="session")
+def flux_folder(tiny_checkpoints: dict[str, Path]) -> Path:
+    return tiny_checkpoints["FluxKontext"]
+
+
+@pytest.fixture(scope="session")
+def qwen_folder(tiny_checkpoints: dict[str, Path]) -> Path:
+    return tiny_checkpoints["QwenImageEdit"]

@@ -1,0 +1,191 @@
+"""Nested state to disk and back, exactly and without pickle; and a thread that writes while training goes on.
+
+A part of a checkpoint, such as the state of an optimizer, is a nest of dicts, lists, tuples, plain values and tensors.
+The tensors go to NAME.safetensors, the rest to NAME.json, in which a JSON object always stands for something that
+JSON has no word for:
+
+    {"dict": [[key, value], ...]}    {"tuple": [...]}    {"float": "nan"}    {"tensor": [name, dtype, shape]}
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from qwen_image_finetune.files import staged_folder
+
+Memo = dict[int, Tensor]  # id of a tensor -> its copy, so that a tensor that occurs twice is kept once
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read as what it should be; names the file."""
+
+
+def snapshot(state: Any, memo: Memo | None = None) -> Any:
+    """A copy of `state` in host memory, which training may not touch any more. Tensors keep their dtype and shape."""
+    memo = {} if memo is None else memo
+    if isinstance(state, Tensor):
+        if id(state) not in memo:
+            memo[id(state)] = _plain(state).to("cpu", copy=True)
+        return memo[id(state)]
+    if isinstance(state, Mapping):
+        return {key: snapshot(value, memo) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        copies = (snapshot(value, memo) for value in state)
+        return list(copies) if isinstance(state, list) else tuple(copies)
+    return state
+
+
+def num_bytes(state: Any) -> int:
+    """Bytes of all tensors in `state`: nearly what a checkpoint of it takes on disk."""
+    if isinstance(state, Tensor):
+        return state.numel() * state.element_size()
+    if isinstance(state, Mapping):
+        return sum(num_bytes(value) for value in state.values())
+    return sum(num_bytes(value) for value in state) if isinstance(state, list | tuple) else 0
+
+
+def save_state(folder: Path, parts: Mapping[str, Any]) -> None:
+    """Write every part to `folder` as NAME.json and, where it holds tensors, NAME.safetensors.
+
+    Subclasses of dict, int, float and str come back as the plain type; everything else comes back as it was.
+
+    Raises:
+        TypeError: a part holds something else than dict, list, tuple, int, float, bool, str, None and plain tensors;
+            says where.
+        OSError, SafetensorError: the file cannot be written (`staged_folder` words a full disk for both).
+    """
+    for name, state in parts.items():
+        tensors: dict[str, Tensor] = {}
+        skeleton = _encode(state, name, tensors, {})
+        (folder / f"{name}.json").write_text(json.dumps(skeleton, allow_nan=False) + "\n")
+        if tensors:
+            save_file(tensors, folder / f"{name}.safetensors")
+
+
+def load_state(folder: Path, name: str) -> Any:
+    """The part `name` as it was given to `save_state`, its tensors in host memory.
+
+    Raises:
+        CheckpointError: a file is missing, is not what `save_state` writes, or the two files do not belong together.
+    """
+    path = folder / f"{name}.safetensors"
+    try:
+        skeleton = json.loads((folder / f"{name}.json").read_text())
+        # Copies: what load_file returns is mapped from the file, and would fail with it.
+        tensors = {key: tensor.clone() for key, tensor in load_file(path).items()} if path.exists() else {}
+        used: set[str] = set()
+        state = _decode(skeleton, tensors, used)
+    except (OSError, ValueError, TypeError, RecursionError, SafetensorError) as error:
+        raise CheckpointError(f"{folder / name}.json/.safetensors cannot be read: {error}") from error
+    if used != set(tensors):
+        raise CheckpointError(f"{path} holds tensors that {name}.json does not name: {sorted(set(tensors) - used)}")
+    return state
+
+
+class CheckpointWriter:
+    """Writes checkpoints in one background thread, at most one at a time, while training goes on."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def submit(self, final: Path, write: Callable[[Path], None], then: Callable[[], None], needed: int = 0) -> None:
+        """Begin to write the folder `final`: `write` fills it under a hidden name, `then` runs once it is complete.
+
+        Waits for the previous one first. What `write` saves must be a snapshot.
+
+        Raises:
+            Exception: whatever went wrong in the previous one.
+        """
+        self.wait()
+
+        def work() -> None:
+            try:
+                with staged_folder(final, needed) as folder:
+                    write(folder)
+                then()
+            except BaseException as error:  # carried to the thread that trains, where the next call raises it
+                self._error = error
+
+        # Not a daemon: a process that ends finishes the checkpoint that it began.
+        self._thread = threading.Thread(target=work, name=f"write {final.name}", daemon=False)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until nothing is being written, and raise what went wrong."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """The tensor without gradient. Sharded and packed subclasses are refused: their bytes alone are not their value."""
+    if type(tensor) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer):
+        raise TypeError(f"a {type(tensor).__name__} cannot be saved as it is; gather or convert it to a plain tensor")
+    return tensor.detach()
+
+
+def _encode(value: Any, where: str, tensors: dict[str, Tensor], names: dict[int, str]) -> Any:
+    """The JSON skeleton of `value`; its tensors are added to `tensors`, named after the place where each is."""
+    if isinstance(value, Tensor):
+        plain = _plain(value)
+        if id(value) not in names:
+            unique = where if where not in tensors else f"{where}~{len(tensors)}"
+            names[id(value)], tensors[unique] = unique, plain.cpu().contiguous().clone()
+        return {"tensor": [names[id(value)], str(plain.dtype).removeprefix("torch."), list(plain.shape)]}
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else {"float": str(float(value))}
+    if isinstance(value, list):
+        return [_encode(item, f"{where}.{index}", tensors, names) for index, item in enumerate(value)]
+    if type(value) is tuple:
+        return {"tuple": [_encode(item, f"{where}.{index}", tensors, names) for index, item in enumerate(value)]}
+    if isinstance(value, dict):
+        pairs = [
+            [_encode(key, f"{where}.key", tensors, names), _encode(item, f"{where}.{key}", tensors, names)]
+            for key, item in value.items()
+        ]
+        return {"dict": pairs}
+    raise TypeError(f"{where} is a {type(value).__name__}, which a checkpoint cannot hold")
+
+
+def _decode(value: Any, tensors: Mapping[str, Tensor], used: set[str]) -> Any:
+    """What `_encode` was given. Raises ValueError or TypeError on anything that it does not write."""
+    if isinstance(value, list):
+        return [_decode(item, tensors, used) for item in value]
+    if not isinstance(value, dict):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{value} is not written as a bare number")
+        return value
+    ((tag, content),) = value.items()
+    if tag == "dict":
+        return {_decode(key, tensors, used): _decode(item, tensors, used) for key, item in content}
+    if tag == "tuple":
+        return tuple(_decode(item, tensors, used) for item in content)
+    if tag == "float":
+        return float(content)
+    if tag != "tensor":
+        raise ValueError(f"unknown tag {tag!r}")
+    name, dtype, shape = content
+    if name not in tensors:
+        raise ValueError(f"tensor {name!r} is missing")
+    tensor = tensors[name]
+    found = (str(tensor.dtype).removeprefix("torch."), list(tensor.shape))
+    if found != (dtype, shape):
+        raise ValueError(f"tensor {name!r} should be {dtype} {shape}, but is {found[0]} {found[1]}")
+    used.add(name)
+    return tensor

@@ -1,0 +1,230 @@
+"""Files that are either whole or not there: atomic writes, staged folders, manifests.
+
+Nothing is ever written under its final name. A file or folder grows under a hidden name beside it, is flushed to the
+disk, and is then renamed, which a file system does at once or not at all. A process killed at any moment therefore
+leaves hidden leftovers at worst, and `clean_leftovers` knows them by name. POSIX only (flushing of folders).
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+MANIFEST = "manifest.json"
+LEFTOVER = re.compile(r"^\.(?P<name>.+)\.(?P<kind>partial|trash|replaced)-\d+-[0-9a-f]{8}$")
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_NO_SPACE_IN_RUST = tuple(f"(os error {code})" for code in _NO_SPACE)  # how safetensors words the same errors
+
+
+class DiskFull(OSError):
+    """No space left on the disk (or within the quota) for a file or folder; nothing half-written stays."""
+
+    def __init__(self, path: Path, needed: int) -> None:
+        free = shutil.disk_usage(path.parent).free
+        super().__init__(
+            errno.ENOSPC,
+            f"no space left to write {path}: it needs {_megabytes(needed)}, {_megabytes(free)} are free; what was "
+            "saved before is intact. Free some space, or choose a folder on a larger disk",
+        )
+        self.path, self.needed = path, needed
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Write `data` so that `path` holds either its old content or all of the new one, whatever happens.
+
+    Raises:
+        DiskFull: no space is left; `path` is as it was.
+        OSError: the folder is missing or cannot be written.
+    """
+    content = data.encode() if isinstance(data, str) else data
+    partial = hidden(path, "partial")
+    try:
+        with open(partial, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        if is_disk_full(error):
+            raise DiskFull(path, len(content)) from error
+        raise
+    finally:
+        partial.unlink(missing_ok=True)  # gone already where all went well
+    sync_folder(path.parent)
+
+
+@contextmanager
+def staged_folder(final: Path, needed: int = 0) -> Iterator[Path]:
+    """Yield a hidden folder beside `final` to write into; it becomes `final`, with a manifest, when the block ends.
+
+    An older folder of that name stays in place until the new one is complete. If the block raises, the hidden
+    folder is removed and `final` is as it was. One process at a time may write a given `final`.
+
+    Args:
+        final: the folder to be; its parent exists.
+        needed: bytes that will be written, if known: a disk too small for them is refused before the first one.
+
+    Raises:
+        DiskFull: no space is left.
+    """
+    if shutil.disk_usage(final.parent).free < needed:
+        raise DiskFull(final, needed)
+    stage, replaced = hidden(final, "partial"), hidden(final, "replaced")
+    try:
+        stage.mkdir()
+        yield stage
+        _seal(stage)
+        if final.is_dir():
+            os.rename(final, replaced)  # a crash right here is undone by clean_leftovers
+        os.rename(stage, final)
+    except Exception as error:  # whatever was raised goes on its way, only a full disk is said in clearer words
+        if is_disk_full(error):
+            raise DiskFull(final, max(needed, _size(stage))) from error
+        raise
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)  # gone already where all went well
+    sync_folder(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def verify_folder(folder: Path, checksums: bool = True) -> str | None:
+    """None where every file of the manifest is there as it was written, else a sentence that says what is wrong.
+
+    Files beside those of the manifest are nobody's business. With `checksums` off, only presence and sizes are
+    compared: enough to tell a complete folder from an unfinished one, as folders appear whole or not at all.
+    """
+    if not folder.is_dir():
+        return f"{folder} is not a folder"
+    try:
+        text = (folder / MANIFEST).read_bytes()
+    except OSError as error:
+        return f"{folder} has no readable {MANIFEST} ({error.strerror})"
+    table = _read_manifest(text)
+    if table is None:
+        return f"{folder / MANIFEST} is damaged"
+    for name, (size, checksum) in table.items():
+        path = folder / name
+        if path.is_symlink() or not path.resolve().is_relative_to(folder.resolve()):
+            return f"{path} is a link or lies outside its folder"
+        if not path.is_file():
+            return f"{path} is missing"
+        if path.stat().st_size != size:
+            return f"{path} is damaged: {path.stat().st_size} bytes instead of {size}"
+        if checksums and _checksum(path) != checksum:
+            return f"{path} is damaged: its checksum differs from the one in {MANIFEST}"
+    return None
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder so that a crash half-way never leaves something that looks like it."""
+    trash = hidden(folder, "trash")
+    os.rename(folder, trash)
+    sync_folder(folder.parent)
+    shutil.rmtree(trash)
+
+
+def clean_leftovers(folder: Path) -> None:
+    """Remove what killed processes left in `folder`, and put back a folder whose replacement never arrived.
+
+    Only for folders in which no other process writes: the caller holds their lock.
+    """
+    for path in sorted(folder.iterdir()):
+        found = LEFTOVER.match(path.name)
+        if found is None:
+            continue
+        original = folder / found["name"]
+        if found["kind"] == "replaced" and not original.exists():
+            os.rename(path, original)
+        elif path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def hidden(path: Path, kind: str) -> Path:
+    """A name beside `path` that no reader looks at, and that no other process or thread takes."""
+    return path.with_name(f".{path.name}.{kind}-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def is_disk_full(error: Exception) -> bool:
+    """Whether an exception says that the disk, or the quota, is full; safetensors says it in words alone."""
+    if isinstance(error, OSError):
+        return error.errno in _NO_SPACE
+    return any(words in str(error) for words in _NO_SPACE_IN_RUST)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush the names in a folder: without it a rename may be lost when the power fails."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _seal(stage: Path) -> None:
+    """Flush every file of a stage and write the manifest last: a folder with a manifest is a complete folder."""
+    table: dict[str, tuple[int, str]] = {}
+    for path in sorted(stage.rglob("*")):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise ValueError(f"{path} is neither a file nor a folder; only these can be kept")
+        with _descriptor(path) as descriptor:
+            os.fsync(descriptor)
+        if path.is_file():
+            table[path.relative_to(stage).as_posix()] = (path.stat().st_size, _checksum(path))
+    with open(stage / MANIFEST, "xb") as file:
+        file.write(_manifest(table))
+        file.flush()
+        os.fsync(file.fileno())
+    sync_folder(stage)
+
+
+@contextmanager
+def _descriptor(path: Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _manifest(table: dict[str, tuple[int, str]]) -> bytes:
+    """The one spelling of a manifest. It holds its own checksum, so that no byte of it can change unnoticed."""
+    files: dict[str, Any] = {name: {"size": size, "sha256": checksum} for name, (size, checksum) in table.items()}
+    own = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    return (json.dumps({"files": files, "sha256": own}, indent=1, sort_keys=True) + "\n").encode()
+
+
+def _read_manifest(text: bytes) -> dict[str, tuple[int, str]] | None:
+    """The table of a manifest, or None where a byte of it is not as `_manifest` writes it."""
+    try:
+        files = json.loads(text)["files"]
+        table = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    outside = any(PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts for name in table)
+    return None if outside or _manifest(table) != text else table
+
+
+def _checksum(path: Path) -> str:
+    """SHA-256. Slower than xxh3 (about 1 GB/s a core), but in the standard library, checkable with `sha256sum`, and
+    it runs in the background thread that writes, or once before a resume that reads the same bytes anyway."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _megabytes(size: int) -> str:
+    return f"{size:,} bytes" if size < 10_000_000 else f"{size / 1e6:,.0f} MB"

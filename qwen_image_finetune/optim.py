@@ -1,0 +1,174 @@
+"""Optimizers by import path, and learning rate schedules counted in optimizer steps."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from qwen_image_finetune.config import ConfigError, OptimizerConfig, SchedulerConfig
+
+KEY = "optimizer.init_args"
+# Arguments that choose an implementation of the same update; whoever gives one has said what they want.
+IMPLEMENTATIONS = {"fused", "foreach", "capturable", "differentiable"}
+
+
+def build_optimizer(config: OptimizerConfig, parameters: Iterable[Tensor]) -> Optimizer:
+    """The configured optimizer over `parameters`; fused Adam and AdamW where all of them are on CUDA.
+
+    Raises:
+        ConfigError: the class is no optimizer, or does not take the arguments it is given.
+    """
+    from qwen_image_finetune.config import import_class
+
+    optimizer_class = import_class(config.class_path, "optimizer.class_path", Optimizer)
+    trained = list(parameters)
+    if not trained:
+        raise ConfigError("nothing is trainable: model.lora.target_modules matches no module of the transformer")
+    if inspect.signature(optimizer_class.step).parameters["closure"].default is inspect.Parameter.empty:
+        raise ConfigError(
+            f"optimizer.class_path={config.class_path} evaluates the loss several times a step, which this trainer "
+            "does not do; use a first-order optimizer such as torch.optim.AdamW"
+        )
+    arguments = _checked_arguments(config, optimizer_class)
+    if optimizer_class in (torch.optim.Adam, torch.optim.AdamW) and not IMPLEMENTATIONS & set(arguments):
+        arguments["fused"] = all(tensor.is_cuda and tensor.is_floating_point() for tensor in trained) or None
+    try:
+        return optimizer_class(trained, **arguments)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{KEY}={config.init_args} is refused by {config.class_path}: {error}") from error
+
+
+def build_scheduler(config: SchedulerConfig, optimizer: Optimizer, total_steps: int) -> LambdaLR:
+    """The configured schedule of diffusers, to be stepped once per optimizer step.
+
+    Args:
+        total_steps: optimizer steps of the whole run, where decaying schedules end.
+
+    Raises:
+        ConfigError: the schedule cannot be built with this learning rate or number of cycles.
+    """
+    from diffusers import optimization
+
+    name, warmup = config.scheduler_type, config.warmup_steps
+    total = max(total_steps, warmup + 1)  # a run that ends within its warm-up never reaches the decay
+    cycles = config.num_cycles
+    if name == "cosine":  # get_scheduler drops num_cycles here
+        return optimization.get_cosine_schedule_with_warmup(
+            optimizer, warmup, total, num_cycles=0.5 if cycles is None else cycles
+        )
+    if name == "cosine_with_restarts" and cycles is not None and not float(cycles).is_integer():
+        raise ConfigError(
+            f"lr_scheduler.num_cycles={cycles}: cosine_with_restarts counts whole restarts; give 1, 2, ..., or use "
+            "lr_scheduler.scheduler_type=cosine, which takes parts of a period"
+        )
+    try:
+        return optimization.get_scheduler(
+            name,
+            optimizer,
+            num_warmup_steps=warmup,
+            num_training_steps=total,
+            num_cycles=1 if cycles is None else int(cycles),
+            power=config.power,
+        )
+    except ValueError as error:
+        raise ConfigError(f"lr_scheduler.scheduler_type={name}: {error}") from error
+
+
+def optimizer_state(optimizer: Optimizer) -> dict[str, Any]:
+    """The state of an optimizer with what it belongs to: its class and the shapes of its parameters."""
+    return {"class": _class_path(optimizer), "shapes": _shapes(optimizer), "state": optimizer.state_dict()}
+
+
+def restore_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> tuple[str, ...]:
+    """Give `optimizer` the state that `optimizer_state` returned.
+
+    Returns:
+        A sentence for every option that the configuration sets to another value than the saved state: a resumed run
+        goes on with the saved one.
+
+    Raises:
+        ConfigError: the state is that of another class of optimizer, or of other parameters.
+    """
+    if saved["class"] != _class_path(optimizer):
+        raise ConfigError(
+            f"optimizer.class_path={_class_path(optimizer)}, but the checkpoint was trained with {saved['class']}: "
+            "resume with the same optimizer, or start a new run from its weights with model.lora.pretrained_weight"
+        )
+    if saved["shapes"] != _shapes(optimizer):
+        found, wanted = _shapes(optimizer), saved["shapes"]
+        raise ConfigError(
+            f"the checkpoint holds the optimizer state of other parameters ({len(wanted)} tensors, this run trains "
+            f"{len(found)}; the first difference: {_first_difference(wanted, found)}): resume with the model and "
+            "model.lora settings that it was trained with"
+        )
+    notes = [
+        f"{KEY}.{name}={ours!r} has no effect: the resumed run goes on with {theirs!r}"
+        for group, other in zip(optimizer.param_groups, saved["state"]["param_groups"], strict=True)
+        for name in optimizer.defaults
+        if (ours := _option(group, name)) != (theirs := _option(other, name))
+        and name in inspect.signature(type(optimizer)).parameters
+    ]
+    optimizer.load_state_dict(saved["state"])
+    return tuple(dict.fromkeys(notes))
+
+
+def _checked_arguments(config: OptimizerConfig, optimizer_class: type[Optimizer]) -> dict[str, Any]:
+    """The arguments as the class takes them: lists become tuples, texts for numbers and unknown names are refused."""
+    parameters = dict(inspect.signature(optimizer_class).parameters)
+    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    names = [name for name, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD][1:]
+    arguments = {}
+    for name, value in config.init_args.items():
+        if name not in names and not open_ended:
+            nearest = difflib.get_close_matches(name, names, 1)
+            raise ConfigError(
+                f"{KEY}.{name} is not an argument of {config.class_path}"
+                + (f"; did you mean {nearest[0]}?" if nearest else "")
+                + f" It takes {', '.join(names)}"
+            )
+        default = parameters[name].default if name in parameters else None
+        _check_number(name, value, default)
+        arguments[name] = tuple(value) if isinstance(value, list) else value
+    return arguments
+
+
+def _check_number(name: str, value: Any, default: Any) -> None:
+    """Raises ConfigError where a number is wanted, going by the default, and a text or a truth value is given."""
+    if isinstance(default, list | tuple):
+        wanted, given = True, value if isinstance(value, list | tuple) else [value]
+    else:
+        wanted = name == "lr" or (isinstance(default, int | float) and not isinstance(default, bool))
+        given = [value]
+    for item in given if wanted else ():
+        if isinstance(item, str) or (isinstance(item, bool) and not isinstance(default, int)):
+            raise ConfigError(f"{KEY}.{name}={value!r} is not a number, such as {default!r}; write it without quotes")
+
+
+def _option(group: Mapping[str, Any], name: str) -> Any:
+    """An option as it was configured: the schedule changes lr and keeps what it began with as initial_lr."""
+    value = group.get("initial_lr", group.get(name)) if name == "lr" else group.get(name)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _shapes(optimizer: Optimizer) -> list[list[int]]:
+    return [list(tensor.shape) for group in optimizer.param_groups for tensor in group["params"]]
+
+
+def _first_difference(wanted: list[list[int]], found: list[list[int]]) -> str:
+    for index, (one, other) in enumerate(zip(wanted, found, strict=False)):
+        if one != other:
+            return f"tensor {index} was {one} and is {other}"
+    return "their number"
+
+
+def _class_path(optimizer: Optimizer) -> str:
+    """Import path of the class itself; accelerate's wrapper is looked through."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return f"{type(inner).__module__}.{type(inner).__qualname__}"

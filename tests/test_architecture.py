@@ -1,0 +1,348 @@
+"""The shape of the house, kept by walking the source: floors, light modules, and what no module may do."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = "qwen_image_finetune"
+
+# From the top down. A module imports from its own floor and from floors below; a name stands for a file or a folder.
+FLOORS: tuple[frozenset[str], ...] = (
+    frozenset({"src"}),
+    frozenset({"cli", "__main__"}),
+    frozenset({"trainer", "train", "cache", "predict", "evaluate", "report", "loading"}),
+    frozenset({"families", "levers", "data"}),
+    frozenset({"flow", "store", "checkpoint", "runs", "optim", "trackers"}),
+    frozenset({"config", "records", "files", "console", "__init__"}),
+)
+STRANGERS = frozenset({"families", "levers", "data"})  # axes that multiply: none of them knows another
+
+# Read before a configuration is known to be right, so they load in a moment.
+LIGHT = ("cli", "config", "runs", "files", "families", "records")
+HEAVY = frozenset({"torch", "torchvision", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes"})
+
+CODE_FROM_DATA = frozenset({"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"})
+FORBIDDEN_CALLS = {
+    "eval": "runs text as code",
+    "exec": "runs text as code",
+    "torch.load": "unpickles; use safetensors",
+    "yaml.load": "builds objects; use yaml.safe_load",
+    "yaml.load_all": "builds objects; use yaml.safe_load_all",
+    "yaml.full_load": "builds objects; use yaml.safe_load",
+    "yaml.unsafe_load": "builds objects; use yaml.safe_load",
+    "hasattr": "hides a typo; ask for the type, or let it fail",
+}
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported module name, with the line that imports it."""
+
+    name: str
+    line: int
+    runs_at_import: bool  # neither in a function nor under TYPE_CHECKING
+
+
+def module_name(path: Path, root: Path = ROOT) -> str:
+    """`qwen_image_finetune.families.base` of its file; a folder's __init__.py is the folder."""
+    parts = path.relative_to(root).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@cache
+def modules() -> dict[str, Path]:
+    """Every module of the package and of the door beside it."""
+    return {module_name(path): path for folder in (PACKAGE, "src") for path in sorted((ROOT / folder).rglob("*.py"))}
+
+
+def imports_of(source: str, name: str, is_package: bool = False) -> Iterator[Import]:
+    """What the module `name` imports; `from package import submodule` counts as the submodule where there is one."""
+
+    def visit(node: ast.AST, runs: bool) -> Iterator[Import]:
+        if isinstance(node, ast.Import):
+            yield from (Import(alias.name, node.lineno, runs) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = name.split(".")[: None if is_package and node.level == 1 else -(node.level - is_package)]
+                base = ".".join([*parents, *([node.module] if node.module else [])])
+            for alias in node.names:
+                inner = f"{base}.{alias.name}"
+                yield Import(inner if inner in modules() else base, node.lineno, runs)
+        elif isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            yield from (found for child in node.body for found in visit(child, False))
+            yield from (found for child in node.orelse for found in visit(child, runs))
+        else:
+            runs = runs and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            yield from (found for child in ast.iter_child_nodes(node) for found in visit(child, runs))
+
+    return visit(ast.parse(source), True)
+
+
+@cache
+def imports(name: str) -> tuple[Import, ...]:
+    path = modules()[name]
+    return tuple(imports_of(path.read_text(encoding="utf-8"), name, path.name == "__init__.py"))
+
+
+def place(name: str) -> str:
+    """The entry of FLOORS that a module belongs to."""
+    parts = name.split(".")
+    return parts[0] if parts[0] != PACKAGE else parts[1] if len(parts) > 1 else "__init__"
+
+
+def floor(name: str) -> int:
+    """Number of the floor, counted from the top."""
+    return next(number for number, places in enumerate(FLOORS) if place(name) in places)
+
+
+def broken_floor(importer: str, imported: str) -> str | None:
+    """Which rule of the floors this import breaks, if any."""
+    if floor(imported) < floor(importer):
+        return f"{place(importer)} may not import from a floor above, {place(imported)}"
+    if {place(importer), place(imported)} <= STRANGERS and place(importer) != place(imported):
+        return f"{place(importer)} may not know {place(imported)}"
+    return None
+
+
+def forbidden_in(source: str) -> Iterator[tuple[int, str]]:
+    """(line, what is wrong) for everything that turns data into code or hides an error."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            yield from ((node.lineno, f"imports {name}") for name in names if name.split(".")[0] in CODE_FROM_DATA)
+        elif isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            if called in FORBIDDEN_CALLS:
+                yield node.lineno, f"{called}: {FORBIDDEN_CALLS[called]}"
+            for keyword in node.keywords:
+                if keyword.arg in ("allow_pickle", "trust_remote_code") and ast.unparse(keyword.value) != "False":
+                    yield node.lineno, f"{keyword.arg}={ast.unparse(keyword.value)}: runs what was downloaded"
+        elif isinstance(node, ast.ExceptHandler):
+            caught = ast.unparse(node.type) if node.type else "everything"
+            raises_again = isinstance(node.body[-1], ast.Raise)
+            if re.search(r"\b(everything|Exception|BaseException)\b", caught) and not raises_again:
+                yield node.lineno, f"catches {caught}: name the errors that are expected"
+
+
+def where(name: str, line: int) -> str:
+    return f"{modules()[name].relative_to(ROOT)}:{line}"
+
+
+def test_every_module_has_a_floor() -> None:
+    unplaced = {place(name) for name in modules()} - frozenset().union(*FLOORS)
+    assert not unplaced, f"say in FLOORS of {Path(__file__).name} where these belong: {sorted(unplaced)}"
+
+
+def test_imports_go_down() -> None:
+    broken = [
+        f"{where(name, found.line)}: {reason}"
+        for name in modules()
+        for found in imports(name)
+        if found.name in modules() and (reason := broken_floor(name, found.name))
+    ]
+    assert not broken, "\n".join(broken)
+
+
+def test_no_circles() -> None:
+    """Counted are the imports that run when the module is loaded."""
+    edges = {
+        name: {found.name for found in imports(name) if found.runs_at_import and found.name in modules()} - {name}
+        for name in modules()
+    }
+    circles = []
+    for start, first in edges.items():
+        reached, waiting = set[str](), list(first)
+        while waiting:
+            name = waiting.pop()
+            if name not in reached:
+                reached.add(name)
+                waiting.extend(edges[name])
+        if start in reached:
+            circles.append(start)
+    assert not circles, f"these modules import each other: {circles}"
+
+
+@pytest.mark.parametrize(
+    ("importer", "imported", "allowed"),
+    [
+        ("cli", "train", True),
+        ("families.base", "records", True),
+        ("families.qwen_image_edit", "families.base", True),
+        ("train", "predict", True),
+        ("config", "records", True),
+        ("store", "train", False),
+        ("config", "families", False),
+        ("families.base", "levers.adapters", False),
+        ("levers.adapters", "families", False),
+        ("data.dataset", "families.base", False),
+    ],
+)
+def test_floor_rule(importer: str, imported: str, allowed: bool) -> None:
+    assert (broken_floor(f"{PACKAGE}.{importer}", f"{PACKAGE}.{imported}") is None) == allowed
+
+
+def test_imports_are_found() -> None:
+    source = (
+        "from __future__ import annotations\n"
+        "from typing import TYPE_CHECKING\n"
+        "from . import base\n"
+        "from ..records import Batch\n"
+        "from qwen_image_finetune import records\n"
+        "if TYPE_CHECKING:\n"
+        "    import torch\n"
+        "def load():\n"
+        "    import diffusers.models\n"
+    )
+    found = {(item.name, item.line, item.runs_at_import) for item in imports_of(source, f"{PACKAGE}.families.new")}
+    assert found >= {
+        (f"{PACKAGE}.families.base", 3, True),
+        (f"{PACKAGE}.records", 4, True),
+        (f"{PACKAGE}.records", 5, True),
+        ("torch", 7, False),
+        ("diffusers.models", 9, False),
+    }
+    of_folder = [item.name for item in imports_of("from .base import Family", f"{PACKAGE}.families", is_package=True)]
+    assert of_folder == [f"{PACKAGE}.families.base"]
+
+
+def test_nothing_forbidden() -> None:
+    broken = [
+        f"{where(name, line)}: {reason}"
+        for name, path in modules().items()
+        for line, reason in forbidden_in(path.read_text(encoding="utf-8"))
+    ]
+    assert not broken, "\n".join(broken)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "from dill import loads",
+        "torch.load(path)",
+        "torch.load(path, weights_only=True)",
+        "eval(text)",
+        "yaml.load(text, Loader=yaml.SafeLoader)",
+        "numpy.load(path, allow_pickle=True)",
+        "AutoModel.from_pretrained(path, trust_remote_code=trusted)",
+        "hasattr(model, 'config')",
+        "try:\n    run()\nexcept Exception:\n    pass",
+        "try:\n    run()\nexcept (ValueError, BaseException) as error:\n    print(error)",
+        "try:\n    run()\nexcept:\n    pass",
+    ],
+)
+def test_forbidden_is_seen(source: str) -> None:
+    assert list(forbidden_in(source))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "model.eval()",
+        "yaml.safe_load(text)",
+        "torch.load_state(path)",
+        "AutoModel.from_pretrained(path, trust_remote_code=False)",
+        "try:\n    run()\nexcept ValueError:\n    pass",
+        "try:\n    run()\nexcept BaseException:\n    clean_up()\n    raise",
+    ],
+)
+def test_allowed_is_left_alone(source: str) -> None:
+    assert not list(forbidden_in(source))
+
+
+def test_light_modules_say_nothing_heavy() -> None:
+    """Their own lines, and those of every module of ours that loads with them."""
+    waiting = [f"{PACKAGE}.{name}" for name in LIGHT]
+    seen, broken = set[str](), []
+    while waiting:
+        name = waiting.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        for found in imports(name):
+            if found.runs_at_import and found.name.split(".")[0] in HEAVY:
+                broken.append(f"{where(name, found.line)}: {found.name} is loaded with one of {LIGHT}")
+            if found.runs_at_import and found.name in modules():
+                waiting.append(found.name)
+    assert not broken, "\n".join(broken)
+
+
+def test_light_modules_load_nothing_heavy() -> None:
+    """The same, seen from a fresh interpreter: also what third parties bring with them."""
+    names = ", ".join(f"{PACKAGE}.{name}" for name in LIGHT)
+    program = f"import sys, {names}; print(*sorted({set(HEAVY)} & set(sys.modules)))"
+    loaded = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert loaded.stdout.split() == []
+
+
+def _normalised(requirement: str) -> str:
+    """Name of a distribution as packaging compares it, without its extras and version."""
+    match = re.match(r"[\w.-]+", requirement)
+    assert match, requirement
+    return re.sub(r"[-_.]+", "-", match.group()).lower()
+
+
+def test_every_dependency_is_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = [text for name, texts in project["optional-dependencies"].items() if name != "dev" for text in texts]
+    declared = {_normalised(text) for text in [*project["dependencies"], *extras]}
+    distributions = importlib.metadata.packages_distributions()
+    undeclared = []
+    for name in modules():
+        for found in imports(name):
+            top = found.name.split(".")[0]
+            if top in sys.stdlib_module_names or top in (PACKAGE, "src"):
+                continue
+            if declared.isdisjoint(_normalised(owner) for owner in distributions.get(top, [top])):
+                undeclared.append(f"{where(name, found.line)}: {top} is not in pyproject.toml")
+    assert not undeclared, "\n".join(undeclared)
+
+
+def test_package_and_project_agree_on_the_version() -> None:
+    import qwen_image_finetune
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert qwen_image_finetune.__version__ == project["version"]
+
+
+def test_lock_names_no_place_of_one_machine() -> None:
+    lines = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
+    assert all(re.match(r"[\w.-]+==[\w.+!]+( ; .+)?$", line) for line in lines if not line.startswith("#"))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_configuration_loads(path: Path) -> None:
+    from qwen_image_finetune.config import load_config
+
+    load_config(path)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [ROOT / "accelerate_config.yaml", *sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))],
+    ids=lambda path: path.name,
+)
+def test_launch_configuration_loads(path: Path) -> None:
+    """accelerate itself reads it, refuses unknown keys, and leaves the precision to the run's configuration."""
+    from accelerate.commands.config import load_config_from_file
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+    assert load_config_from_file(str(path)).num_processes >= 1
+    arguments = launch_command_parser().parse_args(["--config_file", str(path), "--module", "src.main"])
+    arguments, _, _ = _validate_launch_command(arguments)
+    assert arguments.mixed_precision == "no"
+    assert arguments.use_fsdp == (path.name == "fsdp2.yaml")
+    assert not arguments.use_fsdp or int(arguments.fsdp_version) == 2

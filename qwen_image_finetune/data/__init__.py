@@ -1,0 +1,1 @@
+"""Data: files to examples, and the order of batches."""

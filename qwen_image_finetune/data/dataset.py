@@ -1,0 +1,288 @@
+"""Pairs of pictures with prompts, read from folders."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from qwen_image_finetune.data.geometry import (
+    Crop,
+    Extent,
+    Picture,
+    Plan,
+    Size,
+    fit,
+    generator,
+    same_aspect,
+    transfer,
+)
+from qwen_image_finetune.data.images import DataError, open_upright, resize, size_upright
+from qwen_image_finetune.data.listing import Row
+from qwen_image_finetune.data.sources import read_folder
+from qwen_image_finetune.records import Example
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from qwen_image_finetune.config import DatasetArguments
+
+__all__ = ["DataError", "ImageDataset", "Picture", "Plan", "Row", "Size"]
+
+_CHUNK = 1024  # rows checked between two calls of progress
+
+
+class ImageDataset:
+    """The rows of one or several folders; pictures are read when asked for.
+
+    Attributes:
+        rows: what the folders hold, sorted by key within each folder. Rows that lack a file are not among them.
+        notes: what the user should be told once.
+    """
+
+    def __init__(
+        self, arguments: DatasetArguments, size: Size, side_multiple: int, max_references: int, seed: int = 0
+    ) -> None:
+        """List the folders. Opens no picture, and leaves what is wrong with them to `check`.
+
+        Args:
+            size: `Family.size`.
+            side_multiple: sides of pictures are multiples of this, in pixels.
+            max_references: most references of one row.
+            seed: of the random crop.
+
+        Raises:
+            DataError: options that no data could fulfil.
+        """
+        self.notes: list[str] = []
+        self.rows: Sequence[Row]
+        self._size, self._max_references, self._seed = size, max_references, seed
+        self._image_size, self._area = self._final(arguments, side_multiple)
+        self._crop = _crop(arguments)
+        self._problems: list[str] = []
+        self.rows = self._list(arguments)
+        self._note_rows(arguments.use_edit_mask)
+        # Upright sizes of all files, row after row (target, references, mask); 0 where not yet read.
+        counts = [1 + len(row.reference_names) + (row.mask_name is not None) for row in self.rows]
+        self._first = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])  # (rows + 1,)
+        self._extents = np.zeros((int(self._first[-1]), 2), dtype=np.uint32)  # (files, 2): width, height
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def check(self, decode: bool = False, progress: Callable[[int, int], None] | None = None) -> list[str]:
+        """Every problem of the data, one line each; an empty list means that it can be trained on.
+
+        Args:
+            decode: read every picture to its end; otherwise headers alone, which misses damage behind them.
+            progress: called with (rows done, rows).
+        """
+        problems = dict.fromkeys(self._problems)  # in order, and once where rows share a file
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            for start in range(0, len(self), _CHUNK):
+                rows = range(start, min(start + _CHUNK, len(self)))
+                for lines in pool.map(lambda index: self._check_row(index, decode), rows):
+                    problems.update(dict.fromkeys(lines))
+                if progress is not None:
+                    progress(rows.stop, len(self))
+        return list(problems)
+
+    def plan(self, index: int, visit: int = 0) -> Plan:
+        """What becomes of the pictures of a row, from the headers of its files.
+
+        Args:
+            visit: how often the row was seen before; a random crop differs from visit to visit.
+
+        Raises:
+            DataError: a header that cannot be read, or a picture too long and narrow.
+        """
+        row = self.rows[index]
+        extents = self._read_extents(index)
+        images = extents[: 1 + len(row.reference_names)]
+        nominal = self._crop.nominal(images[0], self._image_size)
+        draw = generator(self._seed, row.key, visit) if self._crop.random else None
+        box = self._crop.box(images[0], nominal, draw)
+        try:
+            parts = fit(images, box, nominal, self._size, self._image_size, self._area)
+        except DataError as error:
+            raise DataError([f"{row.target}: {line}" for line in error.problems]) from None
+        paths = (row.target, *row.references)
+        target, *references = (Picture(path, *part) for path, part in zip(paths, parts, strict=True))
+        mask = None
+        if row.mask is not None:
+            mask = Picture(row.mask, transfer(target.box, images[0], extents[-1]), target.size)
+        return Plan(target, tuple(references), mask)
+
+    def geometry(self, index: int, with_references: bool = True) -> tuple[Extent, ...]:
+        """Final sizes of the target and the references of a row, the same at every visit."""
+        plan = self.plan(index)
+        return (plan.target.size, *(picture.size for picture in plan.references if with_references))
+
+    def prompt(self, index: int) -> str:
+        """The caption of a row, without byte order mark and surrounding white space, lines ended by a line feed.
+
+        Raises:
+            DataError: the file is gone or not UTF-8.
+        """
+        row = self.rows[index]
+        if row.caption is None:
+            assert row.prompt is not None
+            text = row.prompt
+        else:
+            try:
+                text = row.caption.read_bytes().decode("utf-8-sig")
+            except UnicodeDecodeError as error:
+                raise DataError(f"{row.caption}: not UTF-8 ({error}); save it as UTF-8") from error
+            except OSError as error:
+                raise DataError(f"{row.caption}: cannot be read ({error})") from error
+        return text.replace("\r\n", "\n").replace("\r", "\n").strip()
+
+    def load(self, index: int, visit: int = 0) -> Example:
+        """Read a row: the target and its mask at their final size, the references cropped but at their own size.
+
+        Raises:
+            DataError: a file that cannot be read, or has changed since its header was.
+        """
+        plan = self.plan(index, visit)
+        extents = self._read_extents(index)
+        target = resize(_cropped(plan.target, extents[0]), plan.target.size)
+        mask = None
+        if plan.mask is not None:
+            mask = resize(_cropped(plan.mask, extents[-1], "black").convert("L"), plan.mask.size)
+        return Example(
+            key=self.rows[index].key,
+            prompt=self.prompt(index),
+            references=tuple(
+                _cropped(picture, extents[place]) for place, picture in enumerate(plan.references, start=1)
+            ),
+            reference_sizes=tuple(picture.size for picture in plan.references),
+            target=target,
+            mask=mask,
+        )
+
+    def _final(self, arguments: DatasetArguments, side_multiple: int) -> tuple[Extent | None, int | None]:
+        """(size of every target or None, pixel area of pictures that keep their aspect ratio)."""
+        if arguments.image_size is None:
+            return None, None if arguments.resolution is None else arguments.resolution**2
+        width, height = (side // side_multiple * side_multiple for side in arguments.image_size)
+        if not width or not height:
+            raise DataError(
+                f"data.init_args.image_size={arguments.image_size}: this model takes sides that are multiples of "
+                f"{side_multiple}; give at least that"
+            )
+        if [width, height] != arguments.image_size:
+            self.notes.append(
+                f"data.init_args.image_size={arguments.image_size} is rounded down to [{width}, {height}]: this model "
+                f"takes sides that are multiples of {side_multiple}"
+            )
+        return (width, height), width * height
+
+    def _list(self, arguments: DatasetArguments) -> list[Row]:
+        folders = arguments.folders
+        names = [folder.resolve().name for folder in folders]
+        if len(set(names)) < len(names):
+            names = [f"{number}-{name}" for number, name in enumerate(names, start=1)]
+        rows: list[Row] = []
+        for folder, name in zip(folders, names, strict=True):
+            listed, problems = read_folder(folder, masks=arguments.use_edit_mask)
+            self._problems += problems
+            rows += [replace(row, key=f"{name}/{row.key}") for row in listed] if len(folders) > 1 else listed
+        if not folders:
+            self._problems.append("data.init_args.dataset_path is an empty list; name at least one folder")
+        if rows and arguments.use_edit_mask and all(row.mask_name is None for row in rows):
+            self._problems.append(
+                "data.init_args.use_edit_mask=true, but no row has a mask; put STEM_mask beside the target"
+            )
+        return rows
+
+    def _note_rows(self, use_edit_mask: bool) -> None:
+        counts = Counter(len(row.reference_names) for row in self.rows)
+        if set(counts) == {0}:
+            self.notes.append("no row has a reference: training on captions alone")
+        elif len(counts) > 1:
+            shares = ", ".join(f"{rows} rows with {count}" for count, rows in sorted(counts.items()))
+            self.notes.append(f"rows differ in the number of references: {shares}")
+        without = sum(row.mask_name is None for row in self.rows)
+        if use_edit_mask and 0 < without < len(self.rows):
+            self.notes.append(
+                f"{without} of {len(self.rows)} rows have no edit mask and count as foreground everywhere"
+            )
+
+    def _read_extents(self, index: int) -> list[Extent]:
+        """Upright sizes of the target, the references and the mask of a row; each header is read once."""
+        row, first, end = self.rows[index], self._first[index], self._first[index + 1]
+        extents = self._extents[first:end]
+        if not extents.all():
+            problems: list[str] = []
+            for place, path in enumerate(_paths(row)):
+                try:
+                    extents[place] = size_upright(path)
+                except DataError as error:
+                    problems += error.problems
+            if problems:
+                raise DataError(problems)
+        return [(int(width), int(height)) for width, height in extents]
+
+    def _check_row(self, index: int, decode: bool) -> list[str]:
+        row = self.rows[index]
+        problems = []
+        if len(row.reference_names) > self._max_references:
+            problems.append(
+                f"{row.target}: {len(row.reference_names)} references; this model takes at most {self._max_references}"
+            )
+        try:
+            self.prompt(index)
+        except DataError as error:
+            problems += error.problems
+        try:
+            self.plan(index)
+            extents = self._read_extents(index)
+        except DataError as error:
+            return problems + list(error.problems)
+        if row.mask is not None and not same_aspect(extents[-1], extents[0]):
+            sizes = [f"{width} x {height}" for width, height in (extents[-1], extents[0])]
+            problems.append(f"{row.mask}: {sizes[0]} pixels have not the aspect ratio of the target's {sizes[1]}")
+        return problems + (_decode(row) if decode else [])
+
+
+def _crop(arguments: DatasetArguments) -> Crop:
+    if arguments.center_crop:
+        return Crop(center_ratio=arguments.center_crop_ratio)
+    if not arguments.random_crop:
+        return Crop()
+    window = arguments.crop_size
+    if isinstance(window, list) and len(window) != 2:
+        raise DataError(f"data.init_args.crop_size={window} is neither a side nor [width, height]")
+    sides = (window, window) if isinstance(window, int) else None if window is None else (window[0], window[1])
+    return Crop(random=True, window=sides, scale=(arguments.crop_scale[0], arguments.crop_scale[1]))
+
+
+def _paths(row: Row) -> tuple[Path, ...]:
+    return (row.target, *row.references, *(() if row.mask is None else (row.mask,)))
+
+
+def _decode(row: Row) -> list[str]:
+    """Problems behind the headers."""
+    problems: list[str] = []
+    for path in _paths(row):
+        try:
+            picture = open_upright(path, "black" if path == row.mask else "white")
+        except DataError as error:
+            problems += error.problems
+            continue
+        if path == row.mask and picture.convert("L").getextrema()[1] == 1:
+            problems.append(f"{path}: the brightest value of this mask is 1; white, 255, is foreground")
+    return problems
+
+
+def _cropped(picture: Picture, extent: Extent, background: str = "white") -> Image:
+    image = open_upright(picture.path, background)
+    if image.size != extent:
+        raise DataError(f"{picture.path}: changed while it was used; it had {extent} pixels, now {image.size}")
+    return image if picture.box == (0, 0, *extent) else image.crop(picture.box)

@@ -1,0 +1,95 @@
+"""Which files a data set has: the row of one sample, and a folder that is listed but never left."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp")  # endings of picture files, in any case
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One sample of a data set: where its files are. File names are relative to the folder, which all rows share.
+
+    Names instead of paths: a hundred thousand rows take a quarter of the memory.
+    """
+
+    key: str  # unique in the data set, the same in every run
+    folder: Path
+    target_name: str
+    reference_names: tuple[str, ...]
+    caption_name: str | None  # file of the prompt
+    prompt: str | None  # or the prompt itself
+    mask_name: str | None
+
+    @property
+    def target(self) -> Path:
+        return self.folder / self.target_name
+
+    @property
+    def references(self) -> tuple[Path, ...]:
+        return tuple(self.folder / name for name in self.reference_names)
+
+    @property
+    def caption(self) -> Path | None:
+        return None if self.caption_name is None else self.folder / self.caption_name
+
+    @property
+    def mask(self) -> Path | None:
+        return None if self.mask_name is None else self.folder / self.mask_name
+
+
+class Tree:
+    """A folder and what lies in it. Each directory is listed once; plain files are never looked at one by one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._root = os.path.realpath(folder)
+        self._listed: dict[str, dict[str, str]] = {}
+
+    def list(self, directory: str = "") -> dict[str, str]:
+        """Name -> "file", "folder", or what is wrong with it. Hidden names (.DS_Store, ._x.jpg) are left out."""
+        if directory not in self._listed:
+            with os.scandir(self.folder / directory) as entries:
+                self._listed[directory] = {
+                    entry.name: self._kind(entry) for entry in entries if not entry.name.startswith(".")
+                }
+        return self._listed[directory]
+
+    def folder_fault(self, directory: str) -> str | None:
+        """Why `directory` cannot be listed, or None. Looks at every folder above it, which may be a link as well."""
+        above, _, name = directory.rpartition("/")
+        fault = self.folder_fault(above) if above else None
+        if fault is not None:
+            return fault
+        kind = self.list(above).get(name, "no such folder")
+        if kind == "folder":
+            return None
+        return "a file, not a folder" if kind == "file" else kind
+
+    def file_fault(self, name: str) -> str | None:
+        """Why the file `name`, relative to the folder, must not or cannot be read, or None."""
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts:
+            return "leaves the data set's folder; only relative paths inside it are read"
+        above, _, last = str(path).rpartition("/")
+        fault = self.folder_fault(above) if above else None
+        if fault is not None:
+            return f"{above} is {fault}"
+        kind = self.list(above).get(last, "no such file")
+        if kind == "file":
+            return None
+        return "a folder, not a file" if kind == "folder" else kind
+
+    def _kind(self, entry: os.DirEntry[str]) -> str:
+        if entry.is_symlink():
+            aim = os.path.realpath(entry.path)
+            if not Path(aim).is_relative_to(self._root):
+                return "a link that leaves the data set's folder; copy the file there"
+            if not os.path.exists(aim):
+                return f"a link to {aim}, which is not there"
+        if entry.is_dir():
+            return "folder"
+        return "file" if entry.is_file() else "neither a file nor a folder"

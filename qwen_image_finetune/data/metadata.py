@@ -1,0 +1,139 @@
+"""Samples named by a table: metadata.jsonl or metadata.csv in the folder of the data set."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import PurePosixPath
+from typing import Any
+
+from qwen_image_finetune.data.listing import Row, Tree
+
+METADATA = ("metadata.jsonl", "metadata.csv")
+TARGET = ("image", "file_name", "image_path")
+REFERENCES = ("edit_image", "control", "control_path")  # one path or a list; or control_path_0, control_path_1, ...
+PROMPT = ("prompt", "caption", "text")
+MASK = ("mask",)
+
+_NUMBERED = re.compile(r"control_path_(\d+)")
+
+
+class _Fault(ValueError):
+    """What is wrong with one line."""
+
+
+def read_metadata(tree: Tree, name: str, *, masks: bool) -> tuple[list[Row], list[str]]:
+    """Rows in the order of the table, and what is wrong with it, one line each.
+
+    A row's key is the path of its target; a target named again gets "#2", "#3", ... after it.
+    """
+    rows: list[Row] = []
+    problems: list[str] = []
+    seen: dict[str, int] = {}
+    try:
+        for line, fields in _lines(tree, name):
+            try:
+                if isinstance(fields, _Fault):
+                    raise fields
+                row = _row(tree, fields, masks)
+            except _Fault as fault:
+                problems.append(f"{tree.folder / name}, line {line}: {fault}")
+                continue
+            seen[row.target_name] = times = seen.get(row.target_name, 0) + 1
+            key = row.target_name if times == 1 else f"{row.target_name}#{times}"
+            rows.append(replace(row, key=key))
+    except (UnicodeDecodeError, csv.Error) as error:
+        problems.append(f"{tree.folder / name}: cannot be read as a table in UTF-8 ({error})")
+    return rows, problems
+
+
+def _lines(tree: Tree, name: str) -> Iterator[tuple[int, Mapping[str, Any] | _Fault]]:
+    """(line number, fields or what is wrong) of every line that is not blank."""
+    with open(tree.folder / name, encoding="utf-8-sig", newline="") as file:
+        if name.endswith(".csv"):
+            reader = csv.DictReader(file, strict=True)
+            for fields in reader:
+                yield reader.line_num, _cells(fields)
+            return
+        for line, text in enumerate(file, start=1):
+            if not text.strip():
+                continue
+            try:
+                fields = json.loads(text)
+            except json.JSONDecodeError as error:
+                yield line, _Fault(f"not JSON ({error})")
+            else:
+                yield line, fields if isinstance(fields, dict) else _Fault("not an object {...}")
+
+
+def _cells(fields: Mapping[str | None, Any]) -> Mapping[str, Any] | _Fault:
+    """Cells of a CSV line, empty paths as None. A cell that begins with "[" is a JSON list of paths."""
+    if None in fields or None in fields.values():
+        return _Fault("not as many cells as the first line has")
+    cells: dict[str, Any] = {}
+    for column, cell in fields.items():
+        assert column is not None
+        cells[column] = cell if column in PROMPT else cell.strip() or None
+        if column in REFERENCES and cell.strip().startswith("["):
+            try:
+                cells[column] = json.loads(cell)
+            except json.JSONDecodeError as error:
+                return _Fault(f"{column} begins like a list but is not one ({error})")
+    return cells
+
+
+def _row(tree: Tree, fields: Mapping[str, Any], masks: bool) -> Row:
+    _refuse_typos(fields)
+    target = _path(tree, *_one(fields, TARGET))
+    numbered = sorted((int(match[1]), column) for column in fields if (match := _NUMBERED.fullmatch(column)))
+    references = [_path(tree, column, fields[column]) for _, column in numbered if fields[column] is not None]
+    if any(fields.get(column) is not None for column in REFERENCES):
+        column, given = _one(fields, REFERENCES)
+        if references:
+            raise _Fault(f"both {column} and {numbered[0][1]} name references")
+        references = [_path(tree, column, each) for each in (given if isinstance(given, list) else [given])]
+    column, prompt = _one(fields, PROMPT)
+    if not isinstance(prompt, str):
+        raise _Fault(f'{column} is {prompt!r}, not a text; the empty prompt is written ""')
+    mask = fields.get("mask") if masks else None
+    return Row(
+        key=target,
+        folder=tree.folder,
+        target_name=target,
+        reference_names=tuple(references),
+        caption_name=None,
+        prompt=prompt,
+        mask_name=None if mask is None else _path(tree, "mask", mask),
+    )
+
+
+def _one(fields: Mapping[str, Any], columns: tuple[str, ...]) -> tuple[str, Any]:
+    """The one of `columns` that the line fills, and its value."""
+    given = [column for column in columns if fields.get(column) is not None]
+    if len(given) != 1:
+        raise _Fault(f"{'several' if given else 'none'} of {', '.join(columns)} given; one is needed")
+    return given[0], fields[given[0]]
+
+
+def _path(tree: Tree, column: str, value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise _Fault(f"{column} is {value!r}, not the path of a file")
+    fault = tree.file_fault(value)
+    if fault is not None:
+        raise _Fault(f"{column} {value!r}: {fault}")
+    return str(PurePosixPath(value))
+
+
+def _refuse_typos(fields: Mapping[str, Any]) -> None:
+    """Columns of other tools (width, height, ...) are welcome; one that nearly has a name of ours is not."""
+    known = (*TARGET, *REFERENCES, *PROMPT, *MASK)
+    for column in fields:
+        if column in known or _NUMBERED.fullmatch(column):
+            continue
+        close = difflib.get_close_matches(column, known, n=1, cutoff=0.85)
+        if close:
+            raise _Fault(f"unknown column {column!r}; did you mean {close[0]!r}?")

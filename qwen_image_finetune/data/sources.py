@@ -1,0 +1,151 @@
+"""A folder of pictures to rows: control_images/ beside training_images/, or a table that names the files."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+
+from qwen_image_finetune.data.listing import PICTURES, Row, Tree
+from qwen_image_finetune.data.metadata import METADATA, read_metadata
+
+__all__ = ["Row", "read_folder"]
+
+TARGETS, REFERENCES = "training_images", "control_images"
+_OTHER_PICTURES = (".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jxl", ".jfif")
+_NUMBERED_FOLDER = re.compile(rf"{REFERENCES}_([1-9]\d*)")
+_NUMBERED_STEM = re.compile(r"(.+)_control_0*([1-9]\d*)", re.DOTALL)
+
+Names = dict[str, str]  # stem -> name of the file, relative to the data set's folder
+
+
+def read_folder(folder: Path, *, masks: bool) -> tuple[list[Row], list[str]]:
+    """Rows sorted by key, and every problem with the files' names, one line each. Opens no picture.
+
+    A row that lacks a file is left out of the rows and stands among the problems.
+
+    Args:
+        masks: look for edit masks; without, they are told from targets all the same, but not used.
+    """
+    if not folder.is_dir():
+        return [], [f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}"]
+    tree = Tree(folder)
+    tables = [name for name in METADATA if tree.file_fault(name) is None]
+    if len(tables) > 1:
+        return [], [f"{folder}: has {' and '.join(tables)}; keep one"]
+    rows, problems = read_metadata(tree, tables[0], masks=masks) if tables else _read_pairs(tree, masks)
+    if not rows and not problems:
+        problems = [f"{folder}: no samples in {tables[0] if tables else TARGETS}"]
+    rows.sort(key=lambda row: row.key)
+    return rows, problems
+
+
+def _read_pairs(tree: Tree, masks: bool) -> tuple[list[Row], list[str]]:
+    """Pairs with exactly equal stems."""
+    fault = tree.folder_fault(TARGETS)
+    if fault is not None:
+        return [], [
+            f"{tree.folder / TARGETS}: {fault}; it holds the targets, unless {' or '.join(METADATA)} names them"
+        ]
+    problems: list[str] = []
+    targets, captions = _pictures(tree, TARGETS, problems)
+    mask_names = _take_masks(targets)
+    references, has_references = _references(tree, targets, problems)
+
+    rows = []
+    for stem, target in targets.items():
+        own = references.get(stem, {})
+        missing = []
+        if stem not in captions:
+            missing.append(f"no caption; {stem}.txt is missing beside it (it may be empty)")
+        if has_references and 0 not in own:
+            missing.append(f"no reference; {REFERENCES} has no picture {stem}")
+        elif sorted(own) != list(range(len(own))):
+            missing.append(f"references are numbered {sorted(own)[1:]}; count 1, 2, ... without gaps")
+        problems += [f"{tree.folder / target}: {line}" for line in missing]
+        if not missing:
+            ordered = tuple(own[number] for number in sorted(own))
+            mask = mask_names.get(stem) if masks else None
+            rows.append(Row(stem, tree.folder, target, ordered, captions[stem], None, mask))
+    problems += [
+        f"{tree.folder / caption}: a caption without a picture of that name"
+        for stem, caption in captions.items()
+        if stem not in targets
+    ]
+    return rows, problems
+
+
+def _pictures(tree: Tree, directory: str, problems: list[str]) -> tuple[Names, Names]:
+    """Pictures and text files directly in `directory`, sorted by name."""
+    pictures: Names = {}
+    texts: Names = {}
+    for name, kind in sorted(tree.list(directory).items()):
+        path = f"{directory}/{name}"
+        stem, dot, ending = name.rpartition(".")
+        ending = (dot + ending).lower()
+        if kind != "file":
+            words = "a folder; only what lies directly above it is read" if kind == "folder" else kind
+            problems.append(f"{tree.folder / path}: {words}")
+        elif ending in PICTURES or ending == ".txt":
+            group = texts if ending == ".txt" else pictures
+            if stem in group:
+                problems.append(f"{tree.folder / path}: {group[stem]} has the same stem; keep one")
+            else:
+                group[stem] = path
+        elif ending in _OTHER_PICTURES:
+            problems.append(f"{tree.folder / path}: {ending} is not read; save it as {', '.join(PICTURES)}")
+    return pictures, texts
+
+
+def _take_masks(targets: Names) -> Names:
+    """Move STEM_mask out of `targets` wherever there is a target STEM; stem -> name of its mask."""
+    masks: Names = {}
+    for stem in sorted(targets):  # a stem comes before the names that begin with it
+        base = stem.removesuffix("_mask")
+        if base != stem and base in targets:
+            masks[base] = targets.pop(stem)
+    return masks
+
+
+def _references(tree: Tree, targets: Names, problems: list[str]) -> tuple[dict[str, dict[int, str]], bool]:
+    """stem -> number -> name of a reference (the first has number 0), and whether there is a folder of them."""
+    folders: dict[int, str] = {}
+    for name in sorted(tree.list()):
+        if name == REFERENCES:
+            folders[0] = name
+        elif match := _NUMBERED_FOLDER.fullmatch(name):
+            folders[int(match[1])] = name
+        elif name.startswith(REFERENCES):
+            problems.append(f"{tree.folder / name}: not read; references lie in {REFERENCES}, {REFERENCES}_1, ...")
+    if not folders:
+        problems += _lookalikes(tree)
+    elif 0 not in folders:
+        problems.append(
+            f"{tree.folder}: {folders[min(folders)]} without {REFERENCES}, which holds the first references"
+        )
+
+    found: dict[str, dict[int, str]] = {}
+    for number, directory in folders.items():
+        fault = tree.folder_fault(directory)
+        if fault is not None:
+            problems.append(f"{tree.folder / directory}: {fault}")
+            continue
+        for stem, name in _pictures(tree, directory, problems)[0].items():
+            base, place = stem, number
+            match = _NUMBERED_STEM.fullmatch(stem) if number == 0 and stem not in targets else None
+            if match:
+                base, place = match[1], int(match[2])
+            if base not in targets:
+                problems.append(f"{tree.folder / name}: {TARGETS} has no picture {base}")
+            elif place in found.setdefault(base, {}):
+                problems.append(f"{tree.folder / name}: {found[base][place]} is the same reference of {base}; keep one")
+            else:
+                found[base][place] = name
+    return found, bool(folders)
+
+
+def _lookalikes(tree: Tree) -> list[str]:
+    """A mistyped folder would quietly turn editing into training on captions alone."""
+    names = [name for name, kind in tree.list().items() if kind != "file" and name != TARGETS]
+    close = difflib.get_close_matches(REFERENCES, names, n=1, cutoff=0.75)
+    return [f"{tree.folder / name}: did you mean {REFERENCES}?" for name in close]

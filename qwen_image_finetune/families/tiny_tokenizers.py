@@ -6,14 +6,15 @@ ones: the template of Qwen-Image-Edit is 64 tokens long and that of Qwen-Image 3
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import string
 from collections import Counter
+from collections.abc import Iterable
+from itertools import pairwise
 
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import CLIPTokenizer, Qwen2Tokenizer, T5Tokenizer
+from tokenizers import pre_tokenizers
+from transformers import CLIPTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer, T5Tokenizer
 
 # In the order of their ids in the real tokenizer.
 QWEN_SPECIAL_TOKENS = tuple(
@@ -44,12 +45,10 @@ SENTENCES = (
 
 
 def qwen_tokenizer() -> Qwen2Tokenizer:
-    """Byte-level BPE of about a thousand tokens, special tokens last."""
-    template = Qwen2Tokenizer()._tokenizer  # for the real normaliser and word splitter
-    learner = Tokenizer(models.BPE())
-    learner.normalizer, learner.pre_tokenizer = template.normalizer, template.pre_tokenizer
-    vocabulary, merges = _learn_bpe(learner, vocab_size=1024)
-    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=merges)  # gives <|endoftext|> the first free id
+    """Byte-level BPE of a few hundred tokens, special tokens last."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = _merges(tuple(word) for word in _words(Qwen2Tokenizer()))
+    tokenizer = Qwen2Tokenizer(vocab=_vocabulary(letters, merges), merges=merges)  # <|endoftext|> takes the next id
     tokenizer.add_tokens(list(QWEN_SPECIAL_TOKENS[1:]), special_tokens=True)
     # Not an argument of the constructor: it would take the id after <|endoftext|> and shift the others.
     tokenizer.eos_token = "<|im_end|>"
@@ -58,23 +57,17 @@ def qwen_tokenizer() -> Qwen2Tokenizer:
 
 
 def clip_tokenizer() -> CLIPTokenizer:
-    """Lower-case BPE with word ends, at most 77 tokens a prompt; ids of the two special tokens come last."""
-    template = CLIPTokenizer()._tokenizer
-    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    learner.normalizer, learner.pre_tokenizer = template.normalizer, template.pre_tokenizer
-    vocabulary, merges = _learn_bpe(learner, vocab_size=800, end_of_word_suffix="</w>")
-    for letter in sorted(pre_tokenizers.ByteLevel.alphabet()):  # every byte can also end a word
-        vocabulary.setdefault(f"{letter}</w>", len(vocabulary))
+    """Lower-case BPE whose words end in "</w>", 77 tokens a prompt; ids of the two special tokens come last."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = _merges((*word[:-1], f"{word[-1]}</w>") for word in _words(CLIPTokenizer()))
+    vocabulary = _vocabulary([*letters, *(f"{letter}</w>" for letter in letters)], merges)
     for special in ("<|startoftext|>", "<|endoftext|>"):
         vocabulary[special] = len(vocabulary)
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77)
 
 
 def t5_tokenizer() -> T5Tokenizer:
-    """Unigram model of the sentences' words and of single characters, with T5's 100 sentinels at the end.
-
-    The words are counted here because the library's trainer of unigram models is not reproducible to the last bit.
-    """
+    """Unigram model of the sentences' words and of single characters, with T5's 100 sentinels at the end."""
     words = Counter(word for sentence in SENTENCES for word in re.findall(r"\w+", sentence))
     total = sum(words.values())
     pieces = {f"▁{word}": math.log(count / total) for word, count in sorted(words.items())}
@@ -86,17 +79,46 @@ def t5_tokenizer() -> T5Tokenizer:
     return T5Tokenizer(vocab=[*special, *pieces.items(), *sentinels], extra_ids=100, model_max_length=512)
 
 
-def _learn_bpe(
-    learner: Tokenizer, vocab_size: int, end_of_word_suffix: str = ""
-) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Vocabulary and merges that `learner` finds in the sentences."""
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=1,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        end_of_word_suffix=end_of_word_suffix,
-        show_progress=False,
-    )
-    learner.train_from_iterator(SENTENCES, trainer)
-    model = json.loads(learner.to_str())["model"]
-    return dict(model["vocab"]), [(left, right) for left, right in model["merges"]]
+def _words(tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """The sentences split into words as the tokenizer does before it applies BPE, bytes written as letters."""
+    backend = tokenizer.backend_tokenizer
+    sentences = (backend.normalizer.normalize_str(sentence) for sentence in SENTENCES)
+    return [word for sentence in sentences for word, _ in backend.pre_tokenizer.pre_tokenize_str(sentence)]
+
+
+def _merges(words: Iterable[tuple[str, ...]]) -> list[tuple[str, str]]:
+    """Byte-pair encoding: join the most frequent pair of neighbours until each word is one token.
+
+    Written out because the library's trainer breaks ties by the order of a hash table, another one in every process.
+    """
+    counts = Counter(words)
+    merges: list[tuple[str, str]] = []
+    while True:
+        pairs: Counter[tuple[str, str]] = Counter()
+        for word, count in counts.items():
+            for pair in pairwise(word):
+                pairs[pair] += count
+        if not pairs:
+            return merges
+        merges.append(max(pairs, key=lambda pair: (pairs[pair], pair)))
+        joined: Counter[tuple[str, ...]] = Counter()
+        for word, count in counts.items():
+            joined[_join(word, merges[-1])] += count
+        counts = joined
+
+
+def _join(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
+    """`word` with every occurrence of `pair` made one token, from left to right."""
+    tokens: list[str] = []
+    position = 0
+    while position < len(word):
+        found = word[position : position + 2] == pair
+        tokens.append("".join(pair) if found else word[position])
+        position += 2 if found else 1
+    return tuple(tokens)
+
+
+def _vocabulary(letters: Iterable[str], merges: Iterable[tuple[str, str]]) -> dict[str, int]:
+    """Token to id: single letters, then what the merges make of them in their order."""
+    tokens = dict.fromkeys([*letters, *("".join(pair) for pair in merges)])
+    return {token: index for index, token in enumerate(tokens)}

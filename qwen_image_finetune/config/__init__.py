@@ -1,0 +1,61 @@
+"""Every knob, checked before anything heavy is imported.
+
+A configuration is YAML with ``${section.key}`` interpolation. `load_config` reads it, applies ``section.key=value``
+overrides, moves older spellings to today's, and validates the rest; whatever is wrong comes back in one `ConfigError`
+that names the key, what was given and what is allowed.
+
+    schema         the sections and their keys          spellings      older names of keys
+    text           YAML, safely                         interpolation  ${section.key}
+    words, idle    problems and notes in words          family         which family a checkpoint is
+    classes        classes named by import path         reference      docs/configuration.md
+"""
+
+from qwen_image_finetune.config.classes import import_class
+from qwen_image_finetune.config.family import resolve_family
+from qwen_image_finetune.config.load import load_config
+from qwen_image_finetune.config.schema import (
+    OUR_DATASETS,
+    TRACKERS,
+    CacheConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    DatasetArguments,
+    LoggingConfig,
+    LoraConfig,
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PredictConfig,
+    PredictDevices,
+    SchedulerConfig,
+    Section,
+    TrainConfig,
+    ValidationConfig,
+)
+from qwen_image_finetune.config.spellings import SPELLINGS
+
+__all__ = [
+    "OUR_DATASETS",
+    "SPELLINGS",
+    "TRACKERS",
+    "CacheConfig",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "DatasetArguments",
+    "LoggingConfig",
+    "LoraConfig",
+    "LossConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "PredictConfig",
+    "PredictDevices",
+    "SchedulerConfig",
+    "Section",
+    "TrainConfig",
+    "ValidationConfig",
+    "import_class",
+    "load_config",
+    "resolve_family",
+]

@@ -1,0 +1,77 @@
+"""Keys that have no effect in a run: each is said once, so that nobody waits for what it promises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from qwen_image_finetune.config.schema import OUR_DATASETS, Config, shown
+from qwen_image_finetune.config.tree import ABSENT, find
+from qwen_image_finetune.config.words import known_keys
+
+Condition = Callable[[Config], bool]
+
+
+def _own_class(config: Config) -> bool:
+    return config.data.class_path not in OUR_DATASETS
+
+
+def _without_cache(config: Config) -> bool:
+    return not config.cache.use_cache
+
+
+def _schedule_is_not(*types: str) -> Condition:
+    return lambda config: config.lr_scheduler.scheduler_type not in types
+
+
+# (key, when it is idle, why). Keys at their default say nothing, and predict.* is read at prediction.
+IDLE: tuple[tuple[str, Condition, str], ...] = (
+    ("model.revision", lambda c: Path(c.model.pretrained_model_name_or_path).expanduser().is_dir(),
+     "the model is a local folder"),
+    ("model.lora.init_lora_weights", lambda c: c.model.lora is not None and c.model.lora.pretrained_weight is not None,
+     "the adapter starts from model.lora.pretrained_weight"),
+    *((f"data.{key}", lambda c: c.data.num_workers == 0, "data.num_workers is 0")
+      for key in ("prefetch_factor", "persistent_workers")),
+    ("data.init_args.center_crop_ratio", lambda c: not (c.data.init_args.center_crop or _own_class(c)),
+     "data.init_args.center_crop is false"),
+    *((f"data.init_args.{key}", lambda c: not (c.data.init_args.random_crop or _own_class(c)),
+       "data.init_args.random_crop is false")
+      for key in ("crop_size", "crop_scale")),
+    ("data.init_args.use_edit_mask", lambda c: not (c.loss.mask_loss or _own_class(c)), "loss.mask_loss is false"),
+    *((f"train.{key}_device", lambda c: c.cache.use_cache,
+       f"cache.use_cache is true, and cache.{key}_device says where the encoder lives while caching")
+      for key in ("vae_encoder", "text_encoder", "text_encoder_2")),
+    ("lr_scheduler.warmup_steps", lambda c: c.lr_scheduler.scheduler_type == "constant",
+     "lr_scheduler.scheduler_type is 'constant'; 'constant_with_warmup' warms up"),
+    ("lr_scheduler.num_cycles", _schedule_is_not("cosine", "cosine_with_restarts"),
+     "only the schedules cosine and cosine_with_restarts have cycles"),
+    ("lr_scheduler.power", _schedule_is_not("polynomial"), "only the schedule polynomial has a power"),
+    *((f"cache.{key}", _without_cache, "cache.use_cache is false")
+      for key in ("cache_dir", "vae_encoder_device", "text_encoder_device", "text_encoder_2_device")),
+    ("cache.prompt_empty_drop_keys", lambda c: c.data.init_args.caption_dropout_rate == 0,
+     "data.init_args.caption_dropout_rate is 0"),
+    ("logging.logging_dir", lambda c: set(c.logging.trackers) <= {"tensorboard"},
+     "no tracker in logging.report_to keeps files of its own"),
+    *((f"validation.{key}", lambda c: not c.validation.enabled, "validation.enabled is false")
+      for key in ("steps", "num_validation_samples", "num_inference_steps", "guidance_scale", "seed")),
+    *((f"loss.{key}_weight", lambda c: not c.loss.mask_loss, "loss.mask_loss is false")
+      for key in ("foreground", "background")),
+)  # fmt: skip
+
+# (when, what to know): settings that work together in a way one might not expect.
+ADVICE: tuple[tuple[Condition, str], ...] = (
+    (lambda c: c.cache.use_cache and c.data.init_args.random_crop and not _own_class(c),
+     "data.init_args.random_crop=true with cache.use_cache=true: every sample keeps the one crop it is cached with"),
+)  # fmt: skip
+
+
+def idle_notes(config: Config) -> list[str]:
+    """One line for each key away from its default that has no effect in this run, then the advice."""
+    values = config.model_dump()
+    notes = []
+    for key, idle, why in IDLE:
+        given = find(values, key)
+        if given is ABSENT or given == known_keys()[key].get_default() or not idle(config):
+            continue
+        notes.append(f"{key}={shown(given)} has no effect: {why}")
+    return notes + [words for applies, words in ADVICE if applies(config)]

@@ -1,0 +1,416 @@
+"""Every knob: one frozen model a section, one line of meaning a key.
+
+The reference in docs/configuration.md is generated from these declarations.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from omegaconf import OmegaConf
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
+
+OUR_DATASETS = ("src.data.dataset.ImageDataset", "qwen_image_finetune.data.dataset.ImageDataset")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run, in words for the person who wrote it."""
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """What a type takes, in words: messages and the reference quote it."""
+
+    words: str
+
+
+def shown(value: Any) -> str:
+    """A value as the person would write it: true, null, 'text', [1, 2], {"lr": 0.0001}."""
+    text = repr(value) if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+def _whole(value: Any) -> Any:
+    """YAML writes 1000.0 or 1e3 for a count; a bool is not one."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _no_is_a_word(value: Any) -> Any:
+    """YAML reads an unquoted no as false."""
+    return "no" if value is False else value
+
+
+def _null_is_none(value: Any) -> Any:
+    """YAML's null where a tracker is expected means none of them."""
+    return "none" if value is None else value
+
+
+def _expression(value: str) -> str:
+    """Refuse a regular expression that does not compile (pydantic's own patterns are of another dialect)."""
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"model.lora.target_modules={value!r} is not a regular expression: {error}") from error
+    return value
+
+
+def _refuse(problems: Sequence[str]) -> None:
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+Count = Annotated[int, BeforeValidator(_whole), Field(ge=1), Allowed("whole number from 1")]
+Natural = Annotated[int, BeforeValidator(_whole), Field(ge=0), Allowed("whole number from 0")]
+Number = Annotated[float, Allowed("number")]
+Rate = Annotated[float, Field(ge=0.0, le=1.0), Allowed("number from 0 to 1")]
+Positive = Annotated[float, Field(gt=0.0), Allowed("number above 0")]
+NotNegative = Annotated[float, Field(ge=0.0), Allowed("number from 0")]
+Switch = Annotated[bool, Allowed("true or false")]
+Text = Annotated[str, Field(min_length=1), Allowed("text")]
+Device = Annotated[
+    str, Field(pattern=r"^(cpu|mps|(cuda|xpu|npu)(:[0-9]+)?)$"), Allowed("cpu, cuda, cuda:N, mps, xpu[:N] or npu[:N]")
+]
+ClassPath = Annotated[
+    str,
+    Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)+$"),
+    Allowed("import path, package.module.Class"),
+]
+Identifier = Annotated[
+    str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$"), Allowed("letters, digits and _, not a digit first")
+]
+FolderName = Annotated[
+    str, Field(pattern=r"^\w[\w .-]*$"), Allowed("folder name: letters, digits, space, dot, _ and -; no slash")
+]
+Initialisation = Annotated[
+    str,
+    Field(pattern=r"^(gaussian|orthogonal|olora|pissa|pissa_niter_[0-9]+)$"),
+    Allowed('"gaussian", "orthogonal", "olora", "pissa" or "pissa_niter_N"'),
+]
+Expression = Annotated[
+    str, Field(min_length=1), AfterValidator(_expression), Allowed('a regular expression or "all-linear"')
+]
+Size = Annotated[list[Count], Field(min_length=2, max_length=2), Allowed("[width, height], whole numbers from 1")]
+
+
+class Section(BaseModel):
+    """A part of the configuration: frozen, strict, no unknown keys, no infinities."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        strict=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        hide_input_in_errors=True,
+    )
+
+
+class LoraConfig(Section):
+    """A low-rank adapter, as in peft."""
+
+    r: Count = Field(16, description="rank of the adapter")
+    lora_alpha: Positive = Field(16, description="the update is scaled by lora_alpha / r")
+    lora_dropout: Rate = Field(0.0, description="share of adapter inputs zeroed while training")
+    init_lora_weights: Switch | Initialisation = Field(True, description="first values; true: B = 0, A Kaiming")
+    target_modules: Annotated[list[Text], Field(min_length=1)] | Expression = Field(
+        ["to_q", "to_k", "to_v", "to_out.0"],
+        description='endings of module names, or one regular expression over whole names, or "all-linear"',
+    )
+    adapter_name: Identifier = Field("default", description="name of the adapter inside the model")
+    pretrained_weight: Text | None = Field(None, description="file, folder or hub id of a LoRA to start from")
+
+
+class ModelConfig(Section):
+    """What is trained."""
+
+    pretrained_model_name_or_path: Text = Field(description="hub id or folder in diffusers layout")
+    revision: Text | None = Field(None, description="branch, tag or commit of a hub id")
+    quantize: Switch | Literal["fp8", "nf4", "fp4", "int8"] = Field(
+        False, description="quantise the frozen base while loading; true means fp8"
+    )
+    lora: LoraConfig | None = Field(
+        LoraConfig(), description="the adapter; null, written out, trains the whole transformer"
+    )
+
+
+class DatasetArguments(Section):
+    """Arguments of the dataset class (data.init_args)."""
+
+    model_config = ConfigDict(extra="allow")  # a class of the user's own may take more; ours is checked in DataConfig
+
+    dataset_path: Text | Annotated[list[Text], Field(min_length=1)] = Field(
+        "data/face_seg", description="one folder or a list of folders"
+    )
+    image_size: Size | None = Field(
+        None, description="[width, height] in pixels of every target; without it the aspect ratio is kept"
+    )
+    resolution: Count | None = Field(
+        None, description="side, in pixels, of the square whose area pictures are scaled to; default: the model's own"
+    )
+    caption_dropout_rate: Rate = Field(0.0, description="share of samples trained on the empty prompt")
+    prompt_image_dropout_rate: Rate = Field(0.0, description="share of samples trained without their references")
+    use_edit_mask: Switch = Field(False, description="read STEM_mask beside the target, for loss.mask_loss")
+    center_crop: Switch = Field(False, description="keep the centre of every picture of a pair")
+    center_crop_ratio: Annotated[float, Field(gt=0.0, le=1.0), Allowed("number above 0, at most 1")] = Field(
+        1.0, description="share of width and height that center_crop keeps"
+    )
+    random_crop: Switch = Field(False, description="a random window, the same for all pictures of a pair")
+    crop_size: Count | Size | None = Field(
+        None, description="pixels of the random window in the target, a side or [width, height]; default: the largest"
+    )
+    crop_scale: Annotated[list[Rate], Field(min_length=2, max_length=2), Allowed("[smallest, largest]")] = Field(
+        [1.0, 1.0], description="range of the random window's scale, [smallest, largest]"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DatasetArguments:
+        problems = []
+        if self.image_size is not None and self.resolution is not None:
+            problems.append(
+                f"data.init_args.image_size={self.image_size} and data.init_args.resolution={self.resolution} exclude "
+                "each other: give one of them"
+            )
+        if self.center_crop and self.random_crop:
+            problems.append(
+                "data.init_args.center_crop=true and data.init_args.random_crop=true exclude each other: give one"
+            )
+        if not 0 < self.crop_scale[0] <= self.crop_scale[1]:
+            problems.append(
+                f"data.init_args.crop_scale={self.crop_scale} is not [smallest, largest] with 0 < smallest <= largest"
+            )
+        _refuse(problems)
+        return self
+
+    @property
+    def area(self) -> int | None:
+        """Pixel area that pictures are scaled to; None is the model's own."""
+        if self.image_size is not None:
+            return self.image_size[0] * self.image_size[1]
+        return None if self.resolution is None else self.resolution**2
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        paths = [self.dataset_path] if isinstance(self.dataset_path, str) else self.dataset_path
+        return tuple(Path(path).expanduser() for path in paths)
+
+
+class DataConfig(Section):
+    """The pairs, and how they are read."""
+
+    class_path: ClassPath = Field(OUR_DATASETS[0], description="import path of the dataset class")
+    init_args: DatasetArguments = Field(DatasetArguments(), description="its arguments")
+    batch_size: Count = Field(1, description="samples per process in one forward pass")
+    num_workers: Natural = Field(0, description="processes that read data; 0 reads in the training process")
+    prefetch_factor: Count = Field(2, description="batches each worker reads ahead")
+    persistent_workers: Switch = Field(False, description="keep workers alive between passes")
+    shuffle: Switch = Field(True, description="a new order of the samples every epoch")
+
+    @model_validator(mode="after")
+    def _known_arguments(self) -> DataConfig:
+        unknown = sorted(self.init_args.model_extra or ())
+        if self.class_path in OUR_DATASETS:  # load_config has named the nearest key before this is reached
+            _refuse([f"'data.init_args.{name}' is not an argument of {self.class_path}" for name in unknown])
+        return self
+
+
+class TrainConfig(Section):
+    """The loop. A step is an optimizer step, everywhere."""
+
+    trainer: Text | None = Field(None, description="QwenImageEdit, FluxKontext, ...; default: what the checkpoint says")
+    num_epochs: Count | None = Field(None, description="passes over the data; training ends at whichever comes first")
+    max_train_steps: Count | None = Field(
+        None, description="optimizer steps; 1000 where num_epochs is not given either"
+    )
+    gradient_accumulation_steps: Count = Field(1, description="forward passes per optimizer step and process")
+    gradient_checkpointing: Switch = Field(False, description="recompute activations in the backward pass")
+    mixed_precision: Annotated[Literal["no", "fp16", "bf16"], BeforeValidator(_no_is_a_word)] = Field(
+        "bf16", description="precision of the forward pass"
+    )
+    max_grad_norm: Positive = Field(1.0, description="gradients are clipped to this norm")
+    checkpointing_steps: Count = Field(500, description="optimizer steps between checkpoints; one more at the end")
+    checkpoints_total_limit: Count | None = Field(None, description="checkpoints kept; the oldest beyond it go")
+    resume_from_checkpoint: Text | None = Field(
+        None, description='a checkpoint folder, or "latest": the newest complete one of this project'
+    )
+    seed: Natural = Field(42, description="order of the data, noise and initial adapter follow from it")
+    sigma_distribution: Literal["logit_normal", "uniform"] = Field(
+        "logit_normal", description="how noise levels are drawn, before the shift"
+    )
+    sigma_shift: Literal["model"] | Positive = Field(
+        "model", description='"model": the checkpoint\'s own resolution-dependent shift; or a constant factor'
+    )
+    guidance_scale: Positive = Field(1.0, description="value of the guidance embedding, for models that have one")
+    low_memory: Switch = Field(False, description="load and run part by part")
+    vae_encoder_device: Device | None = Field(None, description="where the VAE lives, training without the cache")
+    text_encoder_device: Device | None = Field(None, description="the same for the (first) text encoder")
+    text_encoder_2_device: Device | None = Field(None, description="the same for the second text encoder")
+
+
+class OptimizerConfig(Section):
+    """The optimizer."""
+
+    class_path: ClassPath = Field("torch.optim.AdamW", description="import path of a torch.optim.Optimizer")
+    init_args: dict[str, Any] = Field(
+        default_factory=lambda known: {"lr": 1e-4} if known.get("class_path") == OptimizerConfig.DEFAULT else {},
+        description="its arguments, as that class names them; without this key, another class keeps its own defaults",
+    )
+
+    DEFAULT: ClassVar[str] = "torch.optim.AdamW"
+
+
+class SchedulerConfig(Section):
+    """The learning rate over optimizer steps, as in diffusers."""
+
+    scheduler_type: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+    ] = Field("constant", description="shape of the schedule")
+    warmup_steps: Natural = Field(0, description="optimizer steps of linear warm-up")
+    num_cycles: Positive | None = Field(None, description="cosine: periods; cosine_with_restarts: restarts")
+    power: Positive = Field(1.0, description="exponent of polynomial")
+
+
+class CacheConfig(Section):
+    """Embeddings computed once."""
+
+    use_cache: Switch = Field(False, description="train from stored embeddings; missing ones are encoded first")
+    cache_dir: Text = Field("cache", description="folder of the store")
+    vae_encoder_device: Device | None = Field(None, description="where the VAE lives while caching")
+    text_encoder_device: Device | None = Field(None, description="the same for the (first) text encoder")
+    text_encoder_2_device: Device | None = Field(None, description="the same for the second text encoder")
+    prompt_empty_drop_keys: list[Text] | None = Field(
+        None, description="text embeddings that the dropped prompt replaces; default: all"
+    )
+
+
+TRACKERS = ("tensorboard", "wandb", "swanlab", "trackio", "none")
+Tracker = Literal["tensorboard", "wandb", "swanlab", "trackio", "none"]
+
+
+class LoggingConfig(Section):
+    """Where a run is written and who is told."""
+
+    output_dir: Text = Field("output", description="runs go to OUTPUT_DIR/PROJECT/vN")
+    logging_dir: Text = Field("logs", description="local files of online trackers, inside the version folder")
+    report_to: Annotated[Tracker | list[Tracker], BeforeValidator(_null_is_none)] = Field(
+        "tensorboard", description="tracker, or a list of them"
+    )
+    tracker_project_name: FolderName = Field(
+        "qwen_image_finetune", description="PROJECT: folder of the versions, and project at the trackers"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> LoggingConfig:
+        if isinstance(self.report_to, list) and "none" in self.report_to and len(self.report_to) > 1:
+            raise ValueError(f"logging.report_to={shown(self.report_to)}: none excludes the others")
+        return self
+
+    @property
+    def project_dir(self) -> Path:
+        return Path(self.output_dir).expanduser() / self.tracker_project_name
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        names = [self.report_to] if isinstance(self.report_to, str) else self.report_to
+        return tuple(name for name in names if name != "none")
+
+
+class ValidationConfig(Section):
+    """Samples drawn while training."""
+
+    enabled: Switch = Field(False, description="draw samples during training")
+    steps: Count = Field(500, description="optimizer steps between rounds of samples")
+    num_validation_samples: Count = Field(4, description="pairs drawn, spread over the dataset")
+    num_inference_steps: Count | None = Field(None, description="sampler steps; default: the model's own")
+    guidance_scale: Number | None = Field(None, description="default: the model's own")
+    seed: Natural = Field(0, description="noise of the samples")
+
+
+class LossConfig(Section):
+    """The weighting of the loss over the picture."""
+
+    mask_loss: Switch = Field(False, description="weight the loss by the edit mask (data.init_args.use_edit_mask)")
+    foreground_weight: NotNegative = Field(2.0, description="weight where the mask is white")
+    background_weight: NotNegative = Field(1.0, description="weight where it is black")
+
+
+class PredictDevices(Section):
+    """Where each part lives at prediction."""
+
+    vae: Device | None = Field(None, description="the VAE")
+    text_encoder: Device | None = Field(None, description="the (first) text encoder")
+    text_encoder_2: Device | None = Field(None, description="the second text encoder")
+    transformer: Device | None = Field(None, description="the transformer")
+
+
+class PredictConfig(Section):
+    """Pictures from a trained model."""
+
+    devices: PredictDevices = Field(PredictDevices(), description="placement; default: the first accelerator, else cpu")
+
+
+class Config(Section):
+    """A whole run."""
+
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    lr_scheduler: SchedulerConfig = SchedulerConfig()
+    cache: CacheConfig = CacheConfig()
+    logging: LoggingConfig = LoggingConfig()
+    validation: ValidationConfig = ValidationConfig()
+    loss: LossConfig = LossConfig()
+    predict: PredictConfig = PredictConfig()
+
+    _notes: list[str] = PrivateAttr(default_factory=list)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the reader of the configuration should be told once: overruled keys and keys without effect."""
+        return tuple(self._notes)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        problems = []
+        if self.loss.mask_loss and not self.data.init_args.use_edit_mask:
+            problems.append("loss.mask_loss=true needs data.init_args.use_edit_mask=true, which reads the masks")
+        if self.loss.mask_loss and self.loss.foreground_weight == self.loss.background_weight == 0:
+            problems.append("loss.foreground_weight=0 and loss.background_weight=0: nothing would be trained")
+        if self.model.quantize and self.model.lora is None:
+            problems.append(
+                f"model.quantize={shown(self.model.quantize)} with model.lora=null: a quantised base is frozen and "
+                "cannot be fully fine-tuned; set model.quantize=false or give model.lora"
+            )
+        _refuse(problems)
+        return self
+
+    @property
+    def max_steps(self) -> int | None:
+        """Optimizer steps after which training ends, if counted in steps."""
+        unlimited = self.train.max_train_steps is None and self.train.num_epochs is None
+        return 1000 if unlimited else self.train.max_train_steps
+
+    def to_yaml(self) -> str:
+        """The whole configuration, defaults written out, as YAML that `load_config` reads back to an equal one."""
+        return OmegaConf.to_yaml(OmegaConf.create(_escaped(self.model_dump(mode="json"))))
+
+    def __eq__(self, other: object) -> bool:
+        """Equal keys; the notes about how they were written do not count."""
+        return isinstance(other, Config) and self.model_dump() == other.model_dump()
+
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())
+
+
+def _escaped(value: Any) -> Any:
+    """Text that looks like an interpolation, written so that it is read back as text."""
+    if isinstance(value, dict):
+        return {key: _escaped(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_escaped(item) for item in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value

@@ -1,0 +1,45 @@
+"""Older spellings and second homes of a key move to today's place before anything is validated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qwen_image_finetune.config.schema import shown
+from qwen_image_finetune.config.tree import ABSENT, find, put, remove
+
+# Older spellings and second homes of a key: (where configurations have it, where it lives). Today's place wins.
+SPELLINGS: tuple[tuple[str, str], ...] = (
+    ("model.rank", "model.lora.r"),
+    ("resume_from_checkpoint", "train.resume_from_checkpoint"),
+    *((f"data.init_args.{key}", f"data.{key}")
+      for key in ("batch_size", "num_workers", "prefetch_factor", "persistent_workers", "shuffle")),
+    *((f"data.{key}", f"data.init_args.{key}") for key in ("caption_dropout_rate", "prompt_image_dropout_rate")),
+    ("data.init_args.cache_drop_rate", "data.init_args.caption_dropout_rate"),
+    ("data.cache_drop_rate", "data.init_args.caption_dropout_rate"),
+    *((f"data.{place}{key}", f"cache.{key}") for place in ("", "init_args.") for key in ("use_cache", "cache_dir")),
+    ("validation.validation_steps", "validation.steps"),
+    ("loss.forground_weight", "loss.foreground_weight"),
+)  # fmt: skip
+
+
+def canonicalise(tree: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """Move every older spelling in `tree`, resolved and nested, to today's place, in place.
+
+    Returns:
+        notes about spellings that were overruled, and problems.
+    """
+    notes, problems = [], []
+    for older, today in SPELLINGS:
+        if (given := find(tree, older)) is ABSENT:
+            continue
+        remove(tree, older)
+        current = find(tree, today)
+        if current is not ABSENT:
+            if current != given:
+                notes.append(f"{older}={shown(given)} and {today}={shown(current)} disagree; {today} wins")
+        elif (obstacle := put(tree, today, given)) is not None:
+            problems.append(
+                f"{older}={shown(given)} contradicts {obstacle}={shown(find(tree, obstacle))}, which leaves no {today} "
+                "to set: drop one of them"
+            )
+    return notes, problems

@@ -1,0 +1,151 @@
+"""Problems of a configuration in words: unknown keys with the nearest known one, values with what is allowed."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from qwen_image_finetune.config.schema import OUR_DATASETS, Allowed, Config, DatasetArguments, Section, shown
+from qwen_image_finetune.config.tree import find
+
+WRONG_SECTION = 2  # a key of this name in another section counts as two letters away
+
+
+def section_of(annotation: Any) -> type[Section] | None:
+    """The section that a field holds, LoraConfig for ``LoraConfig | None``; None for a plain value."""
+    members = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    return next((member for member in members if isinstance(member, type) and issubclass(member, Section)), None)
+
+
+def fields(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every key below `model` with its declaration, dotted, sections before their keys."""
+    for name, field in model.model_fields.items():
+        yield prefix + name, field
+        if (section := section_of(field.annotation)) is not None:
+            yield from fields(section, f"{prefix}{name}.")
+
+
+@cache
+def known_keys() -> dict[str, FieldInfo]:
+    return dict(fields())
+
+
+def allowed(annotation: Any, metadata: Sequence[Any] = ()) -> str:
+    """What a type takes, in words."""
+    for mark in metadata:
+        if isinstance(mark, Allowed):
+            return mark.words
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return allowed(arguments[0], arguments[1:])
+    if origin is Literal:
+        return ", ".join(f'"{choice}"' for choice in arguments)
+    if origin in (Union, types.UnionType):
+        return " or ".join(allowed(member) for member in arguments)
+    if origin is list:
+        return f"a list of {allowed(arguments[0])}"
+    if section_of(annotation) is not None:
+        return "a section"
+    return {type(None): "null", dict: "a section"}[origin or annotation]
+
+
+def take_unknown(tree: dict[Any, Any], model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """Remove every key of `tree` that the schema does not have; their dotted names, the outermost of each branch."""
+    found = []
+    for name, value in list(tree.items()):
+        if name not in model.model_fields:
+            found.append(f"{prefix}{name}")
+            del tree[name]
+        elif isinstance(value, dict) and (section := section_of(model.model_fields[name].annotation)) is not None:
+            own_class = section is DatasetArguments and tree.get("class_path", OUR_DATASETS[0]) not in OUR_DATASETS
+            if not own_class:  # a class of the user's own has arguments that we do not know
+                found += take_unknown(value, section, f"{prefix}{name}.")
+    return found
+
+
+def unknown(key: str) -> str:
+    """The sentence about a key that is not one."""
+    candidates = nearest(key)
+    if candidates == [key]:  # "train.num_epochs: 3" on one line
+        outer, _, inner = key.rpartition(".")
+        return f"{key!r} is written with a dot; nest {inner!r} under {outer!r}"
+    if not candidates:
+        section = key.rpartition(".")[0]
+        inside = [known for known in known_keys() if known.rpartition(".")[0] == section]
+        return f"{key!r} is not a key; {section or 'the configuration'} has {', '.join(inside)}"
+    names = " or ".join(repr(candidate) for candidate in candidates)
+    return f"{key!r} is not a key; the nearest is {names}"
+
+
+def nearest(key: str) -> list[str]:
+    """The known keys least far from `key`, at most three; none if all are far."""
+    leaf = key.rpartition(".")[2]
+    distances = {}
+    for known in (*known_keys(), "optimizer.init_args.lr"):
+        known_leaf = known.rpartition(".")[2]
+        elsewhere = distance(leaf.lower(), known_leaf.lower()) + WRONG_SECTION
+        if elsewhere > WRONG_SECTION and min(len(leaf), len(known_leaf)) < 4:
+            elsewhere = len(key)  # short names are close to every other short name
+        distances[known] = min(distance(key.lower(), known.lower()), elsewhere)
+    least = min(distances.values())
+    if least > max(2, len(leaf) // 3 + 1):
+        return []
+    return [known for known, far in distances.items() if far == least][:3]
+
+
+def distance(first: str, second: str) -> int:
+    """Letters to insert, delete, replace or swap with their neighbour until `first` is `second`."""
+    before: list[int] = []
+    last = list(range(len(second) + 1))
+    for row, letter in enumerate(first, start=1):
+        line = [row]
+        for column, other in enumerate(second, start=1):
+            cost = min(last[column] + 1, line[-1] + 1, last[column - 1] + (letter != other))
+            if row > 1 and column > 1 and letter == second[column - 2] and first[row - 2] == other:
+                cost = min(cost, before[column - 2] + 1)
+            line.append(cost)
+        before, last = last, line
+    return last[-1]
+
+
+def problems(error: ValidationError, tree: Mapping[str, Any]) -> list[str]:
+    """One line for each key that pydantic refuses; its own errors have one for each member of a union."""
+    lines: dict[str, None] = {}
+    for detail in error.errors(include_url=False):
+        if detail["type"] == "value_error":  # our own validators name their keys themselves
+            lines.update(dict.fromkeys(str(detail["ctx"]["error"]).splitlines()))
+            continue
+        key, field = _locate(detail["loc"])
+        if detail["type"] == "missing":
+            lines[f"{key} is missing: {field.description}"] = None
+        elif detail["type"] == "extra_forbidden":
+            lines[unknown(".".join(str(part) for part in detail["loc"]))] = None
+        else:
+            lines[f"{key}={shown(find(tree, key))} is refused; allowed: {_wanted(key, field)}"] = None
+    return list(lines)
+
+
+def _wanted(key: str, field: FieldInfo) -> str:
+    if (section := section_of(field.annotation)) is not None:
+        return f"a section with keys of {', '.join(section.model_fields)}"
+    return allowed(field.annotation, field.metadata)
+
+
+def _locate(location: Sequence[int | str]) -> tuple[str, FieldInfo]:
+    """The key an error is about; positions in lists and members of unions come after it and are dropped."""
+    model: type[BaseModel] | None = Config
+    names: list[str] = []
+    field = None
+    for part in location:
+        if model is None or not isinstance(part, str) or part not in model.model_fields:
+            continue
+        names.append(part)
+        field = model.model_fields[part]
+        model = section_of(field.annotation)
+    assert field is not None, location
+    return ".".join(names), field

@@ -1,0 +1,1 @@
+"""Thin doors to the data sets and the configuration."""

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import json
 import math
-import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -96,39 +96,35 @@ class CheckpointWriter:
     """Writes checkpoints in one background thread, at most one at a time, while training goes on."""
 
     def __init__(self) -> None:
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        # A process that ends waits for the thread, and so finishes the checkpoint that it began.
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
 
     def submit(self, final: Path, write: Callable[[Path], None], then: Callable[[], None], needed: int = 0) -> None:
         """Begin to write the folder `final`: `write` fills it under a hidden name, `then` runs once it is complete.
 
         Waits for the previous one first. What `write` saves must be a snapshot.
 
+        Args:
+            needed: bytes that `write` will write, if known (`num_bytes`): a disk too small is refused at once.
+
         Raises:
-            Exception: whatever went wrong in the previous one.
+            Exception: whatever went wrong in the previous one; the new one is not begun.
         """
         self.wait()
 
         def work() -> None:
-            try:
-                with staged_folder(final, needed) as folder:
-                    write(folder)
-                then()
-            except BaseException as error:  # carried to the thread that trains, where the next call raises it
-                self._error = error
+            with staged_folder(final, needed) as folder:
+                write(folder)
+            then()
 
-        # Not a daemon: a process that ends finishes the checkpoint that it began.
-        self._thread = threading.Thread(target=work, name=f"write {final.name}", daemon=False)
-        self._thread.start()
+        self._writing = self._executor.submit(work)
 
     def wait(self) -> None:
-        """Wait until nothing is being written, and raise what went wrong."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
+        """Wait until nothing is being written, and raise what went wrong; once."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
 
 def _plain(tensor: Tensor) -> Tensor:

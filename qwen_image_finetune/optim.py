@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from qwen_image_finetune.config import ConfigError, OptimizerConfig, SchedulerConfig
+from qwen_image_finetune.config import ConfigError, OptimizerConfig, SchedulerConfig, import_class
 
 KEY = "optimizer.init_args"
 # Arguments that choose an implementation of the same update; whoever gives one has said what they want.
@@ -25,9 +25,7 @@ def build_optimizer(config: OptimizerConfig, parameters: Iterable[Tensor]) -> Op
     Raises:
         ConfigError: the class is no optimizer, or does not take the arguments it is given.
     """
-    from qwen_image_finetune.config import import_class
-
-    optimizer_class = import_class(config.class_path, "optimizer.class_path", Optimizer)
+    optimizer_class: type[Optimizer] = import_class(config.class_path, "optimizer.class_path", Optimizer)
     trained = list(parameters)
     if not trained:
         raise ConfigError("nothing is trainable: model.lora.target_modules matches no module of the transformer")
@@ -82,7 +80,10 @@ def build_scheduler(config: SchedulerConfig, optimizer: Optimizer, total_steps: 
 
 
 def optimizer_state(optimizer: Optimizer) -> dict[str, Any]:
-    """The state of an optimizer with what it belongs to: its class and the shapes of its parameters."""
+    """The state of an optimizer with what it belongs to: its class and the shapes of its parameters.
+
+    Here and in `restore_optimizer`, `optimizer` is the optimizer itself, not a wrapper of accelerate's around it.
+    """
     return {"class": _class_path(optimizer), "shapes": _shapes(optimizer), "state": optimizer.state_dict()}
 
 
@@ -169,6 +170,4 @@ def _first_difference(wanted: list[list[int]], found: list[list[int]]) -> str:
 
 
 def _class_path(optimizer: Optimizer) -> str:
-    """Import path of the class itself; accelerate's wrapper is looked through."""
-    inner = getattr(optimizer, "optimizer", optimizer)
-    return f"{type(inner).__module__}.{type(inner).__qualname__}"
+    return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"

@@ -25,7 +25,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"trainer", "train", "cache", "predict", "evaluate", "report", "loading"}),
     frozenset({"families", "levers", "data"}),
     frozenset({"flow", "store", "checkpoint", "runs", "optim", "trackers"}),
-    frozenset({"config", "records", "files", "console", "__init__"}),
+    frozenset({"config", "records", "files", "locks", "console", "__init__"}),
 )
 STRANGERS = frozenset({"families", "levers", "data"})  # axes that multiply: none of them knows another
 

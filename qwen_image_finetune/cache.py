@@ -40,6 +40,9 @@ class TextVariant(NamedTuple):
     references: bool = True  # False: as if there were none
 
 
+AS_IT_IS = TextVariant()
+
+
 class RowKeys(NamedTuple):
     """Names of a row's entries in the store."""
 
@@ -205,7 +208,7 @@ class EncodedDataset:
 
     # Reading rows
 
-    def read(self, index: int, variant: TextVariant = TextVariant()) -> Encoded:
+    def read(self, index: int, variant: TextVariant = AS_IT_IS) -> Encoded:
         """A row out of the store; `missing` must have named its entries.
 
         Raises:
@@ -230,7 +233,7 @@ class EncodedDataset:
             mask=target.get("mask"),
         )
 
-    def encode(self, pipe: DiffusionPipeline, example: Example, variant: TextVariant = TextVariant()) -> Encoded:
+    def encode(self, pipe: DiffusionPipeline, example: Example, variant: TextVariant = AS_IT_IS) -> Encoded:
         """The same row straight from the encoders, on the CPU."""
         pictures = example.references if variant.references else ()
         sizes = example.reference_sizes if variant.references else ()
@@ -273,9 +276,7 @@ def latent_mask(mask: Image, latent: Tensor) -> Tensor:
     return pooled
 
 
-def ahead(
-    items: Iterable[Item], load: Callable[[Item], Loaded], depth: int = 4
-) -> Iterator[tuple[Item, Loaded]]:
+def ahead(items: Iterable[Item], load: Callable[[Item], Loaded], depth: int = 4) -> Iterator[tuple[Item, Loaded]]:
     """Items with what was loaded for them, a few loads ahead of the consumer, in a bounded amount of memory."""
     with ThreadPoolExecutor(2) as pool:
         waiting: deque[tuple[Item, Future[Loaded]]] = deque()

@@ -75,7 +75,7 @@ def loss(velocity: Velocity, target: Tensor, sigma: Tensor, noise: Tensor, weigh
 
 
 def set_timesteps(scheduler: FlowMatchEulerDiscreteScheduler, steps: int, mu: float, device: Any = "cpu") -> Tensor:
-    """Timesteps (steps,) in [0, 1000] as the pipelines set them: linear from 1 to 1/steps, then the scheduler's shift."""
+    """Timesteps (steps,) in [0, 1000] as the pipelines set them: linear from 1 to 1/steps, then shifted."""
     sigmas = np.linspace(1.0, 1 / steps, steps)
     scheduler.set_timesteps(sigmas=sigmas, mu=mu, device=device)
     scheduler.set_begin_index(0)

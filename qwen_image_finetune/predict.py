@@ -135,12 +135,16 @@ class Predictor:
             ValueError: more references than the family can see, or no reference and no size.
         """
         family = self.family
-        images = [] if prompt_image is None else list(prompt_image) if isinstance(prompt_image, Sequence) else [prompt_image]
+        images = (
+            [] if prompt_image is None else list(prompt_image) if isinstance(prompt_image, Sequence) else [prompt_image]
+        )
         images = [upright(image) for image in images]
         if len(images) > family.max_references:
-            raise ValueError(f"{family.name} sees at most {family.max_references} reference(s), {len(images)} were given")
+            raise ValueError(
+                f"{family.name} sees at most {family.max_references} reference(s), {len(images)} were given"
+            )
         size = self._picture_size(images, width, height)
-        guidance = self._guidance(guidance_scale, true_cfg_scale, image_guidance_scale)
+        guidance = self.guidance(guidance_scale, true_cfg_scale, image_guidance_scale)
         seeds = [seed] if isinstance(seed, int) else list(seed)
 
         device, dtype = self.transformer.device, self.pipe.vae.dtype
@@ -176,7 +180,8 @@ class Predictor:
         mu = self.family.mu(self.family.tokens(shape), self.scheduler.config)
         return flow.sample(velocity, noise, self.scheduler, steps or self.family.num_inference_steps, mu, progress)
 
-    def _guidance(self, scale: float | None, true_cfg_scale: float | None, image: float) -> Guidance:
+    def guidance(self, scale: float | None, true_cfg_scale: float | None = None, image: float = 1.0) -> Guidance:
+        """What `guidance_scale` means for this model; None is the family's default."""
         scale = self.family.guidance_scale if scale is None else scale
         if self.family.distilled_guidance(self.transformer.config):
             return Guidance(embedded=scale, prompt=1.0 if true_cfg_scale is None else true_cfg_scale, image=image)
@@ -189,5 +194,7 @@ class Predictor:
             raise ValueError("give width and height together, or a picture to take the size from")
         multiple = self.family.side_multiple
         if width % multiple or height % multiple:
-            raise ValueError(f"width={width} and height={height} must be multiples of {multiple} for {self.family.name}")
+            raise ValueError(
+                f"width={width} and height={height} must be multiples of {multiple} for {self.family.name}"
+            )
         return width, height

@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qwen_image_finetune import cache, loading, runs
+from qwen_image_finetune import cache, console, loading
 from qwen_image_finetune.cache import EncodedDataset
-from qwen_image_finetune.config import OUR_DATASETS, Config, ConfigError, import_class
+from qwen_image_finetune.config import OUR_DATASETS, Config, ConfigError, import_class, resolve_family
 from qwen_image_finetune.data.batches import Batches
 from qwen_image_finetune.data.dataset import ImageDataset
 from qwen_image_finetune.data.images import DataError
+from qwen_image_finetune.families import get_family
 from qwen_image_finetune.families.base import Family
+from qwen_image_finetune.predict import Predictor
 from qwen_image_finetune.trackers import unavailable
 
 if TYPE_CHECKING:
@@ -51,7 +53,7 @@ def open_dataset(config: Config, family: Family) -> ImageDataset:
     dataset = chosen(arguments, family.size, family.side_multiple, family.max_references, config.train.seed)
     problems = dataset.check()
     if problems:
-        raise DataError("\n".join([f"the data set cannot be used, {len(problems)} problem(s):", *problems]))
+        raise DataError(problems)
     return dataset
 
 
@@ -116,3 +118,29 @@ def prepare_embeddings(
         "text_encoder_2": place(train.text_encoder_2_device, "train.text_encoder_2_device"),
     }
     return loading.load_encoders(rows.family, rows.checkpoint, loading.encoder_dtype(train.mixed_precision), homes)
+
+
+def encode_dataset(config: Config) -> None:
+    """Complete the cache of a configuration, whether or not it trains from it (`--cache`)."""
+    accelerator = build_accelerator(config)
+    say: Say = console.say if accelerator.is_main_process else lambda message: None
+    family = get_family(resolve_family(config)[0])
+    dataset = open_dataset(config, family)
+    dtype = loading.encoder_dtype(config.train.mixed_precision)
+    rows = EncodedDataset(config, family, dataset, loading.checkpoint_folder(config, family), dtype)
+    fill_cache(config, rows, accelerator, say)
+    accelerator.end_training()
+
+
+def build_predictor(config: Config) -> Predictor:
+    """Everything prediction needs, on the devices of predict.devices (default: the first accelerator, else the CPU)."""
+    family = get_family(resolve_family(config)[0])
+    folder = loading.checkpoint_folder(config, family)
+    places = config.predict.devices.model_dump()
+    homes = {name: loading.resolve_device(device, f"predict.devices.{name}") for name, device in places.items()}
+    homes["default"] = loading.resolve_device(None, "predict.devices")
+    dtype = loading.encoder_dtype(config.train.mixed_precision)
+    pipe = loading.load_encoders(family, folder, dtype, homes)
+    transformer = loading.load_transformer(family, folder, loading.weight_dtype(config.train.mixed_precision))
+    transformer.eval().to(homes["transformer"])
+    return Predictor(family, pipe, transformer, loading.load_scheduler(folder), config.data.init_args.area)

@@ -7,7 +7,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,22 +19,36 @@ from torch import Tensor, nn
 
 from qwen_image_finetune import cache, checkpoint, console, flow, levers, loading, runs
 from qwen_image_finetune.cache import EncodedDataset, TextVariant
-from qwen_image_finetune.config import Config, ConfigError, import_class, resolve_family
+from qwen_image_finetune.config import Config, ConfigError, resolve_family
 from qwen_image_finetune.data.batches import Batches, MicroBatch
-from qwen_image_finetune.data.dataset import ImageDataset
-from qwen_image_finetune.data.images import DataError
 from qwen_image_finetune.families import get_family
 from qwen_image_finetune.families.base import Family
-from qwen_image_finetune.levers import adapters, lora_files
+from qwen_image_finetune.files import write_atomic
+from qwen_image_finetune.levers import lora_files, trained
 from qwen_image_finetune.optim import build_optimizer, build_scheduler
+from qwen_image_finetune.preparation import (
+    Say,
+    build_accelerator,
+    check_outputs,
+    open_dataset,
+    plan_batches,
+    prepare_embeddings,
+)
 from qwen_image_finetune.records import Batch, Encoded, Example, collate
 from qwen_image_finetune.trackers import Trackers
+from qwen_image_finetune.validate import Validation
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from diffusers import DiffusionPipeline
 
 BAD_STEPS_IN_A_ROW = 3
+
+
+NOT_FINITE = (
+    "the loss or the gradients were not finite for three steps in a row; the weights of step {} are saved. Lower "
+    "optimizer.init_args.lr, use train.mixed_precision=bf16, and look at the samples named above"
+)
 
 
 class TrainingStopped(RuntimeError):
@@ -49,35 +63,36 @@ class Progress:
     bad_steps: int = 0  # steps in a row that were skipped because of a non-finite loss or gradient
 
 
-def train(config: Config) -> Path:
-    """Train as configured; returns the version folder.
+def train(config: Config) -> Path | None:
+    """Train as configured; returns the version folder (in the first process; None in the others).
 
     Raises:
-        ConfigError, DataError: before any model is loaded.
+        ConfigError, DataError, RunError: before any model is loaded.
         TrainingStopped: the loss or the gradients stay non-finite.
         SystemExit: 143 after SIGTERM or SIGUSR1, 130 after SIGINT; a checkpoint was written.
     """
     # Who takes part
     accelerator = build_accelerator(config)
-    say: Callable[[str], None] = console.say if accelerator.is_main_process else lambda message: None
+    main = accelerator.is_main_process
+    say: Say = console.say if main else lambda message: None
     family = get_family(resolve_family(config)[0])
+    check_outputs(config)
 
-    # The pairs
+    # The pairs, and how long the run is
     dataset = open_dataset(config, family)
     folder = loading.checkpoint_folder(config, family)
     rows = EncodedDataset(config, family, dataset, folder, loading.encoder_dtype(config.train.mixed_precision))
     batches = plan_batches(config, dataset, accelerator.num_processes)
-    total_steps = min(
-        config.max_steps or math.inf, batches.steps(config.train.num_epochs) if config.train.num_epochs else math.inf
-    )
-    assert isinstance(total_steps, int)
+    total_steps = num_steps(config, batches)
 
     # Where the run is written, and where it continues
     resume = find_resume(config, say)
-    run = open_run(config, accelerator, resume)
-    say(f"{family.name} on {len(dataset)} pairs, {total_steps} steps -> {run.path}")
-    stopping = StopSignals()
+    accelerator.wait_for_everyone()  # all have seen the same checkpoints before the first process tidies them
+    run = open_run(config, resume) if main else None
     progress = Progress()
+    stopping = StopSignals()
+    trackers = None
+    outcome: runs.State = "failed"
     try:
         # Embeddings: from the cache, which is completed first, or from encoders that stay
         pipe = prepare_embeddings(config, rows, accelerator, say)
@@ -86,8 +101,7 @@ def train(config: Config) -> Path:
         transformer = loading.load_transformer(family, folder, loading.weight_dtype(config.train.mixed_precision))
         levers.prepare(transformer, config)
         if config.model.lora and config.model.lora.pretrained_weight and resume is None:
-            name = config.model.lora.adapter_name
-            source = config.model.lora.pretrained_weight
+            name, source = config.model.lora.adapter_name, config.model.lora.pretrained_weight
             lora_files.load_lora(transformer, source, family.pipeline, config.model.lora, name)
         transformer.to(accelerator.device).train()
         parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
@@ -97,46 +111,47 @@ def train(config: Config) -> Path:
         state = State(config, family, transformer, optimizer, schedule, progress, accelerator)
         if resume is not None:
             state.load(resume)
-            run.rewind(progress.step)
             say(f"continuing {resume} at step {progress.step}")
+        say(f"{family.name}, {sum(p.numel() for p in parameters):,} trained weights, {len(dataset)} pairs, "
+            f"{total_steps} steps" + (f" -> {run.path}" if run else ""))  # fmt: skip
 
-        # The objective
-        scheduler_config = loading.load_scheduler(folder).config
+        # What the loop reports to
+        if run is not None:
+            run.rewind(progress.step)
+            write_atomic(run.path / "config.yaml", config.to_yaml())
+            trackers = Trackers(config, run.path, progress.step or None)
         guidance = config.train.guidance_scale if family.distilled_guidance(transformer.config) else None
         velocity = partial(family.velocity, model, guidance=guidance)
-        objective = Objective(config, family, velocity, scheduler_config, accelerator)
-        trackers = Trackers(config, run.path, progress.step or None) if accelerator.is_main_process else None
-        if accelerator.is_main_process:
-            (run.path / "config.yaml").write_text(config.to_yaml())
+        objective = Objective(config, family, velocity, loading.load_scheduler(folder).config, accelerator)
         writer = checkpoint.CheckpointWriter()
         save = partial(save_checkpoint, config, run, writer, state, batches)
-        validation = build_validation(config, family, rows, pipe, transformer, folder, run, trackers, accelerator)
+        validation = None
+        if config.validation.enabled and run is not None and trackers is not None:
+            validation = Validation(config, rows, pipe, transformer, accelerator.device, run.path, trackers)
 
         # The loop
         stream = read_ahead(config, rows, pipe, batches, accelerator, progress.step, total_steps)
-        with console.progress("training", total_steps, progress.step, accelerator.is_main_process) as update:
+        with console.progress("training", total_steps, progress.step, shown=main) as update:
             while progress.step < total_steps:
                 began = time.monotonic()
-                plan = batches.at(progress.step)
-                samples = sum(len(micro.rows) for micro in plan)
-                own = range(config.train.gradient_accumulation_steps)
-                losses, sigmas, keys = [], [], []
-                for place in own:
+                samples = sum(len(micro.rows) for micro in batches.at(progress.step))
+                total_loss, sigmas, keys = torch.zeros((), device=accelerator.device), [], []
+                for place in range(config.train.gradient_accumulation_steps):
                     micro, batch = next(stream)
-                    last = place == own[-1]
-                    with contextlib.nullcontext() if last else accelerator.no_sync(model):
+                    is_last = place == config.train.gradient_accumulation_steps - 1
+                    with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
                         loss, sigma = objective(batch, micro)
-                        # DDP averages over processes; the step's loss is the mean over all its samples.
+                        # The step's loss is the mean over all its samples; gradients are averaged over processes.
                         accelerator.backward(loss.sum() * accelerator.num_processes / samples)
-                    losses.append(loss.detach().sum())
+                    total_loss += loss.detach().sum() / samples
                     sigmas.append(sigma)
                     keys.extend(batch.keys)
 
-                gradient_norm = accelerator.clip_grad_norm_(parameters, config.train.max_grad_norm)
-                mean_loss, stop = agree(accelerator, torch.stack(losses).sum() / samples, stopping.received)
-                sound = math.isfinite(mean_loss) and (
-                    math.isfinite(float(gradient_norm)) or config.train.mixed_precision == "fp16"
-                )  # fp16 gradients overflow now and then by design; the gradient scaler skips those steps itself
+                gradient_norm = float(accelerator.clip_grad_norm_(parameters, config.train.max_grad_norm))
+                mean_loss, stop = agree(accelerator, total_loss, stopping.received)
+                # fp16 gradients overflow now and then by design; the gradient scaler skips those steps itself.
+                overflow = accelerator.scaler is not None and not math.isfinite(gradient_norm)
+                sound = math.isfinite(mean_loss) and (math.isfinite(gradient_norm) or overflow)
                 learning_rate = optimizer.param_groups[0]["lr"]
                 if sound:
                     optimizer.step()
@@ -145,49 +160,78 @@ def train(config: Config) -> Path:
                 progress.step += 1
                 progress.bad_steps = 0 if sound else progress.bad_steps + 1
 
-                values = {
-                    "loss": mean_loss,
-                    "grad_norm": float(gradient_norm),
-                    "learning_rate": learning_rate,
-                    "epoch": batches.epoch_of(progress.step - 1),
-                    "step_seconds": time.monotonic() - began,
-                }
-                if accelerator.is_main_process:
-                    log(run, trackers, progress.step, values, sigmas)
-                    update(progress.step, f"loss {mean_loss:.4f} {memory_words(accelerator.device)}")
+                if run is not None and trackers is not None:
+                    values = {
+                        "loss": mean_loss,
+                        "grad_norm": gradient_norm,
+                        "learning_rate": learning_rate,
+                        "epoch": batches.epoch_of(progress.step - 1),
+                        "step_seconds": time.monotonic() - began,
+                    }
+                    run.record(progress.step, values)
+                    trackers.scalars(values, progress.step)
+                    trackers.collect("sigma", sigmas, progress.step)
+                    update(progress.step, f"loss {mean_loss:.4f}, {memory_words(accelerator.device)}")
                 if not sound:
-                    say(f"step {progress.step}: loss {mean_loss}, gradient norm {float(gradient_norm)}; "
-                        f"skipped, its samples were {', '.join(keys)}")  # fmt: skip
+                    say(f"step {progress.step}: loss {mean_loss}, gradient norm {gradient_norm}: not learnt from; "
+                        f"its samples were {', '.join(keys)}")  # fmt: skip
                     if progress.bad_steps == BAD_STEPS_IN_A_ROW:
                         save(wait=True)
-                        raise TrainingStopped(
-                            f"the loss or the gradients were not finite for {BAD_STEPS_IN_A_ROW} steps in a row; the "
-                            f"weights of step {progress.step - BAD_STEPS_IN_A_ROW} are saved. Lower optimizer.init_args.lr, "
-                            "use train.mixed_precision=bf16, and look at the samples named above"
-                        )
-
+                        raise TrainingStopped(NOT_FINITE.format(progress.step - BAD_STEPS_IN_A_ROW))
                 if stop:
                     save(wait=True)
-                    run.finish("interrupted", progress.step)
-                    say(f"stopped at step {progress.step} by signal {stop}; continue with train.resume_from_checkpoint=latest")
+                    outcome = "interrupted"
+                    say(f"stopped by {signal.Signals(stop).name} after step {progress.step}, which is saved; "
+                        "continue with train.resume_from_checkpoint=latest")  # fmt: skip
                     raise SystemExit(130 if stop == signal.SIGINT else 143)
                 if progress.step % config.train.checkpointing_steps == 0 or progress.step == total_steps:
                     save(wait=progress.step == total_steps)
                 if validation is not None and progress.step % config.validation.steps == 0:
                     validation(progress.step)
-
         writer.wait()
-        run.finish("finished", progress.step)
-        if trackers is not None:
-            trackers.close()
-        return run.path
-    except BaseException as error:
-        if not isinstance(error, SystemExit):
-            run.finish("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", progress.step)
+        outcome = "finished"
+        if run is not None:
+            say(f"done: {run.path}")
+        return run.path if run else None
+    except KeyboardInterrupt:
+        outcome = "interrupted"
         raise
     finally:
         stopping.restore()
+        if run is not None:
+            run.finish(outcome, progress.step)
+            run.close()
+        if trackers is not None:
+            trackers.close()
         accelerator.end_training()
+
+
+# What is set up
+
+
+def num_steps(config: Config, batches: Batches) -> int:
+    """Optimizer steps of the whole run: whichever of train.max_train_steps and train.num_epochs ends first."""
+    limits = [config.max_steps, batches.steps(config.train.num_epochs) if config.train.num_epochs else None]
+    return min(limit for limit in limits if limit is not None)
+
+
+def find_resume(config: Config, say: Say) -> Path | None:
+    """The checkpoint to continue, verified; None for a fresh start."""
+    spec = config.train.resume_from_checkpoint
+    if spec is None:
+        return None
+    found = runs.find_checkpoint(config.logging.project_dir, spec, say)
+    if found is None:
+        say(f"no complete checkpoint in {config.logging.project_dir}: starting afresh")
+    return found
+
+
+def open_run(config: Config, resume: Path | None) -> runs.Run:
+    """A new version, or the one that the checkpoint came from."""
+    project = config.logging.project_dir
+    if resume is not None and resume.resolve().parent.parent == project.resolve():
+        return runs.reopen_version(resume.parent)
+    return runs.claim_version(project)
 
 
 # What the loop calls
@@ -232,7 +276,11 @@ class Objective:
         batch = batch.to(device, self.dtype)
         with self.accelerator.autocast():
             loss = flow.loss(
-                partial(self.velocity, batch=batch), batch.target, sigma.to(device), noise.to(device), self.weight(batch)
+                partial(self.velocity, batch=batch),
+                batch.target,
+                sigma.to(device),
+                noise.to(device),
+                self.weight(batch),
             )
         return loss, sigma
 
@@ -258,11 +306,11 @@ class State:
         }
         if self.accelerator.scaler is not None:
             parts["scaler"] = self.accelerator.scaler.state_dict()
-        return {"parts": checkpoint.snapshot(parts), "weights": adapters.snapshot(self.transformer, self.config.model)}
+        return {"parts": checkpoint.snapshot(parts), "weights": trained.snapshot(self.transformer, self.config.model)}
 
     def write(self, folder: Path, snapshot: dict[str, Any]) -> None:
         """Write a snapshot into a staged folder."""
-        adapters.save_weights(folder, self.transformer, snapshot["weights"], self.config.model, self.metadata(snapshot))
+        trained.save(folder, self.transformer, snapshot["weights"], self.config.model, self.metadata(snapshot))
         checkpoint.save_state(folder, snapshot["parts"])
 
     def metadata(self, snapshot: dict[str, Any]) -> dict[str, str]:
@@ -282,7 +330,7 @@ class State:
 
     def load(self, folder: Path) -> None:
         """Continue from a checkpoint folder, which was verified when it was found."""
-        adapters.load_weights(folder, self.transformer, self.config.model)
+        trained.load(folder, self.transformer, self.config.model)
         progress = checkpoint.load_state(folder, "progress")
         if progress["seed"] != self.config.train.seed:
             raise ConfigError(
@@ -297,11 +345,16 @@ class State:
 
 
 def save_checkpoint(
-    config: Config, run: runs.Run, writer: checkpoint.CheckpointWriter, state: State, batches: Batches, wait: bool = False
+    config: Config,
+    run: runs.Run | None,
+    writer: checkpoint.CheckpointWriter,
+    state: State,
+    batches: Batches,
+    wait: bool = False,
 ) -> None:
     """Copy the state to the host and write it behind the loop's back; `wait` for the last one of a run."""
     step = state.progress.step
-    if state.accelerator.is_main_process:
+    if run is not None:
         final = run.checkpoint_path(batches.epoch_of(max(step - 1, 0)), step)
         snapshot = state.snapshot()
         writer.submit(
@@ -351,7 +404,9 @@ class MicroBatches(torch.utils.data.Dataset[tuple[MicroBatch, list[Any]]]):
         step, place = divmod(number, self.accumulation)
         micro = self.batches.at(step)[place * self.processes + self.rank]
         if self.cached:
-            return micro, [self.rows.read(row, variant) for row, variant in zip(micro.rows, row_variants(micro), strict=True)]
+            return micro, [
+                self.rows.read(row, variant) for row, variant in zip(micro.rows, row_variants(micro), strict=True)
+            ]
         return micro, [self.rows.dataset.load(row, micro.visit) for row in micro.rows]
 
     def stream(self, span: range, config: Config) -> Iterator[tuple[MicroBatch, Any]]:
@@ -381,16 +436,6 @@ def agree(accelerator: Accelerator, loss: Tensor, signal_number: int) -> tuple[f
     shared = torch.stack([loss.float(), torch.tensor(float(signal_number), device=loss.device)])
     gathered = accelerator.gather(shared[None])
     return float(gathered[:, 0].sum()), int(gathered[:, 1].max())
-
-
-def log(
-    run: runs.Run, trackers: Trackers | None, step: int, values: dict[str, float], sigmas: list[Tensor]
-) -> None:
-    """One line of metrics.jsonl and one point of every curve."""
-    run.record(step, values)
-    assert trackers is not None
-    trackers.scalars(values, step)
-    trackers.collect("sigma", sigmas, step)
 
 
 def memory_words(device: torch.device) -> str:

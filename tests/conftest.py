@@ -58,3 +58,32 @@ def flux_folder(tiny_checkpoints: dict[str, Path]) -> Path:
 @pytest.fixture(scope="session")
 def qwen_folder(tiny_checkpoints: dict[str, Path]) -> Path:
     return tiny_checkpoints["QwenImageEdit"]
+
+
+@pytest.fixture(scope="session")
+def write_pairs() -> Callable[..., Path]:
+    """`write_pairs(folder, sizes)`: one pair of smooth random pictures for each (width, height), each its own caption."""
+    import numpy as np
+    from PIL import Image
+
+    def picture(rng: np.random.Generator, size: tuple[int, int]) -> Image.Image:
+        cells = rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)
+        return Image.fromarray(cells).resize(size, Image.Resampling.BICUBIC)
+
+    def write(folder: Path, sizes: list[tuple[int, int]], seed: int = 0, masks: bool = False, references: int = 1) -> Path:
+        rng = np.random.default_rng(seed)
+        (folder / "control_images").mkdir(parents=True)
+        (folder / "training_images").mkdir()
+        for index, size in enumerate(sizes):
+            for place in range(references):
+                ending = f"_control_{place}" if place else ""
+                picture(rng, size).save(folder / "control_images" / f"{index}{ending}.png")
+            picture(rng, size).save(folder / "training_images" / f"{index}.png")
+            (folder / "training_images" / f"{index}.txt").write_text(f"edit number {index}")
+            if masks:
+                mask = Image.new("L", size)
+                mask.paste(255, (0, 0, size[0] // 2, size[1]))
+                mask.save(folder / "training_images" / f"{index}_mask.png")
+        return folder
+
+    return write

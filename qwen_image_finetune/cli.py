@@ -1,0 +1,178 @@
+"""The command `qif`: one verb for each thing a person does. Heavy packages are imported by the verb that needs them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from qwen_image_finetune import __version__
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code: 0 done, 1 failed, 2 refused, 130/143 stopped by a signal."""
+    options = _parser().parse_args(arguments)
+    return guarded(options.run, options)
+
+
+def guarded(run: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> int:
+    """Call a verb. What a person can mend is an exception of ours, and comes out as one message, no traceback."""
+    try:
+        run(options)
+    except (ValueError, RuntimeError, OSError) as error:
+        if not type(error).__module__.startswith("qwen_image_finetune"):
+            raise
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+# The verbs
+
+
+def train(options: argparse.Namespace) -> None:
+    """Train as the configuration says."""
+    run_training(options.config, options.overrides, dry_run=options.dry_run)
+
+
+def cache(options: argparse.Namespace) -> None:
+    """Compute the embeddings of the data set and keep them."""
+    run_training(options.config, options.overrides, only_cache=True)
+
+
+def run_training(config_file: Path, overrides: Sequence[str], dry_run: bool = False, only_cache: bool = False) -> None:
+    """What `qif train`, `qif cache` and `python -m src.main` share."""
+    from qwen_image_finetune.config import load_config
+
+    config = load_config(config_file, overrides)
+    tell(config.notes)
+    if dry_run:
+        from qwen_image_finetune.dry_run import describe
+
+        print(describe(config))
+    elif only_cache:
+        from qwen_image_finetune.preparation import encode_dataset
+
+        encode_dataset(config)
+    else:
+        from qwen_image_finetune.train import train
+
+        train(config)
+
+
+def predict(options: argparse.Namespace) -> None:
+    """Draw a picture for each reference."""
+    from PIL import Image
+
+    from qwen_image_finetune.config import load_config
+    from qwen_image_finetune.trainer import Trainer
+
+    trainer = Trainer(load_config(options.config, options.overrides))
+    if options.lora:
+        trainer.load_lora(options.lora, options.strength)
+    pictures = [Image.open(path) for path in options.image]
+    drawn = trainer.predict(
+        pictures or None, options.prompt, options.steps, options.guidance, negative_prompt=options.negative_prompt,
+        image_guidance_scale=options.image_guidance, width=options.width, height=options.height, seed=options.seed,
+    )  # fmt: skip
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    drawn[0].save(options.output)
+    print(options.output)
+
+
+def check(options: argparse.Namespace) -> None:
+    """Check configuration and data, decoding every picture, and load nothing else."""
+    from qwen_image_finetune.config import load_config, resolve_family
+    from qwen_image_finetune.data.images import DataError
+    from qwen_image_finetune.families import get_family
+    from qwen_image_finetune.preparation import open_dataset
+
+    config = load_config(options.config, options.overrides)
+    tell(config.notes)
+    dataset = open_dataset(config, get_family(resolve_family(config)[0]))
+    problems = dataset.check(decode=True)
+    if problems:
+        raise DataError(problems)
+    print(f"{len(dataset)} pairs, all readable")
+
+
+def export(options: argparse.Namespace) -> None:
+    """Write a LoRA file in the key dialect of another program."""
+    from qwen_image_finetune.families import get_family
+    from qwen_image_finetune.levers.lora_files import export_lora
+
+    export_lora(options.lora, options.output, options.format, get_family(options.family).pipeline)
+    print(options.output)
+
+
+def tiny(options: argparse.Namespace) -> None:
+    """Write a tiny random checkpoint of a family's real architecture."""
+    from qwen_image_finetune.families import get_family
+
+    get_family(options.family).tiny(options.folder)
+    print(options.folder)
+
+
+def tell(notes: Sequence[str]) -> None:
+    """What the reader of a configuration should know, once per run however many processes there are."""
+    if os.environ.get("RANK", "0") == "0":
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    from qwen_image_finetune.families import FAMILIES
+
+    parser = argparse.ArgumentParser("qif", description="Fine-tune image-editing models on pairs of pictures.")
+    parser.add_argument("--version", action="version", version=__version__)
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    def verb(run: Callable[[argparse.Namespace], None], configured: bool = True) -> argparse.ArgumentParser:
+        added = verbs.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
+        added.set_defaults(run=run)
+        if configured:
+            added.add_argument("config", type=Path, help="the configuration, a YAML file")
+        return added
+
+    def overridable(added: argparse.ArgumentParser) -> None:
+        added.add_argument("overrides", nargs="*", metavar="section.key=value", help="instead of what the file says")
+
+    training = verb(train)
+    training.add_argument("--dry-run", action="store_true", help="say what would be loaded, trained and written")
+    overridable(training)
+    overridable(verb(cache))
+    overridable(verb(check))
+
+    drawing = verb(predict)
+    drawing.add_argument("--image", type=Path, action="append", default=[], help="reference; may be given repeatedly")
+    drawing.add_argument("--prompt", required=True, help="the instruction")
+    drawing.add_argument("--lora", help="LoRA file, folder or hub id")
+    drawing.add_argument("--strength", type=float, default=1.0, help="of the LoRA; 0 is the base")
+    drawing.add_argument("--output", type=Path, default=Path("output.png"), help="file of the picture")
+    drawing.add_argument("--steps", type=int, help="sampler steps; default: the model's own")
+    drawing.add_argument("--guidance", type=float, help="guidance scale; default: the model's own")
+    drawing.add_argument("--negative-prompt", help="what classifier-free guidance steers away from")
+    drawing.add_argument("--image-guidance", type=float, default=1.0, help="guidance towards the references")
+    drawing.add_argument(
+        "--width", type=int, help="of the picture; default: that of the reference, as the model sees it"
+    )
+    drawing.add_argument("--height", type=int, help="the same for its height")
+    drawing.add_argument("--seed", type=int, default=0, help="of the noise")
+    overridable(drawing)
+
+    exporting = verb(export, configured=False)
+    exporting.add_argument("lora", type=Path, help="LoRA file in diffusers format")
+    exporting.add_argument("output", type=Path, help="file to write")
+    exporting.add_argument("--format", choices=("diffusers", "comfy", "kohya"), default="comfy", help="key dialect")
+    exporting.add_argument("--family", choices=sorted(FAMILIES), required=True, help="whose LoRA it is")
+
+    sketching = verb(tiny, configured=False)
+    sketching.add_argument("family", choices=sorted(FAMILIES), help="whose architecture")
+    sketching.add_argument("folder", type=Path, help="where to write it")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""What training changes, the adapter or the whole transformer: copied, saved for its users, and taken back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from diffusers import ModelMixin
+from huggingface_hub import save_torch_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from qwen_image_finetune.config import ModelConfig
+from qwen_image_finetune.levers import adapters, lora_files
+from qwen_image_finetune.runs import LORA_WEIGHTS
+
+TRANSFORMER = "transformer"  # folder of a fully tuned transformer, in diffusers layout
+ADAPTER = "adapter.safetensors"  # for an exact resume; LORA_WEIGHTS beside it is the file for users
+
+
+def snapshot(transformer: ModelMixin, config: ModelConfig) -> dict[str, Tensor]:
+    """Copies on the CPU of everything that training changes."""
+    if config.lora is None:
+        state = transformer.state_dict()
+    else:
+        state = adapters.trainable_state(transformer, config.lora.adapter_name)
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
+
+
+def save(
+    folder: Path, transformer: ModelMixin, state: dict[str, Tensor], config: ModelConfig, about: Mapping[str, str]
+) -> None:
+    """Write a snapshot: a LoRA file that opens everywhere, or a transformer folder that `from_pretrained` loads.
+
+    Args:
+        transformer: gives the configuration and the layout of the adapter; its weights are not read.
+        about: what the file says about itself.
+    """
+    if config.lora is not None:
+        save_file(state, folder / ADAPTER)
+        lora_files.save_lora(folder / LORA_WEIGHTS, transformer, config.lora, about, state)
+        return
+    transformer.save_config(folder / TRANSFORMER)
+    pattern = "diffusion_pytorch_model{suffix}.safetensors"
+    save_torch_state_dict(state, folder / TRANSFORMER, filename_pattern=pattern, metadata={"format": "pt"})
+
+
+def load(folder: Path, transformer: ModelMixin, config: ModelConfig) -> None:
+    """Take back what `save` wrote, bit for bit.
+
+    Raises:
+        ValueError: the folder holds another kind of training, or other shapes.
+    """
+    if config.lora is not None:
+        if not (folder / ADAPTER).is_file():
+            raise ValueError(f"{folder} is a checkpoint of full fine-tuning, but model.lora asks for an adapter")
+        adapters.load_trainable_state(transformer, load_file(folder / ADAPTER), config.lora.adapter_name)
+        return
+    if not (folder / TRANSFORMER).is_dir():
+        raise ValueError(f"{folder} is a checkpoint of a LoRA, but model.lora=null asks for full fine-tuning")
+    state: dict[str, Tensor] = {}
+    for shard in sorted((folder / TRANSFORMER).glob("*.safetensors")):
+        state |= load_file(shard)
+    with torch.no_grad():
+        transformer.load_state_dict(state, strict=True)

@@ -1,0 +1,99 @@
+"""The Python interface: one object that caches, trains and predicts a configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from qwen_image_finetune import console
+from qwen_image_finetune.config import Config, ConfigError, resolve_family
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from qwen_image_finetune.predict import Predictor
+
+
+class Trainer:
+    """Caches, trains and predicts one configuration, of any family.
+
+    Raises:
+        ConfigError: the configuration's checkpoint or train.trainer names another family than the class asks for.
+    """
+
+    family: ClassVar[str | None] = None  # None takes what the configuration says
+
+    def __init__(self, config: Config) -> None:
+        name, source = resolve_family(config)
+        if self.family is not None and name != self.family:
+            raise ConfigError(f"{type(self).__name__} trains {self.family}, but {source} says {name}")
+        self.config = config
+        self._predictor: Predictor | None = None
+        self._lora: Path | str | None = None
+
+    def cache(self) -> None:
+        """Compute the embeddings of the dataset and keep them."""
+        from qwen_image_finetune.preparation import encode_dataset
+
+        encode_dataset(self.config)
+
+    def fit(self) -> Path:
+        """Train; returns the version folder."""
+        from qwen_image_finetune.train import train
+
+        return train(self.config)
+
+    def load_lora(self, path: str | Path, strength: float = 1.0) -> None:
+        """Predict with a LoRA (file, folder or hub id); before or after `setup_predict`, and instead of another."""
+        self._lora, self._strength = path, strength
+        if self._predictor is not None:
+            self._apply_lora()
+
+    def setup_predict(self) -> None:
+        """Load what prediction needs."""
+        from qwen_image_finetune.preparation import build_predictor
+
+        self._predictor = build_predictor(self.config)
+        if self._lora is not None:
+            self._apply_lora()
+
+    def predict(
+        self,
+        prompt_image: Image | Sequence[Image] | None,
+        prompt: str,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        **options: Any,
+    ) -> list[Image]:
+        """Draw pictures; loads the model first if that has not happened. Options: see `Predictor.predict`."""
+        if self._predictor is None:
+            self.setup_predict()
+        assert self._predictor is not None
+        steps = num_inference_steps or self._predictor.family.num_inference_steps
+        with console.progress("drawing", steps) as update:
+            report: Callable[[int], None] = update
+            return self._predictor.predict(prompt_image, prompt, steps, guidance_scale, progress=report, **options)
+
+    def _apply_lora(self) -> None:
+        from qwen_image_finetune.levers import adapters, lora_files
+
+        assert self._predictor is not None
+        assert self._lora is not None
+        transformer, pipeline = self._predictor.transformer, self._predictor.family.pipeline
+        if adapters.adapter_names(transformer):
+            transformer.unload_lora()
+        lora_files.load_lora(transformer, self._lora, pipeline, None)
+        adapters.set_strength(transformer, self._strength)
+
+
+class FluxKontextLoraTrainer(Trainer):
+    """`Trainer` for FLUX.1 Kontext."""
+
+    family = "FluxKontext"
+
+
+class QwenImageEditTrainer(Trainer):
+    """`Trainer` for Qwen-Image-Edit."""
+
+    family = "QwenImageEdit"

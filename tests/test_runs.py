@@ -1,0 +1,514 @@
+"""Versions and checkpoints of a project: claimed by many at once, cleaned, found again, whatever happened."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qwen_image_finetune import files, runs
+from qwen_image_finetune.files import DiskFull, staged_folder, verify_folder
+from qwen_image_finetune.runs import Run, RunError, claim_version, find_checkpoint, reopen_version, retention
+
+# `QIF_FAULTS=full` runs the counts that the documentation quotes; otherwise a sample that fits CI.
+FULL = os.environ.get("QIF_FAULTS") == "full"
+PATHS = [str(Path(__file__).parents[1])]
+
+
+def spawn(code: str, *arguments: object) -> subprocess.Popen[str]:
+    """A real process that runs `code` with `arguments` as sys.argv[1:]."""
+    prelude = f"import os, sys, time\nfrom pathlib import Path\nsys.path[:0] = {PATHS!r}\n"
+    imports = "from qwen_image_finetune import files, runs\n"
+    script = prelude + imports + textwrap.dedent(code)
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def add_checkpoint(version: Path, step: int, epoch: int = 0, size: int = 1000) -> Path:
+    final = version / f"checkpoint-{epoch}-{step}"
+    with staged_folder(final) as folder:
+        (folder / "state").write_bytes(random.Random(step).randbytes(size))
+    return final
+
+
+def end(project: Path, steps: int = 0, state: runs.State = "finished", checkpoint: int | None = None) -> Path:
+    """A version that ended after `steps` steps."""
+    run = claim_version(project)
+    for step in range(1, steps + 1):
+        run.record(step, {"loss": 1.0})
+    if checkpoint is not None:
+        add_checkpoint(run.path, checkpoint)
+    run.finish(state, steps)
+    run.close()
+    return run.path
+
+
+def damage(checkpoint: Path) -> None:
+    data = bytearray((checkpoint / "state").read_bytes())
+    data[len(data) // 2] ^= 1
+    (checkpoint / "state").write_bytes(data)
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    return tmp_path / "output" / "project"
+
+
+@pytest.fixture
+def run(project: Path) -> Iterator[Run]:
+    claimed = claim_version(project)
+    yield claimed
+    claimed.close()
+
+
+# Claiming
+
+
+def test_versions_count_up(project: Path) -> None:
+    claimed = [claim_version(project) for _ in range(12)]
+    assert [run.name for run in claimed] == [f"v{number}" for number in range(12)]
+    assert all(run.path == project / run.name for run in claimed)
+    assert json.loads((claimed[0].path / "run.json").read_text()) == {"state": "running", "step": 0}
+    for run in claimed:
+        run.close()
+
+
+def test_gaps_links_and_strangers(project: Path, tmp_path: Path) -> None:
+    """The next number is one more than the largest taken, by whatever; only what is surely a run is removed."""
+    project.mkdir(parents=True)
+    (tmp_path / "elsewhere" / "checkpoint-0-2").mkdir(parents=True)
+    (project / "v8").symlink_to(tmp_path / "elsewhere")
+    (project / "v2").mkdir()  # empty: its process died before it had its lock
+    (project / "v3").mkdir()
+    (project / "v3" / "notes.txt").write_text("mine")
+    (project / "v007").mkdir()
+    (project / "version9").mkdir()
+    run = claim_version(project)
+    assert run.name == "v9"
+    assert names(project) == {"v3", "v8", "v9", "v007", "version9"}
+    assert (tmp_path / "elsewhere" / "checkpoint-0-2").is_dir()
+    run.close()
+
+
+@pytest.mark.parametrize(("steps", "state", "checkpoint", "kept"), [
+    (0, "failed", None, False),
+    (4, "finished", None, False),
+    (4, "finished", 4, False),      # ended as planned, and short
+    (4, "interrupted", None, False),
+    (3, "interrupted", 3, True),    # preempted: there is something to resume
+    (3, "running", 3, True),        # killed: the same
+    (5, "failed", None, True),
+    (5, "finished", 5, True),
+    (0, "failed", 7, True),         # a checkpoint says more than the other records
+])  # fmt: skip
+def test_short_ended_versions_go(
+    project: Path, steps: int, state: runs.State, checkpoint: int | None, kept: bool
+) -> None:
+    path = end(project, steps, state, checkpoint)
+    claim_version(project).close()
+    assert names(project) == ({"v0", "v1"} if kept else {"v0"})
+    assert (path / "metrics.jsonl").exists() == (kept and steps > 0)
+
+
+def test_damaged_or_foreign_checkpoints_of_five_steps_keep_a_version(project: Path) -> None:
+    damage(add_checkpoint(end(project, 2), 9))
+    (project / "v1" / "checkpoint-0-100").mkdir(parents=True)
+    (project / "v1" / "checkpoint-0-100" / "pytorch_lora_weights.safetensors").touch()
+    (project / "v2" / "checkpoint-0-3").mkdir(parents=True)
+    claim_version(project).close()
+    assert names(project) == {"v0", "v1", "v2"}
+    assert "checkpoint-0-3" not in names(project / "v2"), "v2 was short; its number was free again"
+    assert names(project / "v1") == {"checkpoint-0-100"}, "not a file was added"
+
+
+@pytest.mark.parametrize("last", [4, 300])
+def test_steps_are_read_from_event_files(project: Path, last: int) -> None:
+    """Versions of other programs have no metrics.jsonl; TensorBoard's own writer is the oracle."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(project / "v0")) as writer:
+        for step in range(last + 1):
+            writer.add_scalar("loss", 1.0, step)
+    (events,) = (project / "v0").glob("events.out.tfevents.*")
+    assert max(runs._event_steps(events)) == last
+    claim_version(project).close()
+    assert names(project) == ({"v0"} if last < 5 else {"v0", "v1"})
+
+
+def test_a_live_version_stays_whatever_its_age_and_steps(project: Path) -> None:
+    holder = spawn("run = runs.claim_version(Path(sys.argv[1])); print(run.name, flush=True); time.sleep(60)", project)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "v0\n"
+        for path in (project / "v0", *(project / "v0").iterdir()):
+            os.utime(path, (0, 0))
+        second = claim_version(project)
+        second.close()
+        assert names(project) == {"v0", "v1"}
+    finally:
+        holder.kill()
+        holder.communicate()
+    claim_version(project).close()
+    assert names(project) == {"v0"}, "its process is gone, and it was short"
+
+
+def test_a_worker_that_outlives_its_trainer_holds_nothing(project: Path) -> None:
+    """A forked child keeps copies of open files; it must not keep the lock as well."""
+    trainer = spawn(
+        """
+        run = runs.claim_version(Path(sys.argv[1]))
+        child = os.fork()
+        if child == 0:
+            print(os.getpid(), flush=True)
+            time.sleep(60)
+            os._exit(0)
+        time.sleep(60)
+        """,
+        project,
+    )
+    assert trainer.stdout is not None
+    worker = int(trainer.stdout.readline())
+    try:
+        with pytest.raises(RunError, match=f"process {trainer.pid} on"):
+            reopen_version(project / "v0")
+        trainer.kill()
+        trainer.wait()
+        os.kill(worker, 0)  # it is alive
+        reopen_version(project / "v0").close()
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        trainer.communicate()
+
+
+def test_many_claim_at_once(tmp_path: Path) -> None:
+    """Each its own version, and none removes another's, though all are shorter than five steps."""
+    processes, rounds = (64, 20) if FULL else (16, 1)
+    for number in range(rounds):
+        project = tmp_path / str(number)
+        old = [end(project, 9), end(project, 2, "interrupted", 2), end(project, 1)]
+        start = time.time() + 0.5 + processes * 0.1
+        started = [
+            spawn(
+                """
+                project, start = Path(sys.argv[1]), float(sys.argv[2])
+                time.sleep(max(0, start - time.time()))
+                run = runs.claim_version(project)
+                (run.path / "mine").write_text(str(os.getpid()))
+                print(run.name, flush=True)
+                time.sleep(60)
+                """,
+                project, start,
+            )
+            for _ in range(processes)
+        ]  # fmt: skip
+        try:
+            found = [process.stdout.readline().strip() for process in started if process.stdout]
+            assert sorted(int(name[1:]) for name in found) == list(range(2, 2 + processes)), found
+            for process, name in zip(started, found, strict=True):
+                assert (project / name / "mine").read_text() == str(process.pid)
+            assert [path.is_dir() for path in old] == [True, True, True]  # v2 is a claimed one now
+            assert (old[0] / "metrics.jsonl").exists()
+            assert verify_folder(old[1] / "checkpoint-0-2") is None
+        finally:
+            for process in started:
+                process.kill()
+                process.communicate()
+
+
+def test_claiming_killed_at_any_moment(project: Path) -> None:
+    """Processes that claim are killed at random moments; nothing of use is lost and the next claim works."""
+    kept = [end(project, 9), end(project, 2, "interrupted", 2)]
+    chance = random.Random(0)
+    for _ in range(100 if FULL else 10):
+        process = spawn(
+            """
+            print(flush=True)
+            while True:
+                run = runs.claim_version(Path(sys.argv[1]))
+                run.close()
+            """,
+            project,
+        )
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(chance.uniform(0, 0.02))
+        process.kill()
+        process.communicate()
+        run = claim_version(project)
+        run.close()
+        assert run.name in ("v2", "v3")
+        assert {path.name for path in project.iterdir()} == {"v0", "v1", run.name, ".lock"}
+        assert runs.steps_of(kept[0]) == 9
+        assert verify_folder(kept[1] / "checkpoint-0-2") is None
+
+
+def test_an_output_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match=r"cannot make a version folder in .*logging\.output_dir must name"):
+        claim_version(tmp_path / "file" / "project")
+    with pytest.raises(RunError, match="cannot make a version folder in /proc/project"):
+        claim_version(Path("/proc/project"))
+
+
+# Reopening
+
+
+def test_reopen_refuses_a_version_in_use(run: Run) -> None:
+    with pytest.raises(RunError, match=rf"v0 is in use by process {os.getpid()} on .*resume_from_checkpoint=null"):
+        reopen_version(run.path)
+    run.close()
+    again = reopen_version(run.path)
+    assert again.name == "v0"
+    again.close()
+
+
+def test_reopen_cleans_what_a_killed_process_left(project: Path) -> None:
+    path = end(project, 9, "running", 6)
+    (path / ".checkpoint-0-9.partial-1-00000000").mkdir()
+    (path / ".checkpoint-0-3.trash-1-00000000").mkdir()
+    os.rename(path / "checkpoint-0-6", path / ".checkpoint-0-6.replaced-1-00000000")
+    run = reopen_version(path)
+    assert {item.name for item in path.iterdir()} == {"checkpoint-0-6", "metrics.jsonl", "run.json", "run.lock"}
+    assert [folder.name for folder in run.checkpoints()] == ["checkpoint-0-6"]
+    assert json.loads((path / "run.json").read_text()) == {"state": "running", "step": 9}
+    run.close()
+
+
+def test_reopen_of_nothing(project: Path) -> None:
+    with pytest.raises(RunError, match="v3 is not there"):
+        reopen_version(project / "v3")
+
+
+def test_version_of_a_checkpoint(run: Run, tmp_path: Path) -> None:
+    assert runs.version_of(run.path / "checkpoint-0-5") == run.path
+    assert runs.version_of(run.path / "superseded" / "checkpoint-0-5.1") == run.path
+    assert runs.version_of(tmp_path / "copies" / "checkpoint-0-5") is None
+
+
+# Metrics and state
+
+
+def test_metrics_come_back(run: Run) -> None:
+    run.record(1, {"loss": 0.1, "grad_norm": 1e-30})
+    run.record(2, {"loss": math.nan, "grad_norm": -math.inf})
+    first, second = run.metrics()
+    assert first == {"step": 1, "loss": 0.1, "grad_norm": 1e-30}
+    assert math.isnan(second["loss"])
+    assert second["grad_norm"] == -math.inf
+    for line in (run.path / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def test_truncating_metrics_equals_never_having_logged_more(run: Run) -> None:
+    path = run.path / "metrics.jsonl"
+    for step in range(1, 6):
+        run.record(step, {"loss": 1 / step})
+    run.truncate_metrics(9)
+    expected = path.read_bytes()
+    for step in range(6, 9):
+        run.record(step, {"loss": 1 / step})
+    with path.open("a") as file:
+        file.write('{"step": 5, "lo')  # torn
+    run.truncate_metrics(5)
+    assert path.read_bytes() == expected
+    run.record(6, {"loss": 1 / 6})
+    assert [line["step"] for line in run.metrics()] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_line_that_does_not_fit_leaves_no_part_of_itself(run: Run) -> None:
+    """A limit on the size of files cuts the write short, as a full disk does."""
+    import resource
+
+    run.record(1, {"loss": 1.0})
+    before = (run.path / "metrics.jsonl").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 5, limits[1]))
+    try:
+        with pytest.raises(DiskFull, match=r"metrics\.jsonl"):
+            run.record(2, {"loss": 1.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert (run.path / "metrics.jsonl").read_bytes() == before
+
+
+def test_finish_says_how_it_stands(run: Run) -> None:
+    run.finish("interrupted", 7)
+    assert json.loads((run.path / "run.json").read_text()) == {"state": "interrupted", "step": 7}
+    assert runs.steps_of(run.path) == 7
+
+
+# Checkpoints
+
+
+def test_checkpoints_are_ordered_by_step_whatever_the_clock_said(run: Run) -> None:
+    steps = [100, 9, 20, 1000]
+    for index, step in enumerate(steps):
+        folder = add_checkpoint(run.path, step, epoch=step // 10)
+        year = 365 * 24 * 3600 * (-1) ** index
+        for path in (folder, *folder.iterdir()):
+            os.utime(path, (time.time() + year, time.time() + year))
+    (run.path / "checkpoint-0-5000").mkdir()  # not complete
+    (run.path / "checkpoint-best").mkdir()
+    assert [folder.name for folder in run.checkpoints()] == [
+        "checkpoint-0-9", "checkpoint-2-20", "checkpoint-10-100", "checkpoint-100-1000",
+    ]  # fmt: skip
+    assert run.checkpoint_path(2, 20) == run.checkpoints()[1]
+
+
+def test_latest_is_the_highest_version_then_the_highest_step(project: Path) -> None:
+    said: list[str] = []
+    assert find_checkpoint(project, "latest", said.append) is None
+    for number, steps in ((0, (500, 600)), (2, (90, 100)), (10, (7, 8)), (11, ())):
+        (project / f"v{number}").mkdir(parents=True)
+        for step in steps:
+            add_checkpoint(project / f"v{number}", step)
+    os.utime(project / "v0" / "checkpoint-0-600", (2**32, 2**32))
+    assert find_checkpoint(project, "latest", said.append) == project / "v10" / "checkpoint-0-8"
+    assert said == []
+
+
+def test_latest_falls_back_over_damage_and_says_so(project: Path) -> None:
+    path = end(project, 9)
+    for step in (5, 6, 7, 8):
+        add_checkpoint(path, step)
+    damage(path / "checkpoint-0-8")
+    (path / "checkpoint-0-7" / "state").unlink()
+    shutil.rmtree(path / "checkpoint-0-6")
+    (path / "checkpoint-0-6").mkdir()
+    said: list[str] = []
+    assert find_checkpoint(project, "latest", said.append) == path / "checkpoint-0-5"
+    assert ["checkpoint-0-8" in said[0], "checkpoint-0-7" in said[1], "checkpoint-0-6" in said[2]] == [True] * 3
+    assert "checksum" in said[0]
+    damage(path / "checkpoint-0-5")
+    assert find_checkpoint(project, "latest", said.append) is None
+
+
+def test_a_named_checkpoint(project: Path) -> None:
+    path = end(project, 9)
+    good, bad = add_checkpoint(path, 5), add_checkpoint(path, 8)
+    damage(bad)
+    warn = pytest.fail
+    assert find_checkpoint(project, str(good), warn) == good
+    newest = re.escape(f"the newest valid checkpoint there is {good}")
+    with pytest.raises(RunError, match=rf"resume_from_checkpoint=.*checkpoint-0-8.*its checksum differs.*{newest}"):
+        find_checkpoint(project, str(bad), warn)
+    with pytest.raises(RunError, match=rf"checkpoint-0-9 is not a folder; {newest}"):
+        find_checkpoint(project, str(path / "checkpoint-0-9"), warn)
+    with pytest.raises(RunError, match=newest):
+        find_checkpoint(project, str(path), warn)
+    with pytest.raises(RunError, match="has no valid checkpoint"):
+        find_checkpoint(project, "/nowhere/checkpoint-0-9", warn)
+
+
+def test_weights_alone_are_for_pretrained_weight(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint-0-100"
+    folder.mkdir()
+    (folder / "pytorch_lora_weights.safetensors").touch()
+    with pytest.raises(RunError, match=r"set model\.lora\.pretrained_weight to it instead"):
+        find_checkpoint(tmp_path, str(folder), pytest.fail)
+
+
+def test_rewind_sets_later_checkpoints_aside(run: Run, project: Path) -> None:
+    for step in range(1, 10):
+        run.record(step, {"loss": 1.0})
+    for step in (4, 6, 8):
+        add_checkpoint(run.path, step)
+    for count in (1, 2):
+        run.rewind(4)
+        assert [folder.name for folder in run.checkpoints()] == ["checkpoint-0-4"]
+        assert [line["step"] for line in run.metrics()] == [1, 2, 3, 4]
+        assert (run.path / "superseded" / f"checkpoint-0-6.{count}").is_dir()
+        add_checkpoint(run.path, 6)
+    assert verify_folder(run.path / "superseded" / "checkpoint-0-8.1") is None
+    assert find_checkpoint(project, "latest", pytest.fail) == run.path / "checkpoint-0-6"
+
+
+# Retention
+
+
+def steps(run: Run) -> list[int]:
+    return [int(folder.name.rpartition("-")[2]) for folder in run.checkpoints()]
+
+
+def test_retention_keeps_the_newest(run: Run) -> None:
+    for step in (3, 20, 100, 9):
+        add_checkpoint(run.path, step)
+    retention(run, None)
+    assert steps(run) == [3, 9, 20, 100]
+    retention(run, 2)
+    assert steps(run) == [20, 100]
+    retention(run, 5)
+    assert steps(run) == [20, 100]
+
+
+def test_retention_counts_only_sound_checkpoints(run: Run) -> None:
+    for step in (1, 2, 3, 4):
+        add_checkpoint(run.path, step)
+    retention(run, 4)  # verified once ...
+    damage(run.path / "checkpoint-0-4")  # ... and damaged since
+    retention(run, 2)
+    assert steps(run) == [2, 3, 4]
+    assert [verify_folder(folder) is None for folder in run.checkpoints()] == [True, True, False]
+
+
+def test_retention_reads_unchanged_checkpoints_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (1, 2, 3):
+        add_checkpoint(run.path, step)
+    retention(run, 3)
+    monkeypatch.setattr(files, "_checksum", lambda path: pytest.fail(f"{path} is read again"))
+    retention(run, 3)
+
+
+def test_retention_killed_at_any_moment(project: Path) -> None:
+    """A process that saves and deletes is killed again and again: never fewer valid checkpoints than the limit."""
+    path = end(project, 5, "running")
+    for step in (1, 2):
+        add_checkpoint(path, step)
+    chance = random.Random(1)
+    last = 2
+    for _ in range(200 if FULL else 20):
+        process = spawn(
+            """
+            run = runs.reopen_version(Path(sys.argv[1]))
+            print(flush=True)
+            step = int(run.checkpoints()[-1].name.rpartition("-")[2])
+            while True:
+                step += 1
+                with files.staged_folder(run.checkpoint_path(0, step)) as folder:
+                    (folder / "state").write_bytes(bytes([step % 256]) * 100_000)
+                runs.retention(run, 2)
+            """,
+            path,
+        )
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(chance.uniform(0, 0.03))
+        process.kill()
+        process.communicate()
+        folders = [folder for folder in path.glob("checkpoint-*") if verify_folder(folder) is None]
+        assert len(folders) >= 2
+        assert len(list(path.glob("checkpoint-*"))) == len(folders), "nothing half-written looks like a checkpoint"
+        found = find_checkpoint(project, "latest", pytest.fail)
+        assert found is not None
+        step = int(found.name.rpartition("-")[2])
+        assert step >= last
+        last = step
+    assert last > 2

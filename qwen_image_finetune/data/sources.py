@@ -84,7 +84,7 @@ def _pictures(tree: Tree, directory: str, problems: list[str]) -> tuple[Names, N
         stem, dot, ending = name.rpartition(".")
         ending = (dot + ending).lower()
         if kind != "file":
-            words = "a folder; only what lies directly above it is read" if kind == "folder" else kind
+            words = f"a folder; only what lies directly in {directory} is read" if kind == "folder" else kind
             problems.append(f"{tree.folder / path}: {words}")
         elif ending in PICTURES or ending == ".txt":
             group = texts if ending == ".txt" else pictures

@@ -1,7 +1,7 @@
 """Tiny tokenizers of the real classes, learned from a few sentences in a moment and equal on every call.
 
-The vocabularies are small, but the words of the pipelines' own prompt templates are whole tokens, as they are in the real
-ones: the template of Qwen-Image-Edit is 64 tokens long and that of Qwen-Image 34, which their pipelines have as constants.
+The vocabularies are small, but the words of the prompt templates are whole tokens, as in the real ones: the template of
+Qwen-Image-Edit is 64 tokens long and that of Qwen-Image 34, which their pipelines have as constants.
 """
 
 from __future__ import annotations
@@ -17,12 +17,21 @@ from tokenizers import pre_tokenizers
 from transformers import CLIPTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer, T5Tokenizer
 
 # In the order of their ids in the real tokenizer.
-QWEN_SPECIAL_TOKENS = tuple(
-    f"<|{name}|>"
-    for name in (
-        "endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start quad_end "
-        "vision_start vision_end vision_pad image_pad video_pad"
-    ).split()
+QWEN_SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
 )
 
 # System prompts of `QwenImageEditPipeline` and `QwenImagePipeline`, then sentences an editor might be given.

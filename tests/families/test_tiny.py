@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,12 @@ from PIL import Image
 
 from qwen_image_finetune.families import tiny
 from qwen_image_finetune.families.tiny import tiny_flux_kontext, tiny_qwen_image_edit
-from qwen_image_finetune.families.tiny_tokenizers import QWEN_SPECIAL_TOKENS, qwen_tokenizer
+from qwen_image_finetune.families.tiny_tokenizers import (
+    QWEN_SPECIAL_TOKENS,
+    clip_tokenizer,
+    qwen_tokenizer,
+    t5_tokenizer,
+)
 
 WIDTH, HEIGHT = 128, 96
 
@@ -59,13 +64,13 @@ def pipe(checkpoint: Path) -> DiffusionPipeline:
 
 
 @pytest.fixture(autouse=True)
-def small_pictures(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def small_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the Qwen pipelines see references at 128 x 96 instead of a megapixel."""
     for module in (pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus):
-        area = WIDTH * HEIGHT
         original = module.calculate_dimensions
-        monkeypatch.setattr(module, "calculate_dimensions", lambda _, ratio, original=original: original(area, ratio))
-    yield
+        monkeypatch.setattr(
+            module, "calculate_dimensions", lambda _, ratio, original=original: original(WIDTH * HEIGHT, ratio)
+        )
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -106,24 +111,25 @@ def difference(one: torch.Tensor, other: torch.Tensor) -> float:
 # Files
 
 
-def test_another_process_writes_the_same_bytes(checkpoint: Path, tmp_path: Path) -> None:
+def test_another_process_writes_the_same_bytes(tmp_path: Path) -> None:
     """Hash tables and thread counts differ between processes; neither may reach the files."""
-    call = {
-        "FluxKontextPipeline": "tiny_flux_kontext(folder)",
-        "QwenImageEditPipeline": "tiny_qwen_image_edit(folder)",
-        "QwenImageEditPlusPipeline": "tiny_qwen_image_edit(folder, diffusers.QwenImageEditPlusPipeline, True)",
-    }[checkpoint.name]
     script = (
         "import sys, pathlib, torch, diffusers\n"
         "from qwen_image_finetune.families.tiny import tiny_flux_kontext, tiny_qwen_image_edit\n"
         "torch.manual_seed(123)\n"
-        f"folder = pathlib.Path(sys.argv[1])\n{call}\n"
+        "folder = pathlib.Path(sys.argv[1])\n"
+        "tiny_qwen_image_edit(folder / 'QwenImageEditPlusPipeline', diffusers.QwenImageEditPlusPipeline, True)\n"
+        "tiny_qwen_image_edit(folder / 'QwenImageEditPipeline')\n"
+        "tiny_flux_kontext(folder / 'FluxKontextPipeline')\n"
     )
-    folder = tmp_path / "again"
     environment = {**os.environ, "OMP_NUM_THREADS": "2", "RAYON_NUM_THREADS": "1", "PYTHONHASHSEED": "7"}
     environment["PYTHONPATH"] = str(Path(tiny.__file__).parents[2])
-    subprocess.run([sys.executable, "-c", script, folder], check=True, env=environment)
-    assert digests(folder) == digests(checkpoint)
+    subprocess.run([sys.executable, "-c", script, tmp_path / "there"], check=True, env=environment)
+    for cls, write in WRITERS.items():
+        write(tmp_path / "here" / cls.__name__)
+    here = digests(tmp_path / "here")
+    assert sum(name.endswith(".safetensors") for name in here) == 10
+    assert digests(tmp_path / "there") == here
 
 
 def test_the_global_random_state_stays(tmp_path: Path) -> None:
@@ -213,7 +219,7 @@ def test_qwen_components(tmp_path: Path) -> None:
     assert (tokens.input_ids == pipe.text_encoder.config.image_token_id).sum() <= 128
 
 
-def test_qwen_template_lengths(tmp_path: Path) -> None:
+def test_qwen_template_lengths() -> None:
     """The pipelines cut a fixed number of tokens off the front; what follows must be the part they want."""
     tokenizer = qwen_tokenizer()
     template = re.search(r'prompt_template_encode = "(.*)"', inspect.getsource(QwenImageEditPipeline.__init__))
@@ -235,8 +241,8 @@ def test_qwen_special_tokens_are_in_order() -> None:
 def test_tokenizers_survive_the_disk(pipe: DiffusionPipeline, text: str) -> None:
     """Any text can be written; the loaded Qwen tokenizer gives it back unchanged."""
     if isinstance(pipe, FluxKontextPipeline):
-        assert pipe.tokenizer(text).input_ids == tiny.clip_tokenizer()(text).input_ids
-        assert pipe.tokenizer_2(text).input_ids == tiny.t5_tokenizer()(text).input_ids
+        assert pipe.tokenizer(text).input_ids == clip_tokenizer()(text).input_ids
+        assert pipe.tokenizer_2(text).input_ids == t5_tokenizer()(text).input_ids
         assert pipe.tokenizer.unk_token_id not in pipe.tokenizer(text).input_ids[1:-1]
     else:
         assert pipe.tokenizer(text).input_ids == qwen_tokenizer()(text).input_ids

@@ -21,32 +21,16 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "qwen_image_finetune"
 
 # From the top down. A module imports from its own floor and from floors below; a name stands for a file or a folder.
-FLOORS: tuple[frozenset[str], ...] = (
-    frozenset({"src"}),
-    frozenset({"cli", "__main__"}),
-    # fmt: off
-    frozenset(
-        {
-            "trainer",
-            "train",
-            "cache",
-            "predict",
-            "validate",
-            "evaluate",
-            "report",
-            "compare",
-            "plan",
-            "bench",
-            "check",
-            "dry_run",
-            "preparation",
-            "loading",
-        }
-    ),
-    # fmt: on
-    frozenset({"families", "levers", "data"}),
-    frozenset({"flow", "store", "checkpoint", "runs", "optim", "trackers"}),
-    frozenset({"config", "records", "files", "locks", "console", "__init__"}),
+FLOORS: tuple[frozenset[str], ...] = tuple(
+    frozenset(places.split())
+    for places in (
+        "src",
+        "cli __main__",
+        "trainer train cache predict validate evaluate report compare plan bench check dry_run preparation loading",
+        "families levers data",
+        "flow store checkpoint runs optim trackers",
+        "config records files locks console __init__",
+    )
 )
 STRANGERS = frozenset({"families", "levers", "data"})  # axes that multiply: none of them knows another
 REGISTRY = f"{PACKAGE}.families"  # a table of names that loads no family; a configuration is checked against it

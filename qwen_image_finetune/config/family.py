@@ -9,8 +9,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from qwen_image_finetune.config.registry import DEFAULT_FAMILY, FAMILIES, family_of_pipeline
 from qwen_image_finetune.config.schema import Config, ConfigError
-from qwen_image_finetune.families import DEFAULT_FAMILY, FAMILIES, family_of_pipeline
 
 MODEL = "model.pretrained_model_name_or_path"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")

@@ -92,9 +92,9 @@ Initialisation = Annotated[
     Allowed('"gaussian", "orthogonal", "olora", "pissa" or "pissa_niter_N"'),
 ]
 Expression = Annotated[
-    str, Field(min_length=1), AfterValidator(_expression), Allowed('a regular expression or "all-linear"')
+    str, Field(min_length=1), AfterValidator(_expression), Allowed('regular expression or "all-linear"')
 ]
-Size = Annotated[list[Count], Field(min_length=2, max_length=2), Allowed("[width, height], whole numbers from 1")]
+Size = Annotated[list[Count], Field(min_length=2, max_length=2), Allowed("[width, height]")]
 
 
 class Section(BaseModel):
@@ -139,7 +139,7 @@ class ModelConfig(Section):
 
 
 class DatasetArguments(Section):
-    """Arguments of the dataset class (data.init_args)."""
+    """Arguments of the dataset class. A class of your own may take others; they are passed on."""
 
     model_config = ConfigDict(extra="allow")  # a class of the user's own may take more; ours is checked in DataConfig
 
@@ -270,8 +270,19 @@ class SchedulerConfig(Section):
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
     ] = Field("constant", description="shape of the schedule")
     warmup_steps: Natural = Field(0, description="optimizer steps of linear warm-up")
-    num_cycles: Positive | None = Field(None, description="cosine: periods; cosine_with_restarts: restarts")
+    num_cycles: Positive | None = Field(
+        None, description="cosine: periods, default 0.5 (down once); cosine_with_restarts: whole descents, default 1"
+    )
     power: Positive = Field(1.0, description="exponent of polynomial")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SchedulerConfig:
+        if self.scheduler_type == "cosine_with_restarts" and not float(self.num_cycles or 1).is_integer():
+            raise ValueError(
+                f"lr_scheduler.num_cycles={self.num_cycles} is refused; allowed with cosine_with_restarts: whole "
+                "number from 1 (cosine takes fractions)"
+            )
+        return self
 
 
 class CacheConfig(Section):

@@ -44,14 +44,15 @@ def allowed(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     if origin is Annotated:
         return allowed(arguments[0], arguments[1:])
     if origin is Literal:
-        return ", ".join(f'"{choice}"' for choice in arguments)
+        *first, last = (f'"{choice}"' for choice in arguments)
+        return f"{', '.join(first)} or {last}" if first else last
     if origin in (Union, types.UnionType):
         return " or ".join(allowed(member) for member in arguments)
     if origin is list:
-        return f"a list of {allowed(arguments[0])}"
+        return f"list of {allowed(arguments[0])}"
     if section_of(annotation) is not None:
-        return "a section"
-    return {type(None): "null", dict: "a section"}[origin or annotation]
+        return "section"
+    return {type(None): "null", dict: "section"}[origin or annotation]
 
 
 def take_unknown(tree: dict[Any, Any], model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
@@ -116,12 +117,15 @@ def distance(first: str, second: str) -> int:
 def problems(error: ValidationError, tree: Mapping[str, Any]) -> list[str]:
     """One line for each key that pydantic refuses; its own errors have one for each member of a union."""
     lines: dict[str, None] = {}
-    for detail in error.errors(include_url=False):
+    details = error.errors(include_url=False)
+    explained = [_locate(detail["loc"])[0] for detail in details if detail["type"] == "value_error"]
+    for detail in details:
+        key, field = _locate(detail["loc"])
         if detail["type"] == "value_error":  # our own validators name their keys themselves
             lines.update(dict.fromkeys(str(detail["ctx"]["error"]).splitlines()))
-            continue
-        key, field = _locate(detail["loc"])
-        if detail["type"] == "missing":
+        elif key in explained:
+            continue  # another member of a union, in fewer words
+        elif detail["type"] == "missing":
             lines[f"{key} is missing: {field.description}"] = None
         elif detail["type"] == "extra_forbidden":
             lines[unknown(".".join(str(part) for part in detail["loc"]))] = None
@@ -140,12 +144,11 @@ def _locate(location: Sequence[int | str]) -> tuple[str, FieldInfo]:
     """The key an error is about; positions in lists and members of unions come after it and are dropped."""
     model: type[BaseModel] | None = Config
     names: list[str] = []
-    field = None
+    field = FieldInfo(annotation=Config)
     for part in location:
         if model is None or not isinstance(part, str) or part not in model.model_fields:
             continue
         names.append(part)
         field = model.model_fields[part]
         model = section_of(field.annotation)
-    assert field is not None, location
     return ".".join(names), field

@@ -1,0 +1,35 @@
+"""The registry of model families, the values of train.trainer: adding one is a file in families/ and a line here.
+
+It is a plain table on the ground floor, because configurations are checked against it before torch is loaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a family lives and how its checkpoints are recognised."""
+
+    module: str  # file in qwen_image_finetune/families
+    class_name: str
+    pipeline: str  # `_class_name` in the checkpoint's model_index.json
+    example: str  # a hub id, for messages
+
+
+FAMILIES: dict[str, Entry] = {
+    "FluxKontext": Entry(
+        "flux_kontext", "FluxKontext", "FluxKontextPipeline", "black-forest-labs/FLUX.1-Kontext-dev"
+    ),
+    "QwenImageEdit": Entry(
+        "qwen_image_edit", "QwenImageEdit", "QwenImageEditPipeline", "Qwen/Qwen-Image-Edit"
+    ),
+}  # fmt: skip
+
+DEFAULT_FAMILY = "QwenImageEdit"
+
+
+def family_of_pipeline(pipeline: str) -> str | None:
+    """Name of the family whose checkpoints carry this pipeline class, if there is one."""
+    return next((name for name, entry in FAMILIES.items() if entry.pipeline == pipeline), None)

@@ -8,10 +8,16 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.utils.logging import disable_progress_bar as disable_diffusers_bars
 from torch import nn
+from transformers.utils.logging import disable_progress_bar as disable_transformers_bars
 
 from qwen_image_finetune.config import Config, ConfigError
 from qwen_image_finetune.families.base import Family
+
+# Their bars say little about weights that load in seconds, and break into ours.
+disable_diffusers_bars()
+disable_transformers_bars()
 
 PRECISION = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -63,7 +69,7 @@ def load_encoders(
     if not text:
         absent |= set(family.text_components)
     pipe = family.pipeline.from_pretrained(
-        folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, **dict.fromkeys(absent)
+        folder, dtype=dtype, use_safetensors=True, local_files_only=True, **dict.fromkeys(absent)
     )
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module):
@@ -89,7 +95,7 @@ def load_transformer(family: Family, folder: Path, dtype: torch.dtype) -> nn.Mod
             "installed diffusers does not know; upgrade diffusers"
         )
     transformer: nn.Module = family.transformer.from_pretrained(
-        folder, subfolder="transformer", torch_dtype=dtype, use_safetensors=True, local_files_only=True
+        folder, subfolder="transformer", dtype=dtype, use_safetensors=True, local_files_only=True
     )
     return transformer.requires_grad_(False)
 

@@ -1,4 +1,4 @@
-"""Where the curves of a run go: accelerate's trackers, started so that event files lie in the version folder."""
+"""Where the curves of a run go: TensorBoard files in the version folder, and accelerate's online trackers."""
 
 from __future__ import annotations
 
@@ -21,38 +21,31 @@ class Trackers:
     """All trackers of a run; silent where there are none."""
 
     def __init__(self, config: Config, run: Path, resumed_at: int | None = None) -> None:
-        from accelerate import tracking
-
-        project, version = config.logging.tracker_project_name, run.name
         local = run / config.logging.logging_dir
-        self._trackers: list[Any] = []
+        self._trackers: list[Any] = []  # online ones
         self._collected: list[Tensor] = []
         self._writer: Any = None  # of TensorBoard, which alone takes histograms and text
         for name in config.logging.trackers:
             if name == "tensorboard":
+                from torch.utils.tensorboard import SummaryWriter
+
                 # Points of an interrupted run behind the checkpoint would be drawn twice: purge them.
-                tracker = tracking.TensorBoardTracker(run.name, str(run.parent), purge_step=resumed_at)
-                self._writer = tracker.writer
+                self._writer = SummaryWriter(str(run), purge_step=resumed_at)
             else:
                 local.mkdir(parents=True, exist_ok=True)
-                if name == "wandb":
-                    tracker = tracking.WandBTracker(project, name=version, dir=str(local))
-                elif name == "swanlab":
-                    tracker = tracking.SwanLabTracker(project, experiment_name=version, logdir=str(local))
-                else:
-                    tracker = tracking.TrackioTracker(project, name=version)
+                tracker = _online_tracker(name, config.logging.tracker_project_name, run.name, local)
+                tracker.start()
                 tracker.store_init_configuration(config.model_dump(mode="json"))
-            self._trackers.append(tracker)
+                self._trackers.append(tracker)
         if self._writer is not None:
             self._writer.add_text("config", f"```yaml\n{config.to_yaml()}\n```", resumed_at or 0)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
         for tracker in self._trackers:
-            if tracker.name == "tensorboard":
-                for name, value in values.items():
-                    self._writer.add_scalar(name, value, step)
-            else:
-                tracker.log(dict(values), step=step)
+            tracker.log(dict(values), step=step)
 
     def collect(self, name: str, values: Sequence[Tensor], step: int) -> None:
         """Gather values for a histogram, drawn every `STEPS_PER_HISTOGRAM` steps."""
@@ -66,20 +59,27 @@ class Trackers:
     def pictures(self, name: str, pictures: Sequence[Image], step: int) -> None:
         import numpy as np
 
-        for tracker in self._trackers:
-            if tracker.name == "tensorboard":
-                for place, picture in enumerate(pictures):
-                    self._writer.add_image(f"{name}/{place}", np.asarray(picture), step, dataformats="HWC")
-            elif tracker.name in ("wandb", "trackio"):
-                tracker.log_images({name: list(pictures)}, step=step)
-
-    def flush(self) -> None:
         if self._writer is not None:
-            self._writer.flush()
+            for place, picture in enumerate(pictures):
+                self._writer.add_image(f"{name}/{place}", np.asarray(picture), step, dataformats="HWC")
+        for tracker in self._trackers:
+            tracker.log_images({name: [np.asarray(picture) for picture in pictures]}, step=step)
 
     def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
         for tracker in self._trackers:
             tracker.finish()
+
+
+def _online_tracker(name: str, project: str, version: str, local: Path) -> Any:
+    from accelerate import tracking
+
+    if name == "wandb":
+        return tracking.WandBTracker(project, name=version, dir=str(local))
+    if name == "swanlab":
+        return tracking.SwanLabTracker(project, experiment_name=version, logdir=str(local))
+    return tracking.TrackioTracker(project, name=version)
 
 
 def unavailable(names: Sequence[str]) -> list[str]:

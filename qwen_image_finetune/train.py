@@ -101,8 +101,7 @@ def train(config: Config) -> Path | None:
         transformer = loading.load_transformer(family, folder, loading.weight_dtype(config.train.mixed_precision))
         levers.prepare(transformer, config)
         if config.model.lora and config.model.lora.pretrained_weight and resume is None:
-            name, source = config.model.lora.adapter_name, config.model.lora.pretrained_weight
-            lora_files.load_lora(transformer, source, family.pipeline, config.model.lora, name)
+            lora_files.load_lora(transformer, config.model.lora.pretrained_weight, family.pipeline, config.model.lora)
         transformer.to(accelerator.device).train()
         parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
         optimizer = build_optimizer(config.optimizer, parameters)
@@ -316,16 +315,25 @@ class State:
     def metadata(self, snapshot: dict[str, Any]) -> dict[str, str]:
         """What the weights file says about itself."""
         train, arguments = self.config.train, self.config.data.init_args
+        steps, resolution = (
+            str(snapshot["parts"]["progress"]["step"]),
+            json.dumps(arguments.image_size or arguments.resolution),
+        )
         return {
-            "base_model": self.config.model.pretrained_model_name_or_path,
-            "family": self.family.name,
-            "steps": str(snapshot["parts"]["progress"]["step"]),
-            "resolution": json.dumps(arguments.image_size or arguments.resolution or "model"),
-            "sigma_distribution": train.sigma_distribution,
-            "sigma_shift": str(train.sigma_shift),
-            "guidance_scale": str(train.guidance_scale),
-            "sampling_steps": str(self.family.num_inference_steps),
-            "sampling_guidance": str(self.family.guidance_scale),
+            "ss_base_model_version": self.config.model.pretrained_model_name_or_path,
+            "ss_steps": steps,
+            "ss_resolution": resolution,
+            "ss_seed": str(train.seed),
+            "ss_optimizer": self.config.optimizer.class_path,
+            "modelspec.resolution": resolution,
+            "modelspec.title": f"{self.config.logging.tracker_project_name} at step {steps}",
+            "qif.family": self.family.name,
+            "qif.sigma_distribution": train.sigma_distribution,
+            "qif.sigma_shift": str(train.sigma_shift),
+            "qif.guidance_scale": str(train.guidance_scale),
+            "qif.sampling": json.dumps(
+                {"num_inference_steps": self.family.num_inference_steps, "guidance_scale": self.family.guidance_scale}
+            ),
         }
 
     def load(self, folder: Path) -> None:

@@ -257,8 +257,6 @@ def _crop(arguments: DatasetArguments) -> Crop:
     if not arguments.random_crop:
         return Crop()
     window = arguments.crop_size
-    if isinstance(window, list) and len(window) != 2:
-        raise DataError(f"data.init_args.crop_size={window} is neither a side nor [width, height]")
     sides = (window, window) if isinstance(window, int) else None if window is None else (window[0], window[1])
     return Crop(random=True, window=sides, scale=(arguments.crop_scale[0], arguments.crop_scale[1]))
 

@@ -108,7 +108,7 @@ def transfer(box: Box, source: Extent, target: Extent) -> Box:
 def _transfer(start: int, end: int, source: int, target: int) -> Extent:
     first, last = round(start * target / source), round(end * target / source)
     if last == first:  # thinner than a pixel there: keep one
-        first = min(first, target - 1)
+        first = start * target // source
         last = first + 1
     return first, last
 

@@ -1,0 +1,318 @@
+"""Low-rank adapters inside a transformer, or the whole transformer unfrozen.
+
+The base weights are never changed while training. Initialisations that take their starting point out of the base
+(PiSSA, OLoRA) get a second, frozen adapter that subtracts it again: W + s BA - s B0 A0. What is trained is then an
+ordinary LoRA of rank 2r against the untouched base, and a base kept in bfloat16 is not rounded twice.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import peft
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from qwen_image_finetune.config import ConfigError, LoraConfig
+from qwen_image_finetune.levers.targets import lora_layers, target_modules
+
+INITIAL = "_initial"  # ending of the name of the frozen adapter that subtracts a starting point
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+REFUSED = {
+    "eva": "needs activations of the training data",
+    "corda": "needs covariances of the training data",
+    "lora_ga": "needs gradients of the training data",
+    "loftq": "quantises the base itself; model.quantize does that here",
+    "mica": "freezes half of the adapter",
+}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One adapted module: its weight changes by alpha / rank * up @ down."""
+
+    down: Tensor  # (r, in), float32; peft's lora_A
+    up: Tensor  # (out, r), float32; peft's lora_B
+    alpha: float
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    def delta(self) -> Tensor:
+        """What is added to the weight, (out, in)."""
+        return self.scale * (self.up @ self.down)
+
+
+def add_adapter(transformer: nn.Module, config: LoraConfig, seed: int) -> None:
+    """Freeze `transformer` and add a trainable adapter with float32 weights.
+
+    The initial weights are a function of `seed` and the base; the global random state is not moved. Where
+    config.pretrained_weight names a LoRA to start from, an initialisation that needs the base is skipped.
+
+    Raises:
+        ConfigError: the initialisation or the targets cannot be used with this transformer.
+    """
+    name = config.adapter_name
+    initialisation = _check_initialisation(config)
+    modules = target_modules(transformer, config.target_modules)
+    if name in adapter_names(transformer):
+        raise ConfigError(f"model.lora.adapter_name={name!r}: the transformer already has an adapter of that name")
+    transformer.requires_grad_(False)
+    devices = {parameter.device for parameter in transformer.parameters() if parameter.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)):
+        _inject(transformer, config, name)
+        torch.manual_seed(seed)  # after peft's own draws, which depend on the dtype of the base
+        starts = {module: _initialise(layer, name, initialisation) for module, layer in lora_layers(transformer, name)}
+        if any(start is not None for start in starts.values()):
+            _inject(transformer, config.model_copy(update={"lora_dropout": 0.0}), name + INITIAL)
+    assert starts.keys() == set(modules)
+    for module, layer in lora_layers(transformer, name + INITIAL):
+        start = starts[module]
+        assert start is not None
+        _fill(layer, name + INITIAL, start[0], -start[1])
+    active = [name] + [name + INITIAL] * (name + INITIAL in adapter_names(transformer))
+    cast(Any, transformer).set_adapter(active)
+    for each in active:
+        for _, layer in lora_layers(transformer, each):
+            for factor in factors(layer, each):
+                factor.requires_grad_(each == name)
+
+
+def make_everything_trainable(transformer: nn.Module) -> None:
+    """Full fine-tuning: every weight in float32 and trainable.
+
+    Raises:
+        ConfigError: a weight is quantised.
+    """
+    for name, parameter in transformer.named_parameters():
+        if parameter.dtype not in FLOATS:
+            raise ConfigError(
+                f"model.lora=null: {name} is {parameter.dtype}; a quantised base is frozen and cannot be fully "
+                "fine-tuned; set model.quantize=false or give model.lora"
+            )
+        parameter.data = parameter.data.float()
+    transformer.requires_grad_(True)
+
+
+def trainable_state(transformer: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
+    """Everything of the adapter that a resume needs, under peft's keys; tensors share memory with the model.
+
+    A frozen starting point is included (`MODULE.lora_A.initial.weight`): it is not computed anew on another machine.
+    """
+    state: dict[str, Tensor] = {}
+    for key, weight in _weights(transformer, adapter_name):
+        state[key] = weight.detach()
+    if not state:
+        raise ValueError(f"the transformer has no adapter {adapter_name!r}")
+    return state
+
+
+def load_trainable_state(transformer: nn.Module, state: dict[str, Tensor], adapter_name: str = "default") -> None:
+    """Inverse of `trainable_state`, bit for bit.
+
+    Raises:
+        ValueError: keys or shapes differ from the adapter's.
+    """
+    weights = dict(_weights(transformer, adapter_name))
+    missing, unknown = sorted(weights.keys() - state.keys()), sorted(state.keys() - weights.keys())
+    if missing or unknown:
+        raise ValueError(
+            f"the saved adapter does not fit: {len(missing)} weights are missing {missing[:3]}, "
+            f"{len(unknown)} are unknown {unknown[:3]}; resume with the model.lora section it was saved with"
+        )
+    for key, weight in weights.items():
+        if weight.shape != state[key].shape:
+            raise ValueError(
+                f"the saved adapter does not fit: {key} is {tuple(state[key].shape)}, not {tuple(weight.shape)}"
+            )
+    with torch.no_grad():
+        for key, weight in weights.items():
+            weight.copy_(state[key])
+
+
+def adapter_layers(
+    transformer: nn.Module, adapter_name: str = "default", state: Mapping[str, Tensor] | None = None
+) -> dict[str, Layer]:
+    """The adapter as a LoRA against the untouched base, by module name; a starting point is subtracted in rank 2r.
+
+    Args:
+        state: values of `trainable_state` to take instead of the transformer's own.
+    """
+    state = trainable_state(transformer, adapter_name) if state is None else state
+    layers: dict[str, Layer] = {}
+    for module, layer in lora_layers(transformer, adapter_name):
+        parts = ["weight", "initial.weight"] if f"{module}.lora_A.initial.weight" in state else ["weight"]
+        down = torch.cat([state[f"{module}.lora_A.{part}"].float() for part in parts])
+        up = torch.cat([state[f"{module}.lora_B.{part}"].float() for part in parts], dim=1)
+        layers[module] = Layer(down, up, float(layer.lora_alpha[adapter_name] * len(parts)))
+    return layers
+
+
+def set_strength(transformer: nn.Module, strength: float) -> None:
+    """Scale the effect of every adapter: 0 is the base, 1 what was trained. Not cumulative.
+
+    Raises:
+        ValueError: there is no adapter.
+    """
+    for layer in _all_layers(transformer):
+        for name in layer.lora_A:
+            layer.set_scale(name, strength)
+
+
+def merge_lora(transformer: nn.Module, strength: float = 1.0) -> None:
+    """Add the active adapters to the weights, summed in float32, and take them off.
+
+    Raises:
+        ValueError: there is no adapter, or a weight is quantised: small changes would be rounded away.
+    """
+    with torch.no_grad():
+        for layer in _all_layers(transformer):
+            weight = base_layer(layer).weight
+            if weight.dtype not in FLOATS:
+                raise ValueError(
+                    f"cannot merge a LoRA into {weight.dtype} weights without rounding it away; load the base with "
+                    "model.quantize=false"
+                )
+            merged = weight.float()
+            for name in layer.active_adapters:
+                if name in layer.lora_A:
+                    scale = strength * layer.lora_alpha[name] / layer.r[name]
+                    down, up = factors(layer, name)
+                    merged = merged + scale * (up.weight.float() @ down.weight.float())
+            weight.copy_(merged)
+    cast(Any, transformer).unload_lora()
+
+
+def adapter_names(transformer: nn.Module) -> tuple[str, ...]:
+    """Names of the adapters in the transformer."""
+    return tuple(dict.fromkeys(name for _, layer in lora_layers(transformer) for name in layer.lora_A))
+
+
+def factors(layer: LoraLayer, adapter_name: str) -> tuple[nn.Linear, nn.Linear]:
+    """The two factors (lora_A, lora_B) of one adapter in a layer."""
+    return cast(nn.Linear, layer.lora_A[adapter_name]), cast(nn.Linear, layer.lora_B[adapter_name])
+
+
+def base_layer(layer: LoraLayer) -> nn.Linear:
+    """The frozen layer under an adapter."""
+    return cast(nn.Linear, layer.get_base_layer())
+
+
+def _check_initialisation(config: LoraConfig) -> bool | str:
+    """The initialisation to use.
+
+    Raises:
+        ConfigError: it is unknown, needs what is not there, or does not go with the rank.
+    """
+    value = config.init_lora_weights
+    key = f"model.lora.init_lora_weights={value!r}"
+    allowed = ["gaussian", "orthogonal", "pissa", "pissa_niter_16", "olora"]
+    if isinstance(value, str) and value not in allowed and not re.fullmatch(r"pissa_niter_\d+", value):
+        if value in REFUSED:
+            raise ConfigError(f"{key} {REFUSED[value]}; allowed: true, false, {', '.join(allowed)}")
+        near = difflib.get_close_matches(value, [*allowed, *REFUSED], n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"{key} is unknown{hint}; allowed: true, false, {', '.join(allowed)}")
+    if value == "orthogonal" and config.r % 2:
+        raise ConfigError(f"{key} needs an even rank, not model.lora.r={config.r}")
+    if isinstance(value, str) and _needs_base(value) and config.pretrained_weight is not None:
+        return True
+    return value
+
+
+def _needs_base(initialisation: str) -> bool:
+    return initialisation.startswith(("pissa", "olora"))
+
+
+def _inject(transformer: nn.Module, config: LoraConfig, name: str) -> None:
+    adapter = peft.LoraConfig(
+        r=config.r,
+        lora_alpha=cast(int, config.lora_alpha),  # annotated so, divided as a float
+        lora_dropout=config.lora_dropout,
+        target_modules=config.target_modules,
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # a second adapter is meant
+        cast(Any, transformer).add_adapter(adapter, name)
+    for _, layer in lora_layers(transformer, name):
+        for factor in factors(layer, name):
+            factor.float()
+
+
+def _initialise(layer: LoraLayer, name: str, initialisation: bool | str) -> tuple[Tensor, Tensor] | None:
+    """Set the weights of one layer; returns (A0, B0) where they are a part taken out of the base.
+
+    Random weights are drawn on the CPU in float32, so that they depend on the seed and not on device or dtype.
+    """
+    if isinstance(initialisation, str) and _needs_base(initialisation):
+        return _initialise_from_base(layer, name, initialisation)
+    pair = factors(layer, name)
+    device = pair[0].weight.device
+    for factor in pair:
+        factor.to("cpu")
+        factor.reset_parameters()  # all that `false` does: both factors random
+    if initialisation == "orthogonal":
+        layer.orthogonal_init(name)
+    else:
+        layer.reset_lora_parameters(name, initialisation)
+    for factor in pair:
+        factor.to(device=device, dtype=torch.float32)
+    return None
+
+
+def _initialise_from_base(layer: LoraLayer, name: str, initialisation: str) -> tuple[Tensor, Tensor]:
+    base = base_layer(layer)
+    shape, dtype, rank = tuple(base.weight.shape), base.weight.dtype, layer.r[name]
+    key = f"model.lora.init_lora_weights={initialisation!r}"
+    if dtype not in FLOATS:
+        raise ConfigError(
+            f'{key} decomposes the base, which is quantised ({dtype}); use true or "gaussian", or '
+            "set model.quantize=false"
+        )
+    if rank > min(shape):
+        raise ConfigError(
+            f"{key}: model.lora.r={rank} is more than a layer of {shape} has directions; use at most {min(shape)}, "
+            "or other target_modules"
+        )
+    original = base.weight.data
+    base.weight.data = original.float().clone()  # peft subtracts from this copy, for OLoRA in place
+    if initialisation == "olora":
+        layer.olora_init(name)
+    else:
+        layer.pissa_init(name, initialisation)
+    base.weight.data = original
+    down, up = factors(layer, name)
+    return down.weight.data.clone(), up.weight.data.clone()
+
+
+def _fill(layer: LoraLayer, name: str, down: Tensor, up: Tensor) -> None:
+    with torch.no_grad():
+        for factor, value in zip(factors(layer, name), (down, up), strict=True):
+            factor.weight.copy_(value)
+
+
+def _weights(transformer: nn.Module, adapter_name: str) -> Iterator[tuple[str, Tensor]]:
+    for module, layer in lora_layers(transformer, adapter_name):
+        for name, ending in ((adapter_name, "weight"), (adapter_name + INITIAL, "initial.weight")):
+            if name in layer.lora_A:
+                down, up = factors(layer, name)
+                yield f"{module}.lora_A.{ending}", down.weight
+                yield f"{module}.lora_B.{ending}", up.weight
+
+
+def _all_layers(transformer: nn.Module) -> list[LoraLayer]:
+    layers = [layer for _, layer in lora_layers(transformer)]
+    if not layers:
+        raise ValueError("the transformer has no LoRA: load one first")
+    return layers

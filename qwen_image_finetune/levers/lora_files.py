@@ -1,0 +1,310 @@
+"""LoRA files: saved as diffusers reads them, read in every dialect, exported with a proof.
+
+Only safetensors is read. Every key of a file finds its place in the transformer or the file is refused: a key that is
+skipped gives another picture without a word.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import peft
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from qwen_image_finetune.config import ConfigError, LoraConfig
+from qwen_image_finetune.levers import adapters
+from qwen_image_finetune.levers.adapters import INITIAL, Layer, merge_lora, set_strength
+from qwen_image_finetune.levers.lora_dialects import native_names, read_state, unmatched_message, write_state
+from qwen_image_finetune.levers.lora_header import (
+    ADAPTER_METADATA,
+    FILE_NAME,
+    LoraFileError,
+    adapter_metadata,
+    inspect_lora,
+    read_header,
+)
+from qwen_image_finetune.levers.lora_sources import find_lora
+from qwen_image_finetune.levers.targets import endings, linear_modules, lora_layers, target_modules
+
+__all__ = [
+    "FILE_NAME",
+    "Dialect",
+    "LoraFileError",
+    "LoraInfo",
+    "export_lora",
+    "inspect_lora",
+    "load_lora",
+    "merge_lora",
+    "read_lora",
+    "save_lora",
+    "set_strength",
+]
+
+Dialect = Literal["diffusers", "comfy", "kohya"]
+
+
+@dataclass(frozen=True)
+class LoraInfo:
+    """What was loaded."""
+
+    path: Path
+    rank: int  # of most modules
+    alpha: float  # of most modules
+    targets: tuple[str, ...]  # endings of the module names
+    num_modules: int
+    metadata: dict[str, str]
+
+
+def save_lora(
+    path: Path,
+    transformer: nn.Module,
+    config: LoraConfig,
+    metadata: Mapping[str, str],
+    state: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write the adapter as a float32 LoRA file in diffusers' dialect, under `path` in one piece.
+
+    Args:
+        metadata: joins what the file says about itself (ss_*, modelspec.*, qif.*) and wins over it.
+        state: values of `adapters.trainable_state` to write instead of the transformer's own.
+
+    Raises:
+        ValueError: the transformer has no such adapter, or a metadata value is not a string.
+    """
+    layers = adapters.adapter_layers(transformer, config.adapter_name, state)
+    peft_config: peft.LoraConfig = cast(Any, transformer).peft_config[config.adapter_name]
+    described = _peft_metadata(layers, peft_config.target_modules)
+    about = {
+        ADAPTER_METADATA: json.dumps({f"transformer.{key}": value for key, value in described.items()}, sort_keys=True),
+        **_network_metadata(layers, dropout=config.lora_dropout),
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": f"{type(transformer).__name__}/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": "LoRA",
+        "modelspec.date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "qif.target_modules": json.dumps(endings(layers)),
+        "qif.init_lora_weights": json.dumps(config.init_lora_weights),
+    }
+    _write(path, write_state(layers, {}, "diffusers"), {**about, **metadata})
+
+
+def read_lora(
+    path: Path, pipeline_class: type[Any], modules: Iterable[str] = ()
+) -> tuple[dict[str, Layer], dict[str, str]]:
+    """Layers, by diffusers module name, and metadata of a LoRA file in any dialect.
+
+    Args:
+        pipeline_class: says which authors' names a file may use.
+        modules: names that flattened keys (`lora_unet_...`) may mean; without them diffusers' own conversion is asked.
+
+    Raises:
+        LoraFileError: the file is broken, of another kind, or a key is left over.
+    """
+    metadata = read_header(path).metadata
+    try:
+        state = load_file(path)
+    except SafetensorError as error:
+        raise LoraFileError(f"{path} cannot be read: {error}; download or save it again") from error
+    names = native_names(pipeline_class)
+    foreign = any(".processor." in key for key in state)  # the dialect of x-labs
+    if foreign or (not modules and not names and any(key.startswith("lora_unet_") for key in state)):
+        state = pipeline_class.lora_state_dict(dict(state))
+    layers = read_state(state, names, adapter_metadata(metadata, path), modules, path)
+    if not layers:
+        raise LoraFileError(f"{path} holds no LoRA layers")
+    return layers, metadata
+
+
+def load_lora(
+    transformer: nn.Module,
+    source: str | Path,
+    pipeline_class: type[Any],
+    config: LoraConfig | None = None,
+    adapter_name: str = "default",
+) -> LoraInfo:
+    """Load a LoRA from a file, a folder or the hub; its effect is exactly what its file says.
+
+    With `config` (training goes on from it) the adapter is the config's: rank and target modules must agree, and where
+    the file has another alpha / r, the ratio goes into lora_B. Without, it is built as the file has it, and frozen.
+
+    Raises:
+        LoraFileError: the file is broken or does not fit this transformer.
+        ConfigError: its rank or target modules are not the config's.
+    """
+    path = find_lora(source)
+    linear = linear_modules(transformer)
+    layers, metadata = read_lora(path, pipeline_class, linear)
+    _check_fits(layers, linear, path)
+    info = LoraInfo(
+        path=path,
+        rank=_most(layer.rank for layer in layers.values()),
+        alpha=_most(layer.alpha for layer in layers.values()),
+        targets=tuple(endings(layers)),
+        num_modules=len(layers),
+        metadata=metadata,
+    )
+    if config is None:
+        _add_as_it_is(transformer, layers, adapter_name)
+        return info
+    adapter_name = config.adapter_name
+    _check_config(transformer, layers, info, config)
+    if adapter_name not in adapters.adapter_names(transformer):
+        adapters.add_adapter(transformer, config.model_copy(update={"pretrained_weight": str(path)}), seed=0)
+    _fill(transformer, layers, adapter_name)
+    return info
+
+
+def export_lora(source: Path, destination: Path, dialect: Dialect, pipeline_class: type[Any]) -> None:
+    """Write a LoRA file again in another dialect; what is written is read back and must change the weights alike.
+
+    Metadata is kept, except diffusers' own entry in other dialects: diffusers would apply its alpha a second time.
+
+    Raises:
+        LoraFileError: the source cannot be used, or the exported file does not say the same.
+    """
+    if destination.suffix != ".safetensors":
+        raise ValueError(f"{destination}: a LoRA is exported to a file that ends in .safetensors")
+    path = find_lora(source)
+    layers, metadata = read_lora(path, pipeline_class)
+    about = {key: value for key, value in metadata.items() if key != ADAPTER_METADATA} | _network_metadata(layers)
+    if dialect == "diffusers":
+        described = _peft_metadata(layers, _exactly(layers))
+        about[ADAPTER_METADATA] = json.dumps({f"transformer.{k}": v for k, v in described.items()}, sort_keys=True)
+    partial = destination.with_name(f".{destination.name}.partial")
+    try:
+        _write(partial, write_state(layers, native_names(pipeline_class), dialect), about)
+        again, _ = read_lora(partial, pipeline_class, modules=list(layers))
+        _check_same(layers, again, destination)
+        partial.replace(destination)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _write(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """A safetensors file that is there whole or not at all."""
+    wrong = sorted(key for key, value in metadata.items() if not isinstance(value, str))
+    if wrong:
+        raise ValueError(f"metadata of a safetensors file are strings; these are not: {', '.join(wrong)}")
+    partial = path.with_name(f".{path.name}.writing")
+    tensors = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in state.items()}
+    try:
+        save_file(tensors, partial, metadata={**metadata, "format": "pt"})
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _peft_metadata(layers: Mapping[str, Layer], targets: Any) -> dict[str, Any]:
+    """The part of a peft configuration that says how the weights are meant; patterns where modules differ."""
+    rank, alpha = _most(layer.rank for layer in layers.values()), _most(layer.alpha for layer in layers.values())
+    return {
+        "r": rank,
+        "lora_alpha": _plain(alpha),
+        "target_modules": targets if isinstance(targets, str) else sorted(targets),
+        "rank_pattern": {_anchored(name): layer.rank for name, layer in layers.items() if layer.rank != rank},
+        "alpha_pattern": {_anchored(name): _plain(x.alpha) for name, x in layers.items() if x.alpha != alpha},
+    }
+
+
+def _network_metadata(layers: Mapping[str, Layer], dropout: float | None = None) -> dict[str, str]:
+    """kohya's words for rank and alpha, which other tools show."""
+    network = {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(_most(layer.rank for layer in layers.values())),
+        "ss_network_alpha": str(_plain(_most(layer.alpha for layer in layers.values()))),
+    }
+    return network if dropout is None else {**network, "ss_network_dropout": str(dropout)}
+
+
+def _check_fits(layers: Mapping[str, Layer], linear: Mapping[str, nn.Module], path: Path) -> None:
+    unknown = [name for name in layers if name not in linear]
+    if unknown:
+        raise LoraFileError(unmatched_message(path, unknown, len(layers)))
+    for name, layer in layers.items():
+        weight_shape = (cast(Any, linear[name]).out_features, cast(Any, linear[name]).in_features)
+        if weight_shape != (layer.up.shape[0], layer.down.shape[1]):
+            raise LoraFileError(
+                f"{path}: {name} is {weight_shape[0]} x {weight_shape[1]} in this transformer and "
+                f"{layer.up.shape[0]} x {layer.down.shape[1]} in the file: it was trained on another model"
+            )
+
+
+def _check_config(transformer: nn.Module, layers: Mapping[str, Layer], info: LoraInfo, config: LoraConfig) -> None:
+    wanted = target_modules(transformer, config.target_modules)
+    ranks = sorted({layer.rank for layer in layers.values()})
+    only_file, only_config = [n for n in layers if n not in wanted], [n for n in wanted if n not in layers]
+    if ranks == [config.r] and not only_file and not only_config:
+        return
+    differences = [f"{len(names)} modules only in the {where}, such as {names[0]}"
+                   for where, names in (("file", only_file), ("config", only_config)) if names]  # fmt: skip
+    raise ConfigError(
+        f"model.lora.pretrained_weight: {info.path} does not match model.lora. "
+        f"The file has rank {', '.join(map(str, ranks))} and targets {list(info.targets)}; "
+        f"the config has r={config.r} and target_modules={config.target_modules!r}"
+        + "".join(f"; {difference}" for difference in differences)
+        + ". Set model.lora.r and model.lora.target_modules to the file's"
+    )
+
+
+def _add_as_it_is(transformer: nn.Module, layers: Mapping[str, Layer], name: str) -> None:
+    if name in adapters.adapter_names(transformer):
+        raise ValueError(f"the transformer already has an adapter {name!r}; give the second LoRA another name")
+    described = _peft_metadata(layers, _exactly(layers))
+    with torch.random.fork_rng(devices=[]):
+        cast(Any, transformer).add_adapter(peft.LoraConfig(**described), name)
+    for module, layer in lora_layers(transformer, name):
+        for factor, value in zip(adapters.factors(layer, name), (layers[module].down, layers[module].up), strict=True):
+            factor.float().requires_grad_(False)
+            factor.weight.data.copy_(value)
+
+
+def _fill(transformer: nn.Module, layers: Mapping[str, Layer], name: str) -> None:
+    with torch.no_grad():
+        for module, layer in lora_layers(transformer, name):
+            ratio = layers[module].scale / (layer.lora_alpha[name] / layer.r[name])
+            down, up = adapters.factors(layer, name)
+            down.weight.copy_(layers[module].down)
+            up.weight.copy_(layers[module].up * ratio)
+            if name + INITIAL in layer.lora_B:  # the file is a LoRA of the untouched base: nothing to subtract
+                adapters.factors(layer, name + INITIAL)[1].weight.zero_()
+
+
+def _check_same(expected: Mapping[str, Layer], exported: Mapping[str, Layer], destination: Path) -> None:
+    """The gate of an export: the same change of every weight, up to the rounding of float32."""
+    for module in expected.keys() | exported.keys():
+        before, after = expected.get(module), exported.get(module)
+        some = before or after
+        assert some is not None
+        reference = some.delta()
+        difference = (torch.zeros_like(reference) if before is None else before.delta()) - (
+            torch.zeros_like(reference) if after is None else after.delta()
+        )
+        if not difference.abs().max() <= 1e-5 * reference.abs().max():  # written so that NaN does not pass
+            raise LoraFileError(f"{destination} was not written: {module} would not change as in the source")
+
+
+def _exactly(modules: Iterable[str]) -> str:
+    """An expression that matches these names and no other; endings would match more."""
+    return "|".join(re.escape(module) for module in modules)
+
+
+def _anchored(module: str) -> str:
+    return f"^{re.escape(module)}"
+
+
+def _most(values: Iterable[Any]) -> Any:
+    return Counter(values).most_common(1)[0][0]
+
+
+def _plain(number: float) -> int | float:
+    return int(number) if number == int(number) else number

@@ -1,0 +1,78 @@
+"""Where a LoRA comes from: a file, a folder or the hub. Only safetensors; a pickle can run code when it is opened."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+)
+
+from qwen_image_finetune.levers.lora_header import FILE_NAME, LoraFileError
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+
+def find_lora(source: str | Path) -> Path:
+    """The safetensors file that `source` means.
+
+    Args:
+        source: a file; a folder with pytorch_lora_weights.safetensors, or with one safetensors file; OWNER/NAME on the
+            hub, or OWNER/NAME/FILE.safetensors.
+
+    Raises:
+        LoraFileError: there is none, or it is not clear which.
+    """
+    path = Path(source).expanduser()
+    if path.suffix.lower() in PICKLES:
+        raise LoraFileError(
+            f"{source} is a pickle, which can execute code when it is opened; only .safetensors is read. "
+            "Ask its author for a safetensors file"
+        )
+    if path.is_file():
+        if path.suffix.lower() != ".safetensors":
+            raise LoraFileError(f"{source} is not a .safetensors file")
+        return path
+    if path.is_dir():
+        return path / _choose([file.name for file in path.iterdir()], str(source))
+    hub = re.fullmatch(r"([\w][\w.-]*/[\w][\w.-]*)(?:/(.+\.safetensors))?", str(source))
+    if hub is None:
+        raise LoraFileError(
+            f"{source} does not exist: give a .safetensors file, a folder with one, or OWNER/NAME on the hub"
+        )
+    return _download(hub[1], hub[2])
+
+
+def _choose(names: list[str], where: str) -> str:
+    """The weights among file names: the usual one, or the only one."""
+    files = sorted(name for name in names if name.endswith(".safetensors"))
+    if FILE_NAME in files:
+        return FILE_NAME
+    if len(files) == 1:
+        return files[0]
+    if files:
+        raise LoraFileError(f"{where} has no {FILE_NAME} but {len(files)} others: name one of {', '.join(files)}")
+    pickles = sorted(name for name in names if name.lower().endswith(PICKLES))
+    reason = f", and {pickles[0]} is a pickle, which can execute code when it is opened" if pickles else ""
+    raise LoraFileError(f"{where} has no {FILE_NAME}{reason}")
+
+
+def _download(repository: str, file: str | None) -> Path:
+    try:
+        try:
+            return Path(hf_hub_download(repository, file or FILE_NAME))
+        except LocalEntryNotFoundError:
+            raise
+        except EntryNotFoundError:
+            if file is not None:
+                raise
+        return Path(hf_hub_download(repository, _choose(HfApi().list_repo_files(repository), repository)))
+    except (HfHubHTTPError, EntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise LoraFileError(
+            f"{repository}{f'/{file}' if file else ''} is neither here nor could it be had from the hub: {error}"
+        ) from error

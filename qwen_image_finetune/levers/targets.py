@@ -1,0 +1,85 @@
+"""Which modules of a transformer an adapter sits on, read as peft reads it and checked before anything is changed."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator
+
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from qwen_image_finetune.config import ConfigError
+
+
+def lora_layers(transformer: nn.Module, adapter_name: str | None = None) -> Iterator[tuple[str, LoraLayer]]:
+    """Names and layers that carry an adapter (this one, if named)."""
+    for name, module in transformer.named_modules():
+        if isinstance(module, LoraLayer) and (adapter_name is None or adapter_name in module.lora_A):
+            yield name, module
+
+
+def linear_modules(transformer: nn.Module) -> dict[str, nn.Module]:
+    """Modules an adapter can sit on, by name; those that carry one already included."""
+    wrapped = tuple(f"{name}." for name, _ in lora_layers(transformer))
+    modules = {name: module for name, module in transformer.named_modules() if not name.startswith(wrapped)}
+    return {name: module for name, module in modules.items() if isinstance(module, nn.Linear) or _carries(module)}
+
+
+def target_modules(transformer: nn.Module, targets: list[str] | str) -> list[str]:
+    """Names of the linear modules that `targets` means: endings, one expression over whole names, or "all-linear".
+
+    Raises:
+        ConfigError: a target matches nothing, or something that is not a linear layer.
+    """
+    linear = linear_modules(transformer)
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        return list(linear)
+    expression = isinstance(targets, str)
+    wanted = [targets] if isinstance(targets, str) else targets
+    inside = tuple(f"{name}." for name, _ in lora_layers(transformer))
+    others = [n for n, _ in transformer.named_modules() if n and n not in linear and not n.startswith(inside)]
+    matched: set[str] = set()
+    for target in wanted:
+        found = _matches(linear, target, expression)
+        stray = _matches(others, target, expression)
+        if not found or stray:
+            raise ConfigError(_no_match(target, stray, list(linear), expression))
+        matched.update(found)
+    return [name for name in linear if name in matched]
+
+
+def endings(names: Iterable[str]) -> list[str]:
+    """Distinct module names with the numbered block in front taken off, in order."""
+    return list(dict.fromkeys(re.sub(r"^.*?\.\d+\.", "", name) for name in names))
+
+
+def _carries(module: nn.Module) -> bool:
+    return isinstance(module, LoraLayer)
+
+
+def _matches(names: Iterable[str], target: str, expression: bool) -> list[str]:
+    if not expression:
+        return [name for name in names if name == target or name.endswith(f".{target}")]
+    pattern = re.compile(target)
+    return [name for name in names if pattern.fullmatch(name)]
+
+
+def _no_match(target: str, stray: list[str], linear: list[str], expression: bool) -> str:
+    known = endings(linear)
+    if stray:
+        problem = f"matches {stray[0]!r}, which is not a linear layer"
+    elif expression:
+        problem = f"matches no linear layer: an expression must match whole names such as {linear[0]!r}"
+    else:
+        problem = "matches no linear layer"
+    tails = dict.fromkeys(tail for ending in known for tail in _tails(ending))
+    near = [] if expression else difflib.get_close_matches(target, tails, n=3, cutoff=0.6)
+    hint = f" (did you mean {', '.join(near)}?)" if near else ""
+    return f"model.lora.target_modules: {target!r} {problem}{hint}; linear layers end in {', '.join(known)}"
+
+
+def _tails(name: str) -> list[str]:
+    """'attn.to_out.0' -> itself, 'to_out.0'; a bare number is nobody's target."""
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts)) if not parts[start].isdigit()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -32,12 +33,21 @@ def build_accelerator(config: Config) -> Accelerator:
         ConfigError: fp16 without an accelerator.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate.state import AcceleratorState
 
     if config.train.mixed_precision == "fp16" and not torch.accelerator.is_available():
         raise ConfigError("train.mixed_precision='fp16' needs a GPU; this machine has none: use 'bf16' or 'no'")
+    if os.environ.get("WORLD_SIZE") == "1":
+        # A launcher started one process: DDP around it would copy gradients and refuse weights that wait on the host.
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+            os.environ.pop(name, None)
+    # Without a card accelerate joins processes only if told that the CPU is meant; else each would train for itself.
+    on_cpu = not torch.accelerator.is_available()
+    # accelerate remembers the first precision of a process and refuses another; two runs in one process are legal here.
+    AcceleratorState._reset_state()
     # A LoRA on text modules of the last block gets no gradient in some families; DDP would wait for it for ever.
     kwargs = DistributedDataParallelKwargs(find_unused_parameters=True)
-    return Accelerator(mixed_precision=config.train.mixed_precision, kwargs_handlers=[kwargs])
+    return Accelerator(cpu=on_cpu, mixed_precision=config.train.mixed_precision, kwargs_handlers=[kwargs])
 
 
 def open_dataset(config: Config, family: Family) -> ImageDataset:

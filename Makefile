@@ -5,6 +5,9 @@ STAMP := .venv/.stamp
 # Held where the wheels of a machine are known to work; `make lock TORCH=` takes the newest.
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 
+# Processes that the tests are spread over: most of their time is importing torch and building tiny models.
+WORKERS ?= 2
+
 .PHONY: help env demo test check lint format bench lock clean
 .DEFAULT_GOAL := help
 
@@ -24,7 +27,7 @@ demo: env  ## a whole fine-tune in miniature, on any machine
 	$(BIN)/python scripts/demo.py
 
 test: env  ## the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS)
 
 lint: env  ## formatting, lint and types
 	$(BIN)/ruff format --check .

@@ -28,7 +28,7 @@ FLOORS: tuple[frozenset[str], ...] = tuple(
         "cli __main__",
         "trainer train cache predict validate evaluate report compare plan bench check dry_run preparation loading",
         "families levers data",
-        "flow store checkpoint runs optim trackers",
+        "flow store checkpoint runs optim trackers toy",
         "config records files locks console __init__",
     )
 )

@@ -50,7 +50,7 @@ def build_scheduler(config: SchedulerConfig, optimizer: Optimizer, total_steps: 
         total_steps: optimizer steps of the whole run, where decaying schedules end.
 
     Raises:
-        ConfigError: the schedule cannot be built with this learning rate or number of cycles.
+        ConfigError: the schedule cannot be built with this learning rate.
     """
     from diffusers import optimization
 
@@ -60,11 +60,6 @@ def build_scheduler(config: SchedulerConfig, optimizer: Optimizer, total_steps: 
     if name == "cosine":  # get_scheduler drops num_cycles here
         return optimization.get_cosine_schedule_with_warmup(
             optimizer, warmup, total, num_cycles=0.5 if cycles is None else cycles
-        )
-    if name == "cosine_with_restarts" and cycles is not None and not float(cycles).is_integer():
-        raise ConfigError(
-            f"lr_scheduler.num_cycles={cycles}: cosine_with_restarts counts whole restarts; give 1, 2, ..., or use "
-            "lr_scheduler.scheduler_type=cosine, which takes parts of a period"
         )
     try:
         return optimization.get_scheduler(
@@ -131,8 +126,7 @@ def _checked_arguments(config: OptimizerConfig, optimizer_class: type[Optimizer]
             nearest = difflib.get_close_matches(name, names, 1)
             raise ConfigError(
                 f"{KEY}.{name} is not an argument of {config.class_path}"
-                + (f"; did you mean {nearest[0]}?" if nearest else "")
-                + f" It takes {', '.join(names)}"
+                f"{f'; did you mean {nearest[0]}?' if nearest else '.'} It takes {', '.join(names)}"
             )
         default = parameters[name].default if name in parameters else None
         _check_number(name, value, default)

@@ -151,7 +151,7 @@ def test_what_is_loaded_does_not_hang_on_the_file(tmp_path: Path) -> None:
 
 def test_snapshot_is_untouched_by_what_follows() -> None:
     tensor = torch.zeros(3)
-    state = {"a": [tensor, (tensor[1:],)], "b": 1}
+    state: dict[str, Any] = {"a": [tensor, (tensor[1:],)], "b": 1}
     copies = snapshot(state)
     tensor.add_(1)
     state["a"].append(2)

@@ -79,8 +79,9 @@ def _pictures(tree: Tree, directory: str, problems: list[str]) -> tuple[Names, N
     """Pictures and text files directly in `directory`, sorted by name."""
     pictures: Names = {}
     texts: Names = {}
-    for name, kind in sorted(tree.list(directory).items()):
-        path = f"{directory}/{name}"
+    names = tree.list(directory)
+    for name in sorted(names):
+        path, kind = f"{directory}/{name}", names[name]
         stem, dot, ending = name.rpartition(".")
         ending = (dot + ending).lower()
         if kind != "file":

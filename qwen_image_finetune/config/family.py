@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_image_finetune.config.registry import DEFAULT_FAMILY, FAMILIES, family_of_pipeline
-from qwen_image_finetune.config.schema import Config, ConfigError
+from qwen_image_finetune.config.schema import Config, ConfigError, shown
 
 MODEL = "model.pretrained_model_name_or_path"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -21,10 +21,14 @@ def model_problems(name: Any) -> list[str]:
     """Why `name` cannot be a checkpoint to train, without loading or downloading anything; empty if it may be one."""
     if not isinstance(name, str) or not name:
         return []  # the schema says so
-    folder = Path(name).expanduser()
+    try:
+        folder = Path(name).expanduser()
+        exists = folder.exists()
+    except (OSError, RuntimeError) as error:  # a name too long, or the home of nobody
+        return [f"{MODEL}={shown(name)} is no path: {error}"]
     if folder.is_dir():
         return _folder_problems(name, folder)
-    if folder.exists():
+    if exists:
         return [f"{MODEL}={name!r} is a file; it takes a hub id or a folder in diffusers layout"]
     if name.startswith(("/", "./", "../", "~")) or name in (".", ".."):
         return [f"{MODEL}={name!r}: this folder does not exist"]

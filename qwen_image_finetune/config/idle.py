@@ -46,8 +46,10 @@ IDLE: tuple[tuple[str, Condition, str], ...] = (
     ("lr_scheduler.num_cycles", _schedule_is_not("cosine", "cosine_with_restarts"),
      "only the schedules cosine and cosine_with_restarts have cycles"),
     ("lr_scheduler.power", _schedule_is_not("polynomial"), "only the schedule polynomial has a power"),
-    *((f"cache.{key}", _without_cache, "cache.use_cache is false")
-      for key in ("cache_dir", "vae_encoder_device", "text_encoder_device", "text_encoder_2_device")),
+    ("cache.cache_dir", _without_cache, "cache.use_cache is false, so training reads no cache"),
+    *((f"cache.{key}_device", _without_cache,
+       f"cache.use_cache is false, and train.{key}_device says where the encoder lives without the cache")
+      for key in ("vae_encoder", "text_encoder", "text_encoder_2")),
     ("cache.prompt_empty_drop_keys", lambda c: c.data.init_args.caption_dropout_rate == 0,
      "data.init_args.caption_dropout_rate is 0"),
     ("logging.logging_dir", lambda c: set(c.logging.trackers) <= {"tensorboard"},

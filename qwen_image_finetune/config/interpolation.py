@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qwen_image_finetune.config.schema import Config, ConfigError, shown
 from qwen_image_finetune.config.spellings import SPELLINGS
+from qwen_image_finetune.config.text import omegaconf_words
 from qwen_image_finetune.config.tree import ABSENT, find, only, put, texts
 
 REFERENCE = re.compile(r"\$\{\s*([A-Za-z_][\w.]*)\s*\}")
@@ -36,8 +37,7 @@ def resolve(tree: dict[Any, Any], source: str) -> dict[Any, Any]:
     try:
         resolved = OmegaConf.to_container(OmegaConf.create(lent), resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        problem = (error.msg or str(error)).splitlines()[0]
-        raise ConfigError(f"{source}: {error.full_key or 'a value'}: {problem}") from error
+        raise ConfigError(omegaconf_words(error, source)) from error
     return cast(dict[Any, Any], only(resolved, tree))
 
 

@@ -51,7 +51,9 @@ def parse_mapping(text: str, source: str) -> DictConfig:
         tree = OmegaConf.load(io.StringIO(text))
     except yaml.MarkedYAMLError as error:
         raise ConfigError(_in_words(error, source)) from error
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+    except OmegaConfBaseException as error:
+        raise ConfigError(omegaconf_words(error, source)) from error
+    except yaml.YAMLError as error:
         raise ConfigError(f"{source} is not valid YAML: {str(error).splitlines()[0]}") from error
     assert isinstance(tree, DictConfig), type(tree)
     return tree
@@ -91,6 +93,11 @@ def _scan(text: str, source: str) -> yaml.Event | None:
                 "(aliases expanded), is no configuration"
             )
     return root
+
+
+def omegaconf_words(error: OmegaConfBaseException, source: str) -> str:
+    """One line about an interpolation that cannot be read or resolved."""
+    return f"{source}: {error.full_key or 'a value'}: {(error.msg or str(error)).splitlines()[0]}"
 
 
 def _place(source: str, event: yaml.Event) -> str:

@@ -123,8 +123,8 @@ def problems(error: ValidationError, tree: Mapping[str, Any]) -> list[str]:
         key, field = _locate(detail["loc"])
         if detail["type"] == "value_error":  # our own validators name their keys themselves
             lines.update(dict.fromkeys(str(detail["ctx"]["error"]).splitlines()))
-        elif key in explained:
-            continue  # another member of a union, in fewer words
+        elif key in explained or detail["type"] == "default_factory_not_called":
+            continue  # said already: another member of a union, or a default that hangs on a refused key
         elif detail["type"] == "missing":
             lines[f"{key} is missing: {field.description}"] = None
         elif detail["type"] == "extra_forbidden":

@@ -5,9 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+import yaml
 from filelock import FileLock
+
+if TYPE_CHECKING:
+    from qwen_image_finetune.config import Config
 
 # Set before torch and the hub are imported, and inherited by the processes that tests start. One thread: tiny models
 # gain nothing from more, and tests that run side by side would only take the cores from each other.
@@ -87,3 +92,35 @@ def write_pairs() -> Callable[..., Path]:
         return folder
 
     return write
+
+
+@pytest.fixture(scope="session")
+def pairs(build_once: Callable[[str, Callable[[Path], object]], Path], write_pairs: Callable[..., Path]) -> Path:
+    """Seven pairs in three geometries (at `resolution: 64`), one of them shared by four."""
+    sizes = [(64, 64), (96, 96), (64, 64), (64, 128), (128, 64), (64, 64), (64, 128)]
+    return build_once("pairs", lambda folder: write_pairs(folder, sizes))
+
+
+@pytest.fixture
+def configure(tmp_path: Path, pairs: Path, tiny_checkpoints: dict[str, Path]) -> Callable[..., Config]:
+    """`configure(family, "section.key=value", ...)`: a small run of a tiny checkpoint, written below tmp_path."""
+
+    def build(family: str, *overrides: str) -> Config:
+        from qwen_image_finetune.config import load_config
+
+        base = {
+            "model": {
+                "pretrained_model_name_or_path": str(tiny_checkpoints[family]),
+                "lora": {"r": 4, "lora_alpha": 4, "init_lora_weights": "gaussian"},
+            },
+            "data": {"init_args": {"dataset_path": str(pairs), "resolution": 64}},
+            "train": {"max_train_steps": 6, "mixed_precision": "no", "checkpointing_steps": 100},
+            "optimizer": {"init_args": {"lr": 1e-2}},
+            "cache": {"use_cache": True, "cache_dir": str(tmp_path / "cache")},
+            "logging": {"output_dir": str(tmp_path / "output"), "report_to": "none", "tracker_project_name": "project"},
+        }
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(base))
+        return load_config(path, overrides)
+
+    return build

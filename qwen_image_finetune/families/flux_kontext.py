@@ -20,6 +20,8 @@ from qwen_image_finetune.families.base import Family, concatenate_tokens, unpack
 from qwen_image_finetune.families.tiny import tiny_flux_kontext
 from qwen_image_finetune.records import Batch
 
+MAX_PROMPT_TOKENS = 512
+
 
 class FluxKontext(Family):
     """FLUX.1 Kontext [dev]."""
@@ -59,8 +61,14 @@ class FluxKontext(Family):
         references: Sequence[Image] = (),
         sizes: Sequence[tuple[int, int]] = (),
     ) -> dict[str, Tensor]:
-        """T5 states (512, D) without a mask, as the model was trained, and the pooled CLIP state (P,)."""
-        embeds, pooled, _ = pipe.encode_prompt(prompt, device=pipe.text_encoder_2.device)
+        """T5 states (512, D), padding included and not masked, as the model was trained; pooled CLIP state (P,).
+
+        A checkpoint whose T5 tokenizer says that its prompts are shorter gets what it says.
+        """
+        length = min(MAX_PROMPT_TOKENS, pipe.tokenizer_2.model_max_length)
+        embeds, pooled, _ = pipe.encode_prompt(
+            prompt, device=pipe.text_encoder_2.device, max_sequence_length=length
+        )
         return {"prompt_embeds": embeds[0], "pooled_prompt_embeds": pooled[0]}
 
     def velocity(

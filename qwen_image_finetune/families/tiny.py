@@ -46,7 +46,7 @@ from qwen_image_finetune.families.tiny_tokenizers import clip_tokenizer, qwen_to
 
 Model = TypeVar("Model", bound=nn.Module)
 
-VERSION = 1  # raise it whenever the bytes written below change
+VERSION = 2  # raise it whenever the bytes written below change
 MARKER = "tiny.json"  # written last into a checkpoint: says which function and version made it
 WIDTH = 64  # of the text encoders that feed the transformers
 HEADS, HEAD_DIM = 4, 32  # of the transformers

@@ -72,7 +72,9 @@ def run_pipeline(
                   generator=torch.Generator().manual_seed(7))  # fmt: skip
     if family.name == "FluxKontext":
         reference = image.resize(family.size(*image.size, AREA), Image.Resampling.LANCZOS)
-        return pipe(image=reference, max_area=width * height, _auto_resize=False, **common, **kwargs).images[0]
+        length = pipe.tokenizer_2.model_max_length  # that of the full-size checkpoint is the pipeline's default, 512
+        sizes = dict(max_area=width * height, _auto_resize=False, max_sequence_length=length)
+        return pipe(image=reference, **sizes, **common, **kwargs).images[0]
     original = pipeline_qwenimage_edit.calculate_dimensions
     with patch.object(pipeline_qwenimage_edit, "calculate_dimensions", lambda area, ratio: original(AREA, ratio)):
         return pipe(image=image, **common, **kwargs).images[0]

@@ -203,7 +203,7 @@ def test_kontext_components(tmp_path: Path) -> None:
     assert index["tokenizer_2"][1] in ("T5Tokenizer", "T5TokenizerFast")
     pipe = FluxKontextPipeline.from_pretrained(tmp_path / "checkpoint")
     assert pipe.tokenizer_max_length == 77
-    assert pipe.tokenizer_2.model_max_length == 512
+    assert pipe.tokenizer_2.model_max_length == 64
     assert pipe.transformer.config.guidance_embeds
     assert (pipe.vae.config.shift_factor, pipe.vae.config.scaling_factor) == (0.1159, 0.3611)
 

@@ -1,0 +1,212 @@
+"""The loop: what is learnt does not depend on how it is reached."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from qwen_image_finetune.config import Config
+from qwen_image_finetune.families import FAMILIES
+from qwen_image_finetune.train import train
+
+FAMILY_NAMES = sorted(FAMILIES)
+Configure = Callable[..., Config]
+
+
+def weights(run: Path | None) -> dict[str, Tensor]:
+    """Trained weights of the newest checkpoint of a version."""
+    assert run is not None
+    folder = max(run.glob("checkpoint-*-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]))
+    if (folder / "adapter.safetensors").exists():
+        return load_file(folder / "adapter.safetensors")
+    return load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+
+
+def optimizer_state(run: Path | None) -> dict[str, Tensor]:
+    assert run is not None
+    folder = max(run.glob("checkpoint-*-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]))
+    return load_file(folder / "optimizer.safetensors")
+
+
+def losses(run: Path | None) -> list[float]:
+    assert run is not None
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    different = [name for name in first if not torch.equal(first[name], second[name])]
+    assert not different
+
+
+def assert_close(first: dict[str, Tensor], second: dict[str, Tensor], tolerance: float) -> None:
+    """Equal up to `tolerance` of the largest weight."""
+    assert first.keys() == second.keys()
+    for name in first:
+        scale = float(first[name].abs().max().clamp(min=1e-3))
+        assert float((first[name] - second[name]).abs().max()) <= tolerance * scale, name
+
+
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+def test_cached_equals_uncached(name: str, configure: Configure) -> None:
+    """Same losses, same weights; with both dropouts and two epochs, so two shuffles."""
+    options = ("data.batch_size=2", "data.init_args.caption_dropout_rate=0.4", "train.max_train_steps=10",
+               "data.init_args.prompt_image_dropout_rate=0.4")  # fmt: skip
+    cached = train(configure(name, *options))
+    uncached = train(configure(name, *options, "cache.use_cache=false"))
+    assert losses(cached) == losses(uncached)
+    assert_equal(weights(cached), weights(uncached))
+
+
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+def test_two_micro_batches_equal_one_batch_of_two(name: str, configure: Configure, tmp_path: Path) -> None:
+    """Batch 2 equals twice batch 1: same samples, same noise, same gradients up to float32 summation."""
+    same = ("data.init_args.resolution=null", "data.init_args.image_size=[64,64]", "data.shuffle=false", "train.max_train_steps=3",
+            "optimizer.class_path=torch.optim.SGD")  # fmt: skip
+    batched = train(configure(name, *same, "data.batch_size=2"))
+    accumulated = train(configure(name, *same, "train.gradient_accumulation_steps=2"))
+    assert losses(batched) == pytest.approx(losses(accumulated), rel=1e-5)
+    assert_close(weights(batched), weights(accumulated), 1e-4)
+
+
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_resume_is_bit_identical(name: str, accumulation: int, configure: Configure) -> None:
+    """Stopped in the middle of an epoch (7 rows) and, with 3 micro-batches a step, across an epoch's end."""
+    same = (f"train.gradient_accumulation_steps={accumulation}", "lr_scheduler.scheduler_type=cosine",
+            "lr_scheduler.warmup_steps=2", "train.checkpointing_steps=4", "train.max_train_steps=9",
+            "data.init_args.caption_dropout_rate=0.3")  # fmt: skip
+    whole = train(configure(name, *same, "logging.tracker_project_name=whole"))
+    assert whole is not None
+    checkpoint = next(whole.glob("checkpoint-*-4"))
+    resumed = train(configure(name, *same, f"train.resume_from_checkpoint={checkpoint}", "logging.tracker_project_name=other"))
+    assert resumed is not None and resumed != whole
+    assert losses(resumed) == losses(whole)[4:]
+    assert_equal(weights(resumed), weights(whole))
+    assert_equal(optimizer_state(resumed), optimizer_state(whole))
+
+
+@pytest.mark.parametrize(
+    "optimizer", ["torch.optim.AdamW", "torch.optim.SGD", "bitsandbytes.optim.Adam8bit", "prodigyopt.Prodigy"]
+)
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_resume_is_bit_identical_for_every_optimizer(optimizer: str, mode: str, configure: Configure) -> None:
+    rate = {"torch.optim.SGD": "{lr: 0.01, momentum: 0.9}", "prodigyopt.Prodigy": "{lr: 1.0}"}.get(optimizer, "{lr: 0.001}")
+    same = (f"optimizer.class_path={optimizer}", f"optimizer.init_args={rate}", "train.max_train_steps=5",
+            "train.checkpointing_steps=3", "data.init_args.resolution=null", "data.init_args.image_size=[64,64]",
+            *(["model.lora=null"] if mode == "full" else []))  # fmt: skip
+    whole = train(configure("FluxKontext", *same))
+    assert whole is not None
+    before, state = losses(whole), (weights(whole), optimizer_state(whole))
+    resumed = train(configure("FluxKontext", *same, f"train.resume_from_checkpoint={next(whole.glob('checkpoint-*-3'))}"))
+    assert resumed == whole, "a resumed run continues its own version"
+    assert losses(resumed) == before
+    assert_equal(weights(resumed), state[0])
+    assert_equal(optimizer_state(resumed), state[1])
+
+
+def test_latest_finds_the_newest_checkpoint_and_starts_afresh_without_one(
+    configure: Configure, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("train.resume_from_checkpoint=latest", "train.checkpointing_steps=2", "train.max_train_steps=5")
+    first = train(configure("QwenImageEdit", *options))
+    assert "starting afresh" in capsys.readouterr().out
+    again = train(configure("QwenImageEdit", *options, "train.max_train_steps=7"))
+    assert again == first
+    assert "at step 5" in capsys.readouterr().out
+    assert len(losses(again)) == 7
+
+
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+def test_full_fine_tuning_is_saved_as_a_transformer_that_loads(name: str, configure: Configure) -> None:
+    from qwen_image_finetune.families import get_family
+
+    config = configure(name, "model.lora=null", "train.max_train_steps=2", "optimizer.init_args.lr=0.001")
+    run = train(config)
+    assert run is not None
+    folder = next(run.glob("checkpoint-*-2"))
+    trained = get_family(name).transformer.from_pretrained(folder / "transformer").state_dict()
+    base = get_family(name).transformer.from_pretrained(
+        config.model.pretrained_model_name_or_path, subfolder="transformer"
+    ).state_dict()  # fmt: skip
+    assert trained.keys() == base.keys()
+    moved = [key for key in base if not torch.equal(base[key], trained[key])]
+    assert len(moved) > 0.9 * len(base)
+
+
+def test_steps_are_optimizer_steps_whatever_the_accumulation(configure: Configure) -> None:
+    options = ("train.max_train_steps=4", "train.checkpointing_steps=2", "lr_scheduler.scheduler_type=constant_with_warmup",
+               "lr_scheduler.warmup_steps=4")  # fmt: skip
+    for accumulation in (1, 4):
+        run = train(configure("FluxKontext", *options, f"train.gradient_accumulation_steps={accumulation}"))
+        assert run is not None
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == [1, 2, 3, 4]
+        assert [line["learning_rate"] for line in lines] == pytest.approx([0, 0.0025, 0.005, 0.0075])
+        assert sorted(int(path.name.rsplit("-", 1)[1]) for path in run.glob("checkpoint-*")) == [2, 4]
+
+
+def test_epochs_end_training_when_they_come_first(configure: Configure) -> None:
+    run = train(configure("FluxKontext", "train.num_epochs=1", "train.max_train_steps=100", "data.batch_size=2"))
+    assert len(losses(run)) == 4  # batches of 2 out of 4, 2 and 1 rows of three geometries: 2 + 1 + 1
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(configure: Configure) -> None:
+    plain = train(configure("FluxKontext", "train.max_train_steps=3"))
+    recomputed = train(configure("FluxKontext", "train.max_train_steps=3", "train.gradient_checkpointing=true"))
+    assert_equal(weights(plain), weights(recomputed))
+
+
+def test_data_workers_change_nothing(configure: Configure) -> None:
+    alone = train(configure("FluxKontext", "train.max_train_steps=4"))
+    workers = train(configure("FluxKontext", "train.max_train_steps=4", "data.num_workers=2", "data.persistent_workers=true"))
+    assert_equal(weights(alone), weights(workers))
+
+
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+@pytest.mark.parametrize("mode,share", [("full", 0.1), ("lora", 0.5)])
+def test_one_pair_can_be_overfitted(name: str, mode: str, share: float, configure: Configure, tmp_path: Path,
+                                    write_pairs: Callable[..., Path]) -> None:  # fmt: skip
+    """The loss of one pair at fixed noise falls by 90 % (full) or half (LoRA on every linear) in 150 steps."""
+    pair = write_pairs(tmp_path / "one", [(64, 64)])
+    from qwen_image_finetune import flow
+
+    fixed = flow.draw(["fixed"], [0], 0, (16, 8, 8), "uniform", 1.0)
+    options = ["model.lora=null", "optimizer.init_args.lr=0.002"] if mode == "full" else [
+        "model.lora.target_modules=all-linear", "model.lora.r=16", "model.lora.lora_alpha=16", "optimizer.init_args.lr=0.01"]  # fmt: skip
+    config = configure(name, f"data.init_args.dataset_path={pair}", "train.max_train_steps=150", *options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flow, "draw", lambda *arguments, **named: fixed)
+        curve = losses(train(config))
+    assert curve[-1] < share * curve[0]
+
+
+def test_non_finite_loss_is_not_learnt_from_and_stops_the_run(configure: Configure, capsys: pytest.CaptureFixture[str]) -> None:
+    from qwen_image_finetune import flow
+    from qwen_image_finetune.train import TrainingStopped
+
+    whole = flow.loss
+    calls = {"count": 0}
+
+    def poisoned(*arguments: object, **named: object) -> Tensor:
+        calls["count"] += 1
+        loss = whole(*arguments, **named)  # type: ignore[arg-type]
+        return loss * float("nan") if calls["count"] >= 5 else loss
+
+    config = configure("FluxKontext", "train.max_train_steps=20")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flow, "loss", poisoned)
+        with pytest.raises(TrainingStopped, match="weights of step 4 are saved"):
+            train(config)
+    said = capsys.readouterr().out
+    assert said.count("not learnt from") == 3
+    run = config.logging.project_dir / "v0"
+    assert all(torch.isfinite(tensor).all() for tensor in weights(run).values())
+    four = train(configure("FluxKontext", "train.max_train_steps=4", "logging.tracker_project_name=four"))
+    assert_equal(weights(run), weights(four))

@@ -211,6 +211,8 @@ def test_a_data_set_class_of_ones_own_takes_its_own_arguments(load: Load) -> Non
         ({"model.lora.target_modules": "to_(q"}, "model.lora.target_modules='to_(q' is not a regular expression"),
         ({"model.quantize": "fp16"}, "model.quantize='fp16' is refused; allowed: true or false or \"fp8\""),
         ({"model.quantize": True, "model.lora": None}, "model.quantize=true with model.lora=null"),
+        ({"model.lora.init_lora_weights": "orthogonal", "model.lora.r": 5}, "needs an even rank, not model.lora.r=5"),
+        ({"model.lora.init_lora_weights": "pissa", "model.quantize": True}, "which model.quantize=true quantises"),
         ({"model.rank": 8, "model.lora": None}, "model.rank=8 contradicts model.lora=null"),
         (
             {"data.init_args.image_size": [832]},

@@ -397,6 +397,16 @@ class Config(Section):
                 f"model.quantize={shown(self.model.quantize)} with model.lora=null: a quantised base is frozen and "
                 "cannot be fully fine-tuned; set model.quantize=false or give model.lora"
             )
+        lora = self.model.lora
+        if lora is not None and lora.pretrained_weight is None and isinstance(lora.init_lora_weights, str):
+            start = f"model.lora.init_lora_weights={shown(lora.init_lora_weights)}"
+            if lora.init_lora_weights == "orthogonal" and lora.r % 2:
+                problems.append(f"{start} needs an even rank, not model.lora.r={lora.r}")
+            if self.model.quantize and lora.init_lora_weights.startswith(("pissa", "olora")):
+                problems.append(
+                    f"{start} decomposes the base, which model.quantize={shown(self.model.quantize)} quantises: use "
+                    'true or "gaussian", or set model.quantize=false'
+                )
         _refuse(problems)
         return self
 

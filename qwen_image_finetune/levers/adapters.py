@@ -72,7 +72,10 @@ def add_adapter(transformer: nn.Module, config: LoraConfig, seed: int) -> None:
     devices = {parameter.device for parameter in transformer.parameters() if parameter.device.type == "cuda"}
     with torch.random.fork_rng(devices=list(devices)):
         _inject(transformer, config, name)
-        torch.manual_seed(seed)  # after peft's own draws, which depend on the dtype of the base
+        # After peft's own draws; generator by generator, because torch.manual_seed would also move other devices'.
+        torch.default_generator.manual_seed(seed)
+        for device in devices:
+            torch.cuda.default_generators[device.index].manual_seed(seed)
         starts = {module: _initialise(layer, name, initialisation) for module, layer in lora_layers(transformer, name)}
         if any(start is not None for start in starts.values()):
             _inject(transformer, config.model_copy(update={"lora_dropout": 0.0}), name + INITIAL)
@@ -242,6 +245,11 @@ def _inject(transformer: nn.Module, config: LoraConfig, name: str) -> None:
         lora_dropout=config.lora_dropout,
         target_modules=config.target_modules,
     )
+    inject(transformer, adapter, name)
+
+
+def inject(transformer: nn.Module, adapter: peft.LoraConfig, name: str) -> None:
+    """Add float32 adapter layers, with peft's own first values."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # a second adapter is meant
         cast(Any, transformer).add_adapter(adapter, name)

@@ -6,12 +6,8 @@ skipped gives another picture without a word.
 
 from __future__ import annotations
 
-import json
-import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -33,6 +29,15 @@ from qwen_image_finetune.levers.lora_header import (
     inspect_lora,
     read_header,
 )
+from qwen_image_finetune.levers.lora_metadata import (
+    adapter_json,
+    exactly,
+    model_metadata,
+    most,
+    network_metadata,
+    peft_fields,
+    run_metadata,
+)
 from qwen_image_finetune.levers.lora_sources import find_lora
 from qwen_image_finetune.levers.targets import endings, linear_modules, lora_layers, target_modules
 
@@ -46,6 +51,7 @@ __all__ = [
     "load_lora",
     "merge_lora",
     "read_lora",
+    "run_metadata",
     "save_lora",
     "set_strength",
 ]
@@ -75,7 +81,8 @@ def save_lora(
     """Write the adapter as a float32 LoRA file in diffusers' dialect, under `path` in one piece.
 
     Args:
-        metadata: joins what the file says about itself (ss_*, modelspec.*, qif.*) and wins over it.
+        metadata: joins what the file says about itself (ss_*, modelspec.*, qif.*) and wins over it; `run_metadata`
+            has that of a run.
         state: values of `adapters.trainable_state` to write instead of the transformer's own.
 
     Raises:
@@ -83,17 +90,10 @@ def save_lora(
     """
     layers = adapters.adapter_layers(transformer, config.adapter_name, state)
     peft_config: peft.LoraConfig = cast(Any, transformer).peft_config[config.adapter_name]
-    described = _peft_metadata(layers, peft_config.target_modules)
     about = {
-        ADAPTER_METADATA: json.dumps({f"transformer.{key}": value for key, value in described.items()}, sort_keys=True),
-        **_network_metadata(layers, dropout=config.lora_dropout),
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"{type(transformer).__name__}/lora",
-        "modelspec.implementation": "diffusers",
-        "modelspec.title": "LoRA",
-        "modelspec.date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "qif.target_modules": json.dumps(endings(layers)),
-        "qif.init_lora_weights": json.dumps(config.init_lora_weights),
+        ADAPTER_METADATA: adapter_json(layers, peft_config.target_modules),
+        **network_metadata(layers),
+        **model_metadata(transformer, config),
     }
     _write(path, write_state(layers, {}, "diffusers"), {**about, **metadata})
 
@@ -147,8 +147,8 @@ def load_lora(
     _check_fits(layers, linear, path)
     info = LoraInfo(
         path=path,
-        rank=_most(layer.rank for layer in layers.values()),
-        alpha=_most(layer.alpha for layer in layers.values()),
+        rank=most(layer.rank for layer in layers.values()),
+        alpha=most(layer.alpha for layer in layers.values()),
         targets=tuple(endings(layers)),
         num_modules=len(layers),
         metadata=metadata,
@@ -175,11 +175,11 @@ def export_lora(source: Path, destination: Path, dialect: Dialect, pipeline_clas
     if destination.suffix != ".safetensors":
         raise ValueError(f"{destination}: a LoRA is exported to a file that ends in .safetensors")
     path = find_lora(source)
+    destination.parent.mkdir(parents=True, exist_ok=True)
     layers, metadata = read_lora(path, pipeline_class)
-    about = {key: value for key, value in metadata.items() if key != ADAPTER_METADATA} | _network_metadata(layers)
+    about = {key: value for key, value in metadata.items() if key != ADAPTER_METADATA} | network_metadata(layers)
     if dialect == "diffusers":
-        described = _peft_metadata(layers, _exactly(layers))
-        about[ADAPTER_METADATA] = json.dumps({f"transformer.{k}": v for k, v in described.items()}, sort_keys=True)
+        about[ADAPTER_METADATA] = adapter_json(layers, exactly(layers))
     partial = destination.with_name(f".{destination.name}.partial")
     try:
         _write(partial, write_state(layers, native_names(pipeline_class), dialect), about)
@@ -202,28 +202,6 @@ def _write(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str])
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _peft_metadata(layers: Mapping[str, Layer], targets: Any) -> dict[str, Any]:
-    """The part of a peft configuration that says how the weights are meant; patterns where modules differ."""
-    rank, alpha = _most(layer.rank for layer in layers.values()), _most(layer.alpha for layer in layers.values())
-    return {
-        "r": rank,
-        "lora_alpha": _plain(alpha),
-        "target_modules": targets if isinstance(targets, str) else sorted(targets),
-        "rank_pattern": {_anchored(name): layer.rank for name, layer in layers.items() if layer.rank != rank},
-        "alpha_pattern": {_anchored(name): _plain(x.alpha) for name, x in layers.items() if x.alpha != alpha},
-    }
-
-
-def _network_metadata(layers: Mapping[str, Layer], dropout: float | None = None) -> dict[str, str]:
-    """kohya's words for rank and alpha, which other tools show."""
-    network = {
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(_most(layer.rank for layer in layers.values())),
-        "ss_network_alpha": str(_plain(_most(layer.alpha for layer in layers.values()))),
-    }
-    return network if dropout is None else {**network, "ss_network_dropout": str(dropout)}
 
 
 def _check_fits(layers: Mapping[str, Layer], linear: Mapping[str, nn.Module], path: Path) -> None:
@@ -259,12 +237,12 @@ def _check_config(transformer: nn.Module, layers: Mapping[str, Layer], info: Lor
 def _add_as_it_is(transformer: nn.Module, layers: Mapping[str, Layer], name: str) -> None:
     if name in adapters.adapter_names(transformer):
         raise ValueError(f"the transformer already has an adapter {name!r}; give the second LoRA another name")
-    described = _peft_metadata(layers, _exactly(layers))
+    described = peft_fields(layers, exactly(layers))
     with torch.random.fork_rng(devices=[]):
-        cast(Any, transformer).add_adapter(peft.LoraConfig(**described), name)
+        adapters.inject(transformer, peft.LoraConfig(**described), name)
     for module, layer in lora_layers(transformer, name):
         for factor, value in zip(adapters.factors(layer, name), (layers[module].down, layers[module].up), strict=True):
-            factor.float().requires_grad_(False)
+            factor.requires_grad_(False)
             factor.weight.data.copy_(value)
 
 
@@ -291,20 +269,3 @@ def _check_same(expected: Mapping[str, Layer], exported: Mapping[str, Layer], de
         )
         if not difference.abs().max() <= 1e-5 * reference.abs().max():  # written so that NaN does not pass
             raise LoraFileError(f"{destination} was not written: {module} would not change as in the source")
-
-
-def _exactly(modules: Iterable[str]) -> str:
-    """An expression that matches these names and no other; endings would match more."""
-    return "|".join(re.escape(module) for module in modules)
-
-
-def _anchored(module: str) -> str:
-    return f"^{re.escape(module)}"
-
-
-def _most(values: Iterable[Any]) -> Any:
-    return Counter(values).most_common(1)[0][0]
-
-
-def _plain(number: float) -> int | float:
-    return int(number) if number == int(number) else number

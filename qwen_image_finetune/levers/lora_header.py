@@ -182,7 +182,11 @@ def _check_entry(entry: dict[str, Any]) -> None:
     elements = 1
     for side in entry["shape"]:
         elements *= side
-    if not 0 <= start <= end or end - start != elements * ELEMENT_BYTES.get(entry["dtype"], 0):
+    if (
+        not 0 <= start <= end
+        or min(entry["shape"], default=0) < 0
+        or end - start != elements * ELEMENT_BYTES.get(entry["dtype"], 0)
+    ):
         raise ValueError(f"dtype, shape and place of a tensor contradict each other: {entry}")
 
 

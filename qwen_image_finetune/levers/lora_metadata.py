@@ -1,0 +1,118 @@
+"""What a LoRA file says about itself, as plain strings.
+
+`lora_adapter_metadata` is what diffusers reads, `ss_*` are kohya's words that most tools show, `modelspec.*` follow the
+model metadata standard of Stability AI (https://github.com/Stability-AI/ModelSpec), and `qif.*` are ours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import PurePath
+from typing import Any
+
+from torch import nn
+
+from qwen_image_finetune.config import Config, LoraConfig
+from qwen_image_finetune.levers.adapters import Layer
+from qwen_image_finetune.levers.targets import endings
+
+
+def peft_fields(layers: Mapping[str, Layer], targets: Iterable[str] | str) -> dict[str, Any]:
+    """The part of a peft configuration that says how the weights are meant; patterns where modules differ."""
+    rank, alpha = most(layer.rank for layer in layers.values()), most(layer.alpha for layer in layers.values())
+    return {
+        "r": rank,
+        "lora_alpha": _plain(alpha),
+        "target_modules": targets if isinstance(targets, str) else sorted(targets),
+        "rank_pattern": {_anchored(name): layer.rank for name, layer in layers.items() if layer.rank != rank},
+        "alpha_pattern": {_anchored(name): _plain(x.alpha) for name, x in layers.items() if x.alpha != alpha},
+    }
+
+
+def adapter_json(layers: Mapping[str, Layer], targets: Iterable[str] | str) -> str:
+    """`peft_fields` as diffusers keeps it in the file."""
+    return json.dumps({f"transformer.{k}": value for k, value in peft_fields(layers, targets).items()}, sort_keys=True)
+
+
+def network_metadata(layers: Mapping[str, Layer]) -> dict[str, str]:
+    """Rank and alpha in kohya's words."""
+    return {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(most(layer.rank for layer in layers.values())),
+        "ss_network_alpha": str(_plain(most(layer.alpha for layer in layers.values()))),
+        "qif.target_modules": json.dumps(endings(layers)),
+    }
+
+
+def model_metadata(transformer: nn.Module, config: LoraConfig) -> dict[str, str]:
+    """What the adapter itself knows."""
+    return {
+        "ss_base_model_version": type(transformer).__name__,
+        "ss_network_dropout": str(config.lora_dropout),
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": f"{type(transformer).__name__}/lora",
+        "modelspec.implementation": "https://github.com/huggingface/diffusers",
+        "modelspec.title": "LoRA",
+        "modelspec.date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "qif.init_lora_weights": json.dumps(config.init_lora_weights),
+    }
+
+
+def run_metadata(config: Config, steps: int) -> dict[str, str]:
+    """What a run adds, for `save_lora`: nothing of the data or of where it lies on this machine.
+
+    Args:
+        steps: optimizer steps taken.
+    """
+    arguments, train = config.data.init_args, config.train
+    base = PurePath(config.model.pretrained_model_name_or_path).name
+    about = {
+        "ss_base_model_version": base,
+        "ss_sd_model_name": base,
+        "ss_output_name": config.logging.tracker_project_name,
+        "ss_steps": str(steps),
+        "ss_seed": str(train.seed),
+        "ss_learning_rate": str(config.optimizer.init_args.get("lr", "")),
+        "ss_optimizer": config.optimizer.class_path,
+        "ss_lr_scheduler": config.lr_scheduler.scheduler_type,
+        "ss_lr_warmup_steps": str(config.lr_scheduler.warmup_steps),
+        "ss_batch_size_per_device": str(config.data.batch_size),
+        "ss_gradient_accumulation_steps": str(train.gradient_accumulation_steps),
+        "ss_gradient_checkpointing": str(train.gradient_checkpointing),
+        "ss_mixed_precision": train.mixed_precision,
+        "ss_max_grad_norm": str(train.max_grad_norm),
+        "modelspec.title": config.logging.tracker_project_name,
+        "qif.config_sha256": hashlib.sha256(config.model_dump_json().encode()).hexdigest(),
+    }
+    size = arguments.image_size or ([arguments.resolution] * 2 if arguments.resolution else None)
+    if size is not None:
+        about |= {"ss_resolution": f"({size[0]}, {size[1]})", "modelspec.resolution": f"{size[0]}x{size[1]}"}
+    try:
+        about["qif.version"] = version("qwen-image-finetune")
+    except PackageNotFoundError:  # run from a checkout that was never installed
+        about["qif.version"] = "unknown"
+    return about
+
+
+def exactly(modules: Iterable[str]) -> str:
+    """An expression that matches these names and no other; endings would match more."""
+    return "|".join(re.escape(module) for module in modules)
+
+
+def most(values: Iterable[Any]) -> Any:
+    """The value that occurs most often."""
+    return Counter(values).most_common(1)[0][0]
+
+
+def _anchored(module: str) -> str:
+    return f"^{re.escape(module)}"
+
+
+def _plain(number: float) -> int | float:
+    return int(number) if number == int(number) else number

@@ -108,7 +108,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_write_atomic_writes_and_replaces(tmp_path: Path) -> None:
     write_atomic(tmp_path / "a.json", "first")
-    write_atomic(tmp_path / "a.json", b"\x00second")
+    with (tmp_path / "a.json").open() as reader:
+        write_atomic(tmp_path / "a.json", b"\x00second")
+        assert reader.read() == "first", "the old file is replaced, never written into"
     assert (tmp_path / "a.json").read_bytes() == b"\x00second"
     assert os.listdir(tmp_path) == ["a.json"]
 

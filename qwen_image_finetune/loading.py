@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
 from diffusers.utils.logging import disable_progress_bar as disable_diffusers_bars
 from torch import nn
 from transformers.utils.logging import disable_progress_bar as disable_transformers_bars
@@ -77,7 +77,7 @@ def load_encoders(
     return pipe
 
 
-def load_transformer(family: Family, folder: Path, dtype: torch.dtype) -> nn.Module:
+def load_transformer(family: Family, folder: Path, dtype: torch.dtype) -> ModelMixin:
     """The transformer in `dtype`, on the CPU, frozen.
 
     Raises:
@@ -94,7 +94,7 @@ def load_transformer(family: Family, folder: Path, dtype: torch.dtype) -> nn.Mod
             f"{folder / 'transformer' / 'config.json'} has keys {unknown} that {family.transformer.__name__} of the "
             "installed diffusers does not know; upgrade diffusers"
         )
-    transformer: nn.Module = family.transformer.from_pretrained(
+    transformer: ModelMixin = family.transformer.from_pretrained(
         folder, subfolder="transformer", dtype=dtype, use_safetensors=True, local_files_only=True
     )
     return transformer.requires_grad_(False)

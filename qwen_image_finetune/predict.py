@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from PIL.Image import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from qwen_image_finetune import flow
 from qwen_image_finetune.data.images import resize, upright
@@ -17,7 +17,7 @@ from qwen_image_finetune.families.base import Family
 from qwen_image_finetune.records import Batch, Encoded, collate
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+    from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Conditions:
     blind: Batch | None = None  # negative prompt, no references
 
 
-def guided(family: Family, transformer: nn.Module, conditions: Conditions, guidance: Guidance) -> flow.Velocity:
+def guided(family: Family, transformer: ModelMixin, conditions: Conditions, guidance: Guidance) -> flow.Velocity:
     """Velocity under guidance.
 
     With image guidance s_I and prompt guidance s_T: v = v(-, -) + s_I (v(-, I) - v(-, -)) + s_T (v(T, I) - v(-, I)).
@@ -76,7 +76,7 @@ class Predictor:
         self,
         family: Family,
         pipe: DiffusionPipeline,
-        transformer: nn.Module,
+        transformer: ModelMixin,
         scheduler: FlowMatchEulerDiscreteScheduler,
         area: int | None = None,
     ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -56,11 +56,13 @@ def open_dataset(config: Config, family: Family) -> ImageDataset:
     Raises:
         DataError: with all problems, before any model is loaded.
     """
-    chosen = ImageDataset
+    chosen: Any = ImageDataset
     if config.data.class_path not in OUR_DATASETS:
         chosen = import_class(config.data.class_path, "data.class_path", ImageDataset)
     arguments = config.data.init_args
-    dataset = chosen(arguments, family.size, family.side_multiple, family.max_references, config.train.seed)
+    dataset: ImageDataset = chosen(
+        arguments, family.size, family.side_multiple, family.max_references, config.train.seed
+    )
     problems = dataset.check()
     if problems:
         raise DataError(problems)
@@ -134,7 +136,7 @@ def encode_dataset(config: Config) -> None:
     """Complete the cache of a configuration, whether or not it trains from it (`--cache`)."""
     accelerator = build_accelerator(config)
     say: Say = console.say if accelerator.is_main_process else lambda message: None
-    family = get_family(resolve_family(config)[0])
+    family = get_family(resolve_family(config, download=True)[0])
     dataset = open_dataset(config, family)
     dtype = loading.encoder_dtype(config.train.mixed_precision)
     rows = EncodedDataset(config, family, dataset, loading.checkpoint_folder(config, family), dtype)
@@ -144,7 +146,7 @@ def encode_dataset(config: Config) -> None:
 
 def build_predictor(config: Config) -> Predictor:
     """Everything prediction needs, on the devices of predict.devices (default: the first accelerator, else the CPU)."""
-    family = get_family(resolve_family(config)[0])
+    family = get_family(resolve_family(config, download=True)[0])
     folder = loading.checkpoint_folder(config, family)
     places = config.predict.devices.model_dump()
     homes = {name: loading.resolve_device(device, f"predict.devices.{name}") for name, device in places.items()}

@@ -15,7 +15,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qwen_image_finetune import cache, checkpoint, console, flow, levers, loading, runs
 from qwen_image_finetune.cache import EncodedDataset, TextVariant
@@ -25,7 +25,7 @@ from qwen_image_finetune.families import get_family
 from qwen_image_finetune.families.base import Family
 from qwen_image_finetune.files import write_atomic
 from qwen_image_finetune.levers import lora_files, trained
-from qwen_image_finetune.optim import build_optimizer, build_scheduler
+from qwen_image_finetune.optim import build_optimizer, build_scheduler, optimizer_state, restore_optimizer
 from qwen_image_finetune.preparation import (
     Say,
     build_accelerator,
@@ -40,7 +40,7 @@ from qwen_image_finetune.validate import Validation
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline, ModelMixin
 
 BAD_STEPS_IN_A_ROW = 3
 
@@ -75,7 +75,7 @@ def train(config: Config) -> Path | None:
     accelerator = build_accelerator(config)
     main = accelerator.is_main_process
     say: Say = console.say if main else lambda message: None
-    family = get_family(resolve_family(config)[0])
+    family = get_family(resolve_family(config, download=True)[0])
     check_outputs(config)
 
     # The pairs, and how long the run is
@@ -134,7 +134,8 @@ def train(config: Config) -> Path | None:
             while progress.step < total_steps:
                 began = time.monotonic()
                 samples = sum(len(micro.rows) for micro in batches.at(progress.step))
-                total_loss, sigmas, keys = torch.zeros((), device=accelerator.device), [], []
+                total_loss, sigmas = torch.zeros((), device=accelerator.device), []
+                keys: list[str] = []
                 for place in range(config.train.gradient_accumulation_steps):
                     micro, batch = next(stream)
                     is_last = place == config.train.gradient_accumulation_steps - 1
@@ -228,8 +229,9 @@ def find_resume(config: Config, say: Say) -> Path | None:
 def open_run(config: Config, resume: Path | None) -> runs.Run:
     """A new version, or the one that the checkpoint came from."""
     project = config.logging.project_dir
-    if resume is not None and resume.resolve().parent.parent == project.resolve():
-        return runs.reopen_version(resume.parent)
+    version = None if resume is None else runs.version_of(resume)
+    if version is not None and version.resolve().parent == project.resolve():
+        return runs.reopen_version(version)
     return runs.claim_version(project)
 
 
@@ -290,7 +292,7 @@ class State:
 
     config: Config
     family: Family
-    transformer: nn.Module  # without the wrappers of several processes
+    transformer: ModelMixin  # without the wrappers of several processes
     optimizer: Any
     schedule: Any
     progress: Progress
@@ -299,7 +301,7 @@ class State:
     def snapshot(self) -> dict[str, Any]:
         """Copies on the CPU of what changes from step to step; the loop may go on while they are written."""
         parts = {
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer_state(self.optimizer.optimizer),
             "schedule": self.schedule.state_dict(),
             "progress": {"step": self.progress.step, "seed": self.config.train.seed},
         }
@@ -345,7 +347,8 @@ class State:
                 f"train.seed={self.config.train.seed}, but {folder} was trained with {progress['seed']}: order of the "
                 "data and noise would change in the middle of the run; set the seed back or start afresh"
             )
-        self.optimizer.load_state_dict(checkpoint.load_state(folder, "optimizer"))
+        for note in restore_optimizer(self.optimizer.optimizer, checkpoint.load_state(folder, "optimizer")):
+            console.say(f"note: {note}")
         self.schedule.load_state_dict(checkpoint.load_state(folder, "schedule"))
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(checkpoint.load_state(folder, "scaler"))
@@ -369,6 +372,7 @@ def save_checkpoint(
             final,
             lambda folder: state.write(folder, snapshot),
             lambda: runs.retention(run, config.train.checkpoints_total_limit),
+            needed=checkpoint.num_bytes(snapshot),
         )
         if wait:
             writer.wait()

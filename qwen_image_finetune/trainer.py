@@ -25,7 +25,7 @@ class Trainer:
     family: ClassVar[str | None] = None  # None takes what the configuration says
 
     def __init__(self, config: Config) -> None:
-        name, source = resolve_family(config)
+        name, source = resolve_family(config, download=True)
         if self.family is not None and name != self.family:
             raise ConfigError(f"{type(self).__name__} trains {self.family}, but {source} says {name}")
         self.config = config
@@ -38,8 +38,8 @@ class Trainer:
 
         encode_dataset(self.config)
 
-    def fit(self) -> Path:
-        """Train; returns the version folder."""
+    def fit(self) -> Path | None:
+        """Train; returns the version folder (None in all processes but the first)."""
         from qwen_image_finetune.train import train
 
         return train(self.config)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
-from torch import nn
 
 from qwen_image_finetune import console, loading
 from qwen_image_finetune.cache import EncodedDataset, TextVariant
@@ -18,7 +17,7 @@ from qwen_image_finetune.records import Batch, collate
 from qwen_image_finetune.trackers import Trackers
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline, ModelMixin
 
 
 class Validation:
@@ -29,7 +28,7 @@ class Validation:
         config: Config,
         rows: EncodedDataset,
         pipe: DiffusionPipeline | None,
-        transformer: nn.Module,
+        transformer: ModelMixin,
         device: torch.device,
         run: Path,
         trackers: Trackers,

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from PIL.Image import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from qwen_image_finetune.records import Batch
 
@@ -20,7 +20,7 @@ class Family(ABC):
 
     name: ClassVar[str]  # value of train.trainer
     pipeline: ClassVar[type[DiffusionPipeline]]
-    transformer: ClassVar[type[nn.Module]]
+    transformer: ClassVar[type[ModelMixin]]
     text_components: ClassVar[tuple[str, ...]]  # parts of the pipeline that decide the text embeddings
     text_sees_references: ClassVar[bool]  # the text encoder looks at the references too
     max_references: ClassVar[int]
@@ -58,7 +58,7 @@ class Family(ABC):
 
     @abstractmethod
     def velocity(
-        self, transformer: nn.Module, noisy: Tensor, timestep: Tensor, batch: Batch, guidance: float | None = None
+        self, transformer: ModelMixin, noisy: Tensor, timestep: Tensor, batch: Batch, guidance: float | None = None
     ) -> Tensor:
         """Predicted velocity eps - x0, shape of `noisy`.
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, FluxKontextPipeline, FluxTransformer2DModel
+from diffusers import DiffusionPipeline, FluxKontextPipeline, FluxTransformer2DModel, ModelMixin
 from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
 from PIL.Image import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from qwen_image_finetune.families.base import Family, concatenate_tokens, unpack
 from qwen_image_finetune.families.tiny import tiny_flux_kontext
@@ -37,7 +37,7 @@ class FluxKontext(Family):
     guidance_scale = 3.5
 
     def size(self, width: int, height: int, area: int | None = None) -> tuple[int, int]:
-        """The nearest of the 17 preferred resolutions by aspect ratio; at another area, the ratio in multiples of 16."""
+        """The nearest of the 17 preferred resolutions; at another area, the aspect ratio in multiples of 16."""
         ratio = width / height
         if area is None:
             _, width, height = min((abs(ratio - w / h), w, h) for w, h in PREFERRED_KONTEXT_RESOLUTIONS)
@@ -66,13 +66,11 @@ class FluxKontext(Family):
         A checkpoint whose T5 tokenizer says that its prompts are shorter gets what it says.
         """
         length = min(MAX_PROMPT_TOKENS, pipe.tokenizer_2.model_max_length)
-        embeds, pooled, _ = pipe.encode_prompt(
-            prompt, device=pipe.text_encoder_2.device, max_sequence_length=length
-        )
+        embeds, pooled, _ = pipe.encode_prompt(prompt, device=pipe.text_encoder_2.device, max_sequence_length=length)
         return {"prompt_embeds": embeds[0], "pooled_prompt_embeds": pooled[0]}
 
     def velocity(
-        self, transformer: nn.Module, noisy: Tensor, timestep: Tensor, batch: Batch, guidance: float | None = None
+        self, transformer: ModelMixin, noisy: Tensor, timestep: Tensor, batch: Batch, guidance: float | None = None
     ) -> Tensor:
         height, width = noisy.shape[-2:]
         text = batch.text["prompt_embeds"]

@@ -10,10 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, QwenImageEditPipeline, QwenImagePipeline, QwenImageTransformer2DModel
+from diffusers import (
+    DiffusionPipeline,
+    ModelMixin,
+    QwenImageEditPipeline,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+)
 from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit import calculate_dimensions
 from PIL.Image import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from qwen_image_finetune.families.base import Family, concatenate_tokens, pack, unpack
 from qwen_image_finetune.families.tiny import tiny_qwen_image_edit
@@ -70,7 +76,7 @@ class QwenImageEdit(Family):
         return {"prompt_embeds": embeds[0]}
 
     def velocity(
-        self, transformer: nn.Module, noisy: Tensor, timestep: Tensor, batch: Batch, guidance: float | None = None
+        self, transformer: ModelMixin, noisy: Tensor, timestep: Tensor, batch: Batch, guidance: float | None = None
     ) -> Tensor:
         height, width = noisy.shape[-2:]
         shapes = [(1, picture.shape[-2] // 2, picture.shape[-1] // 2) for picture in (noisy, *batch.references)]

@@ -5,8 +5,9 @@ In the coordinates of a face its centre is the origin, the chin lies at y = 1 an
 
 from __future__ import annotations
 
+import copy
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.random import Generator
@@ -15,7 +16,7 @@ from PIL import Image
 
 from qwen_image_finetune.toy.backgrounds import paint_background
 from qwen_image_finetune.toy.canvas import Canvas, Colour, Points, between, hsv, line, oval, shade
-from qwen_image_finetune.toy.hats import HATS
+from qwen_image_finetune.toy.hats import HATS, plain_hat
 
 # Far from each other and from every mixture of two neighbours, so that a blurred prediction still has a nearest class.
 PALETTE: dict[str, Colour] = {
@@ -51,6 +52,7 @@ HAIRS: tuple[Colour, ...] = (
     (60, 130, 150),
 )
 STYLES = ("bald", "short", "short", "bob", "long", "pigtails", "afro", "spikes", "bun")
+PLAIN = 5  # seed of the plain glasses
 STYLES_UNDER_HATS = ("bald", "short", "bob", "long", "pigtails")
 
 
@@ -66,24 +68,42 @@ class Look(NamedTuple):
     parting: float  # -1 to 1, where the fringe is highest
 
 
-def draw_face(rng: Generator, size: int) -> tuple[Image.Image, Image.Image]:
+class Wish(NamedTuple):
+    """What one face shall have, whatever its random numbers say; None leaves it to them."""
+
+    background: Colour | None = None  # one flat colour
+    hair: Colour | None = None
+    skin: Colour | None = None
+    glasses: Literal["none", "plain"] | None = None  # plain: black and round, the same on everybody
+    hat: Literal["none", "any", "plain"] | None = None  # plain: the same hat on everybody
+
+
+AS_DRAWN = Wish()
+
+
+def draw_face(rng: Generator, size: int, wish: Wish = AS_DRAWN) -> tuple[Image.Image, Image.Image]:
     """A face and its segmentation mask, both RGB and `size` x `size` pixels.
 
-    The mask holds the colours of PALETTE and no others. The same state of `rng` gives the same picture at every size.
+    The mask holds the colours of PALETTE and no others. The same state of `rng` gives the same picture at every size,
+    and with another wish the same picture but for what the wish names; a hat that is named, even as "none", also
+    restricts the hair to styles that go under one.
     """
     canvas = Canvas(size, (0, 0, 0))
     paint_background(canvas, rng)
+    if wish.background:
+        canvas.fill(line((0, 0), (1, 0), (1, 1), (0, 1)), wish.background)
     scale = rng.uniform(0.2, 0.3)
     angle = math.radians(rng.uniform(-12, 12))
     canvas.place(rng.uniform(0.36, 0.64), rng.uniform(0.46, 0.58), scale, angle)
 
     hat = HATS[rng.integers(len(HATS))] if rng.random() < 0.45 else None
-    styles = STYLES_UNDER_HATS if hat else STYLES
+    styles = STYLES_UNDER_HATS if hat or wish.hat else STYLES
     skin = SKINS[rng.integers(len(SKINS))]
     hairs = [hair for hair in HAIRS if math.dist(hair, skin) > 75]  # or nobody could tell where the hair begins
+    hair = hairs[rng.integers(len(hairs))]
     look = Look(
-        skin=skin,
-        hair=hairs[rng.integers(len(hairs))],
+        skin=wish.skin or skin,
+        hair=wish.hair or hair,
         style=styles[rng.integers(len(styles))],
         width=rng.uniform(0.7, 0.84),
         chin=rng.uniform(0.05, 0.3),
@@ -98,10 +118,19 @@ def draw_face(rng: Generator, size: int) -> tuple[Image.Image, Image.Image]:
     _beard(canvas, rng, look)
     _mouth(canvas, rng, look)
     _hair_in_front(canvas, rng, look)
+    # What is not wished for is painted elsewhere all the same: the numbers after it must stay the ones they are.
+    elsewhere = Canvas(8, (0, 0, 0))
     if rng.random() < 0.35:
-        _glasses(canvas, rng, look)
+        _glasses(elsewhere if wish.glasses else canvas, rng, look)
+    if wish.glasses == "plain":
+        _glasses(canvas, np.random.default_rng(PLAIN), look)
     if hat:
-        hat(canvas, rng, HAT, look.width)
+        hat(canvas if wish.hat in (None, "any") else elsewhere, rng, HAT, look.width)
+    elif wish.hat == "any":
+        other = copy.deepcopy(rng)
+        HATS[other.integers(len(HATS))](canvas, other, HAT, look.width)
+    if wish.hat == "plain":
+        plain_hat(canvas, HAT, look.width)
     picture, labels = canvas.finish()
     return _light(picture, rng), Image.fromarray(np.array(list(PALETTE.values()), dtype=np.uint8)[labels])
 

@@ -69,3 +69,13 @@ def _party_hat(canvas: Canvas, rng: Generator, part: int, width: float) -> None:
 
 
 HATS: tuple[Hat, ...] = (_beanie, _cap, _top_hat, _straw_hat, _party_hat)
+
+
+def plain_hat(canvas: Canvas, part: int, width: float) -> None:
+    """A red top hat with a black ribbon, the same on every head."""
+    red, dark = (214, 40, 48), (30, 24, 28)
+    crown = line((-width * 0.82, -1.5), (width * 0.82, -1.5), (width * 0.78, -0.6), (-width * 0.78, -0.6))
+    canvas.fill(crown, red, part)
+    ribbon = line((-width * 0.79, -0.84), (width * 0.79, -0.84), (width * 0.78, -0.6), (-width * 0.78, -0.6))
+    canvas.fill(ribbon, dark)
+    canvas.fill(oval(0, -0.58, width + 0.32, 0.13), red, part)

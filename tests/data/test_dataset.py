@@ -150,6 +150,17 @@ def test_random_crop(tmp_path: Path) -> None:
     )
 
 
+def test_random_crops_leave_the_geometry_alone(tmp_path: Path) -> None:
+    """Rounding of scaled windows must not move a side over the edge to the next multiple."""
+    pair(tmp_path, target=(83, 61), reference=(41, 97))
+    data = dataset(tmp_path, random_crop=True, crop_scale=[0.1, 1.0])
+    sizes = {
+        tuple(picture.size for picture in (plan.target, *plan.references))
+        for plan in map(data.plan, [0] * 200, range(200))
+    }
+    assert sizes == {data.geometry(0)}
+
+
 def test_random_crop_has_the_shape_of_a_fixed_size(tmp_path: Path) -> None:
     data = dataset(pair(tmp_path), random_crop=True, image_size=[32, 64])
     boxes = [data.plan(0, visit).target.box for visit in range(20)]

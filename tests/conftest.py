@@ -67,7 +67,7 @@ def qwen_folder(tiny_checkpoints: dict[str, Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def write_pairs() -> Callable[..., Path]:
-    """`write_pairs(folder, sizes)`: one pair of smooth random pictures for each (width, height), each its own caption."""
+    """`write_pairs(folder, sizes)`: a captioned pair of smooth random pictures for each (width, height)."""
     import numpy as np
     from PIL import Image
 
@@ -75,7 +75,9 @@ def write_pairs() -> Callable[..., Path]:
         cells = rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)
         return Image.fromarray(cells).resize(size, Image.Resampling.BICUBIC)
 
-    def write(folder: Path, sizes: list[tuple[int, int]], seed: int = 0, masks: bool = False, references: int = 1) -> Path:
+    def write(
+        folder: Path, sizes: list[tuple[int, int]], seed: int = 0, masks: bool = False, references: int = 1
+    ) -> Path:
         rng = np.random.default_rng(seed)
         (folder / "control_images").mkdir(parents=True)
         (folder / "training_images").mkdir()

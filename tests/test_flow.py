@@ -24,9 +24,7 @@ SHIFTS = [
 
 
 @pytest.mark.parametrize("name,column", [("FluxKontext", 2), ("QwenImageEdit", 3)])
-def test_shift_follows_the_checkpoints_own_constants(
-    name: str, column: int, tiny_checkpoints: dict[str, Path]
-) -> None:
+def test_shift_follows_the_checkpoints_own_constants(name: str, column: int, tiny_checkpoints: dict[str, Path]) -> None:
     family, config = get_family(name), loading.load_scheduler(tiny_checkpoints[name]).config
     for row in SHIFTS:
         (width, height), tokens = row[0], row[1]
@@ -58,9 +56,11 @@ def test_draw_is_a_function_of_seed_sample_and_visit_alone() -> None:
     sigma, noise = flow.draw(["a", "b"], [0, 3], 42, (4, 6, 8), "logit_normal", 2.0)
     alone_sigma, alone_noise = flow.draw(["b"], [3], 42, (4, 6, 8), "logit_normal", 2.0)
     assert torch.equal(sigma[1:], alone_sigma) and torch.equal(noise[1:], alone_noise)
-    for other in (flow.draw(["b"], [4], 42, (4, 6, 8), "logit_normal", 2.0),
-                  flow.draw(["c"], [3], 42, (4, 6, 8), "logit_normal", 2.0),
-                  flow.draw(["b"], [3], 43, (4, 6, 8), "logit_normal", 2.0)):  # fmt: skip
+    for other in (
+        flow.draw(["b"], [4], 42, (4, 6, 8), "logit_normal", 2.0),
+        flow.draw(["c"], [3], 42, (4, 6, 8), "logit_normal", 2.0),
+        flow.draw(["b"], [3], 43, (4, 6, 8), "logit_normal", 2.0),
+    ):
         assert not torch.equal(other[1], alone_noise)
         assert not torch.equal(other[0], alone_sigma)
 

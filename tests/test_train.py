@@ -48,16 +48,20 @@ def assert_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
 def assert_close(first: dict[str, Tensor], second: dict[str, Tensor], tolerance: float) -> None:
     """Equal up to `tolerance` of the largest weight."""
     assert first.keys() == second.keys()
-    for name in first:
-        scale = float(first[name].abs().max().clamp(min=1e-3))
-        assert float((first[name] - second[name]).abs().max()) <= tolerance * scale, name
+    for name, expected in first.items():
+        scale = float(expected.abs().max().clamp(min=1e-3))
+        assert float((expected - second[name]).abs().max()) <= tolerance * scale, name
 
 
 @pytest.mark.parametrize("name", FAMILY_NAMES)
 def test_cached_equals_uncached(name: str, configure: Configure) -> None:
     """Same losses, same weights; with both dropouts and two epochs, so two shuffles."""
-    options = ("data.batch_size=2", "data.init_args.caption_dropout_rate=0.4", "train.max_train_steps=10",
-               "data.init_args.prompt_image_dropout_rate=0.4")  # fmt: skip
+    options = (
+        "data.batch_size=2",
+        "data.init_args.caption_dropout_rate=0.4",
+        "train.max_train_steps=10",
+        "data.init_args.prompt_image_dropout_rate=0.4",
+    )
     cached = train(configure(name, *options))
     uncached = train(configure(name, *options, "cache.use_cache=false"))
     assert losses(cached) == losses(uncached)
@@ -67,8 +71,13 @@ def test_cached_equals_uncached(name: str, configure: Configure) -> None:
 @pytest.mark.parametrize("name", FAMILY_NAMES)
 def test_two_micro_batches_equal_one_batch_of_two(name: str, configure: Configure, tmp_path: Path) -> None:
     """Batch 2 equals twice batch 1: same samples, same noise, same gradients up to float32 summation."""
-    same = ("data.init_args.resolution=null", "data.init_args.image_size=[64,64]", "data.shuffle=false", "train.max_train_steps=3",
-            "optimizer.class_path=torch.optim.SGD")  # fmt: skip
+    same = (
+        "data.init_args.resolution=null",
+        "data.init_args.image_size=[64,64]",
+        "data.shuffle=false",
+        "train.max_train_steps=3",
+        "optimizer.class_path=torch.optim.SGD",
+    )
     batched = train(configure(name, *same, "data.batch_size=2"))
     accumulated = train(configure(name, *same, "train.gradient_accumulation_steps=2"))
     assert losses(batched) == pytest.approx(losses(accumulated), rel=1e-5)
@@ -79,13 +88,20 @@ def test_two_micro_batches_equal_one_batch_of_two(name: str, configure: Configur
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_resume_is_bit_identical(name: str, accumulation: int, configure: Configure) -> None:
     """Stopped in the middle of an epoch (7 rows) and, with 3 micro-batches a step, across an epoch's end."""
-    same = (f"train.gradient_accumulation_steps={accumulation}", "lr_scheduler.scheduler_type=cosine",
-            "lr_scheduler.warmup_steps=2", "train.checkpointing_steps=4", "train.max_train_steps=9",
-            "data.init_args.caption_dropout_rate=0.3")  # fmt: skip
+    same = (
+        f"train.gradient_accumulation_steps={accumulation}",
+        "lr_scheduler.scheduler_type=cosine",
+        "lr_scheduler.warmup_steps=2",
+        "train.checkpointing_steps=4",
+        "train.max_train_steps=9",
+        "data.init_args.caption_dropout_rate=0.3",
+    )
     whole = train(configure(name, *same, "logging.tracker_project_name=whole"))
     assert whole is not None
     checkpoint = next(whole.glob("checkpoint-*-4"))
-    resumed = train(configure(name, *same, f"train.resume_from_checkpoint={checkpoint}", "logging.tracker_project_name=other"))
+    resumed = train(
+        configure(name, *same, f"train.resume_from_checkpoint={checkpoint}", "logging.tracker_project_name=other")
+    )
     assert resumed is not None and resumed != whole
     assert losses(resumed) == losses(whole)[4:]
     assert_equal(weights(resumed), weights(whole))
@@ -97,14 +113,22 @@ def test_resume_is_bit_identical(name: str, accumulation: int, configure: Config
 )
 @pytest.mark.parametrize("mode", ["lora", "full"])
 def test_resume_is_bit_identical_for_every_optimizer(optimizer: str, mode: str, configure: Configure) -> None:
-    rate = {"torch.optim.SGD": "{lr: 0.01, momentum: 0.9}", "prodigyopt.Prodigy": "{lr: 1.0}"}.get(optimizer, "{lr: 0.001}")
-    same = (f"optimizer.class_path={optimizer}", f"optimizer.init_args={rate}", "train.max_train_steps=5",
-            "train.checkpointing_steps=3", "data.init_args.resolution=null", "data.init_args.image_size=[64,64]",
-            *(["model.lora=null"] if mode == "full" else []))  # fmt: skip
+    special = {"torch.optim.SGD": "{lr: 0.01, momentum: 0.9}", "prodigyopt.Prodigy": "{lr: 1.0}"}
+    rate = special.get(optimizer, "{lr: 0.001}")
+    same = (
+        f"optimizer.class_path={optimizer}",
+        f"optimizer.init_args={rate}",
+        "train.max_train_steps=5",
+        "train.checkpointing_steps=3",
+        "data.init_args.resolution=null",
+        "data.init_args.image_size=[64,64]",
+        *(["model.lora=null"] if mode == "full" else []),
+    )
     whole = train(configure("FluxKontext", *same))
     assert whole is not None
     before, state = losses(whole), (weights(whole), optimizer_state(whole))
-    resumed = train(configure("FluxKontext", *same, f"train.resume_from_checkpoint={next(whole.glob('checkpoint-*-3'))}"))
+    checkpoint = next(whole.glob("checkpoint-*-3"))
+    resumed = train(configure("FluxKontext", *same, f"train.resume_from_checkpoint={checkpoint}"))
     assert resumed == whole, "a resumed run continues its own version"
     assert losses(resumed) == before
     assert_equal(weights(resumed), state[0])
@@ -132,17 +156,23 @@ def test_full_fine_tuning_is_saved_as_a_transformer_that_loads(name: str, config
     assert run is not None
     folder = next(run.glob("checkpoint-*-2"))
     trained = get_family(name).transformer.from_pretrained(folder / "transformer").state_dict()
-    base = get_family(name).transformer.from_pretrained(
-        config.model.pretrained_model_name_or_path, subfolder="transformer"
-    ).state_dict()  # fmt: skip
+    base = (
+        get_family(name)
+        .transformer.from_pretrained(config.model.pretrained_model_name_or_path, subfolder="transformer")
+        .state_dict()
+    )
     assert trained.keys() == base.keys()
     moved = [key for key in base if not torch.equal(base[key], trained[key])]
     assert len(moved) > 0.9 * len(base)
 
 
 def test_steps_are_optimizer_steps_whatever_the_accumulation(configure: Configure) -> None:
-    options = ("train.max_train_steps=4", "train.checkpointing_steps=2", "lr_scheduler.scheduler_type=constant_with_warmup",
-               "lr_scheduler.warmup_steps=4")  # fmt: skip
+    options = (
+        "train.max_train_steps=4",
+        "train.checkpointing_steps=2",
+        "lr_scheduler.scheduler_type=constant_with_warmup",
+        "lr_scheduler.warmup_steps=4",
+    )
     for accumulation in (1, 4):
         run = train(configure("FluxKontext", *options, f"train.gradient_accumulation_steps={accumulation}"))
         assert run is not None
@@ -165,21 +195,23 @@ def test_gradient_checkpointing_changes_nothing_but_memory(configure: Configure)
 
 def test_data_workers_change_nothing(configure: Configure) -> None:
     alone = train(configure("FluxKontext", "train.max_train_steps=4"))
-    workers = train(configure("FluxKontext", "train.max_train_steps=4", "data.num_workers=2", "data.persistent_workers=true"))
+    options = ("train.max_train_steps=4", "data.num_workers=2", "data.persistent_workers=true")
+    workers = train(configure("FluxKontext", *options))
     assert_equal(weights(alone), weights(workers))
 
 
 @pytest.mark.parametrize("name", FAMILY_NAMES)
 @pytest.mark.parametrize("mode,share", [("full", 0.1), ("lora", 0.5)])
-def test_one_pair_can_be_overfitted(name: str, mode: str, share: float, configure: Configure, tmp_path: Path,
-                                    write_pairs: Callable[..., Path]) -> None:  # fmt: skip
+def test_one_pair_can_be_overfitted(
+    name: str, mode: str, share: float, configure: Configure, tmp_path: Path, write_pairs: Callable[..., Path]
+) -> None:
     """The loss of one pair at fixed noise falls by 90 % (full) or half (LoRA on every linear) in 150 steps."""
     pair = write_pairs(tmp_path / "one", [(64, 64)])
     from qwen_image_finetune import flow
 
     fixed = flow.draw(["fixed"], [0], 0, (16, 8, 8), "uniform", 1.0)
-    options = ["model.lora=null", "optimizer.init_args.lr=0.002"] if mode == "full" else [
-        "model.lora.target_modules=all-linear", "model.lora.r=16", "model.lora.lora_alpha=16", "optimizer.init_args.lr=0.01"]  # fmt: skip
+    lora = ("model.lora.target_modules=all-linear", "model.lora.r=16", "model.lora.lora_alpha=16")
+    options = ("model.lora=null", "optimizer.init_args.lr=0.002") if mode == "full" else lora
     config = configure(name, f"data.init_args.dataset_path={pair}", "train.max_train_steps=150", *options)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flow, "draw", lambda *arguments, **named: fixed)
@@ -187,7 +219,9 @@ def test_one_pair_can_be_overfitted(name: str, mode: str, share: float, configur
     assert curve[-1] < share * curve[0]
 
 
-def test_non_finite_loss_is_not_learnt_from_and_stops_the_run(configure: Configure, capsys: pytest.CaptureFixture[str]) -> None:
+def test_non_finite_loss_is_not_learnt_from_and_stops_the_run(
+    configure: Configure, capsys: pytest.CaptureFixture[str]
+) -> None:
     from qwen_image_finetune import flow
     from qwen_image_finetune.train import TrainingStopped
 

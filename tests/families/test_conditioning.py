@@ -16,10 +16,15 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
 from PIL import Image
 
 from qwen_image_finetune import loading
+from qwen_image_finetune.cache import EncodedDataset, fill
+from qwen_image_finetune.config import Config
+from qwen_image_finetune.data.dataset import ImageDataset
+from qwen_image_finetune.data.images import resize
 from qwen_image_finetune.families import FAMILIES, get_family
-from qwen_image_finetune.families.base import Family
-from qwen_image_finetune.predict import Predictor
-from qwen_image_finetune.records import collate
+from qwen_image_finetune.families.base import Family, pack, unpack
+from qwen_image_finetune.families.flux_kontext import image_ids
+from qwen_image_finetune.predict import Predictor, draw_noise
+from qwen_image_finetune.records import Encoded, collate
 
 AREA = 128 * 96
 PROMPT = "turn it into a sketch"
@@ -55,7 +60,9 @@ def calls_of(transformer: torch.nn.Module) -> Iterator[list[dict[str, Any]]]:
     seen: list[dict[str, Any]] = []
 
     def note(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        seen.append({name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in kwargs.items()})
+        seen.append(
+            {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in kwargs.items()}
+        )
 
     hook = transformer.register_forward_pre_hook(note, with_kwargs=True)
     try:
@@ -68,8 +75,9 @@ def run_pipeline(
     family: Family, pipe: DiffusionPipeline, image: Image.Image, width: int, height: int, steps: int = 3, **kwargs: Any
 ) -> Image.Image:
     """The pipeline's picture, with its hard-coded megapixel set to the test's area."""
-    common = dict(prompt=PROMPT, width=width, height=height, num_inference_steps=steps,
-                  generator=torch.Generator().manual_seed(7))  # fmt: skip
+    common = dict(
+        prompt=PROMPT, width=width, height=height, num_inference_steps=steps, generator=torch.Generator().manual_seed(7)
+    )
     if family.name == "FluxKontext":
         reference = image.resize(family.size(*image.size, AREA), Image.Resampling.LANCZOS)
         length = pipe.tokenizer_2.model_max_length  # that of the full-size checkpoint is the pipeline's default, 512
@@ -95,7 +103,9 @@ def options(family: Family) -> dict[str, Any]:
     return {"guidance_scale": 2.5} if family.name == "FluxKontext" else {"negative_prompt": " ", "true_cfg_scale": 4.0}
 
 
-@pytest.mark.parametrize("image_size,output", [((128, 96), (128, 96)), ((150, 210), (96, 128)), ((300, 100), (160, 96))])
+@pytest.mark.parametrize(
+    "image_size,output", [((128, 96), (128, 96)), ((150, 210), (96, 128)), ((300, 100), (160, 96))]
+)
 def test_prediction_equals_the_pipeline_pixel_for_pixel(
     family: Family, pipe: DiffusionPipeline, predictor: Predictor, image_size: tuple[int, int], output: tuple[int, int]
 ) -> None:
@@ -109,3 +119,110 @@ def test_prediction_equals_the_pipeline_pixel_for_pixel(
     assert_same_calls(ours, theirs)
     assert np.array_equal(np.asarray(drawn[0]), np.asarray(expected))
     assert np.asarray(expected).std() > 1, "a constant picture proves nothing"
+
+
+@pytest.mark.parametrize("image_size", [(128, 96), (150, 210)])
+def test_training_feeds_what_the_pipeline_feeds(
+    family: Family, pipe: DiffusionPipeline, image_size: tuple[int, int], tmp_path: Path
+) -> None:
+    """A row out of the store, at the pipeline's own noise and timestep, calls the transformer as the pipeline does."""
+    for folder, suffix in (("control_images", 1), ("training_images", 2)):
+        (tmp_path / folder).mkdir()
+        picture(*image_size, seed=suffix).save(tmp_path / folder / "one.png")
+    (tmp_path / "training_images" / "one.txt").write_text(PROMPT)
+    config = Config.model_validate(
+        {
+            "model": {"pretrained_model_name_or_path": str(pipe.config._name_or_path)},
+            "data": {"init_args": {"dataset_path": str(tmp_path)}},
+            "cache": {"use_cache": True, "cache_dir": str(tmp_path / "cache")},
+        }
+    )
+    # An area that no side of resolution**2 gives: the pipeline of the test is set to it.
+    dataset = ImageDataset(
+        config.data.init_args, lambda w, h, area: family.size(w, h, AREA), family.side_multiple, family.max_references
+    )
+    rows = EncodedDataset(config, family, dataset, Path(pipe.config._name_or_path), torch.float32)
+    fill(rows, rows.missing(), config.cache, shown=False)
+    batch = collate([rows.read(0)])
+
+    width, height = family.size(*image_size, AREA)
+    with calls_of(pipe.transformer) as theirs:
+        run_pipeline(family, pipe, picture(*image_size, seed=1), width, height, steps=2, **options(family))
+    guidance = 2.5 if family.name == "FluxKontext" else None
+    noise = draw_noise(batch.target.shape[1:], [7], torch.float32, torch.device("cpu"))
+    with calls_of(pipe.transformer) as ours, torch.no_grad():
+        family.velocity(pipe.transformer, noise, torch.ones(1), batch, guidance)
+    assert_same_calls(ours, theirs[:1])
+
+    own_latent = family.encode_image(pipe, resize(picture(*image_size, seed=2), (width, height)))
+    assert torch.equal(batch.target[0], own_latent)
+    assert torch.equal(pack(batch.target), pipe._pack_latents(batch.target, 1, 16, height // 8, width // 8))
+    assert torch.equal(unpack(pack(batch.target), height // 8, width // 8), batch.target)
+
+
+def test_the_target_latent_decodes_to_the_target(family: Family, pipe: DiffusionPipeline) -> None:
+    """Normalisation and its inverse belong together: only the VAE stands between a picture and its decoded latent."""
+    image = picture(96, 96, seed=3)
+    latent = family.encode_image(pipe, image)
+    decoded = np.asarray(family.decode(pipe, latent[None])[0])
+    pixels = pipe.image_processor.preprocess(image)
+    pixels = pixels.unsqueeze(2) if family.name.startswith("Qwen") else pixels
+    with torch.no_grad():
+        expected = pipe.vae.decode(pipe.vae.encode(pixels).latent_dist.mode()).sample
+    expected = expected[:, :, 0] if expected.ndim == 5 else expected
+    assert (
+        np.abs(decoded.astype(int) - np.asarray(pipe.image_processor.postprocess(expected)[0]).astype(int)).max() <= 1
+    )
+
+
+def test_without_references_the_prompt_alone_decides(
+    family: Family, pipe: DiffusionPipeline, predictor: Predictor
+) -> None:
+    drawn = predictor.predict(None, PROMPT, 3, guidance_scale=4.0, width=96, height=96, seed=7)
+    common = dict(width=96, height=96, num_inference_steps=3, generator=torch.Generator().manual_seed(7))
+    if family.name == "FluxKontext":
+        length = pipe.tokenizer_2.model_max_length
+        expected = pipe(prompt=PROMPT, guidance_scale=4.0, max_area=96 * 96, max_sequence_length=length, **common)
+    else:
+        parts = ("scheduler", "vae", "text_encoder", "tokenizer", "transformer")
+        text_only = QwenImagePipeline(**{name: pipe.components[name] for name in parts})
+        text_only.set_progress_bar_config(disable=True)
+        expected = text_only(prompt=PROMPT, negative_prompt=" ", true_cfg_scale=4.0, **common)
+    assert np.array_equal(np.asarray(drawn[0]), np.asarray(expected.images[0]))
+
+
+def test_padding_is_masked_and_changes_nothing(family: Family, pipe: DiffusionPipeline) -> None:
+    """A batch of two rows whose texts differ in length predicts what each row predicts alone."""
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for place, prompt in enumerate(("remove the hat", "make the background red and keep everything else as it is")):
+        reference = picture(96, 96, seed=place)
+        rows.append(
+            Encoded(
+                key=prompt,
+                target=torch.randn(16, 12, 12, generator=generator),
+                references=(family.encode_image(pipe, reference),),
+                text=family.encode_text(pipe, prompt, [reference], [(96, 96)]),
+            )
+        )
+    both = collate(rows)
+    noisy, timestep = torch.randn(2, 16, 12, 12, generator=generator), torch.tensor([0.3, 0.8])
+    guidance = 1.0 if family.distilled_guidance(pipe.transformer.config) else None
+    with torch.no_grad():
+        together = family.velocity(pipe.transformer, noisy, timestep, both, guidance)
+        for place, row in enumerate(rows):
+            one = slice(place, place + 1)
+            alone = family.velocity(pipe.transformer, noisy[one], timestep[one], collate([row]), guidance)
+            assert torch.allclose(together[one], alone, atol=2e-5)
+    if family.text_sees_references:
+        assert both.text_mask is not None and both.text_mask.sum(dim=1).tolist() == [
+            len(r.text["prompt_embeds"]) for r in rows
+        ]
+    else:
+        assert both.text_mask is None
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILY_NAMES if get_family(name).max_references > 1])
+def test_position_ids_of_several_references_never_overlap(name: str) -> None:
+    ids = torch.cat([image_ids(index, torch.zeros(1, 16, 4 + 2 * index, 6)) for index in range(4)])
+    assert len(torch.unique(ids, dim=0)) == len(ids)

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from qwen_image_finetune import __version__
@@ -13,8 +14,20 @@ from qwen_image_finetune import __version__
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code: 0 done, 1 failed, 2 refused, 130/143 stopped by a signal."""
-    options = _parser().parse_args(arguments)
+    options = parse(_parser(), arguments)
     return guarded(options.run, options)
+
+
+def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse with overrides anywhere among the options: argparse alone takes only those beside the configuration."""
+    options, rest = parser.parse_known_args(arguments)
+    overrides = [word for word in rest if "overrides" in options and "=" in word and not word.startswith("-")]
+    strange = [word for word in rest if word not in overrides]
+    if strange:
+        parser.error(f"unrecognized arguments: {' '.join(strange)}")
+    if overrides:
+        options.overrides = [*options.overrides, *overrides]
+    return options
 
 
 def guarded(run: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> int:
@@ -63,23 +76,13 @@ def run_training(config_file: Path, overrides: Sequence[str], dry_run: bool = Fa
 
 
 def predict(options: argparse.Namespace) -> None:
-    """Draw a picture for each reference."""
-    from PIL import Image
-
+    """Draw pictures: one from its references, or one for each picture of a folder."""
     from qwen_image_finetune.config import load_config
-    from qwen_image_finetune.trainer import Trainer
+    from qwen_image_finetune.draw import Request, draw
 
-    trainer = Trainer(load_config(options.config, options.overrides))
-    if options.lora:
-        trainer.load_lora(options.lora, options.strength)
-    pictures = [Image.open(path) for path in options.image]
-    drawn = trainer.predict(
-        pictures or None, options.prompt, options.steps, options.guidance, negative_prompt=options.negative_prompt,
-        image_guidance_scale=options.image_guidance, width=options.width, height=options.height, seed=options.seed,
-    )  # fmt: skip
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    drawn[0].save(options.output)
-    print(options.output)
+    config = load_config(options.config, options.overrides)
+    given = {field.name: getattr(options, field.name) for field in fields(Request)}
+    draw(config, Request(**{**given, "images": tuple(options.images)}))
 
 
 def check(options: argparse.Namespace) -> None:
@@ -146,20 +149,28 @@ def _parser() -> argparse.ArgumentParser:
     overridable(verb(check))
 
     drawing = verb(predict)
-    drawing.add_argument("--image", type=Path, action="append", default=[], help="reference; may be given repeatedly")
     drawing.add_argument("--prompt", required=True, help="the instruction")
-    drawing.add_argument("--lora", help="LoRA file, folder or hub id")
+    source = drawing.add_argument_group("what is edited")
+    source.add_argument(
+        "--image", dest="images", type=Path, action="append", default=[],
+        help="reference; given repeatedly, the references of one picture",
+    )  # fmt: skip
+    source.add_argument("--folder", type=Path, help="instead: edit each picture of this folder on its own")
+    drawing.add_argument("--lora", help="LoRA file, checkpoint folder or hub id")
     drawing.add_argument("--strength", type=float, default=1.0, help="of the LoRA; 0 is the base")
-    drawing.add_argument("--output", type=Path, default=Path("output.png"), help="file of the picture")
+    drawing.add_argument(
+        "--output", type=Path, default=Path("output.png"), help="file of the picture, or a folder for several"
+    )
+    drawing.add_argument("--count", type=int, default=1, help="pictures of each, with seeds from --seed on")
+    drawing.add_argument("--seed", type=int, default=0, help="of the noise")
     drawing.add_argument("--steps", type=int, help="sampler steps; default: the model's own")
     drawing.add_argument("--guidance", type=float, help="guidance scale; default: the model's own")
     drawing.add_argument("--negative-prompt", help="what classifier-free guidance steers away from")
     drawing.add_argument("--image-guidance", type=float, default=1.0, help="guidance towards the references")
     drawing.add_argument(
-        "--width", type=int, help="of the picture; default: that of the reference, as the model sees it"
+        "--width", type=int, help="of the picture; default: that of the reference as the model sees it"
     )
     drawing.add_argument("--height", type=int, help="the same for its height")
-    drawing.add_argument("--seed", type=int, default=0, help="of the noise")
     overridable(drawing)
 
     exporting = verb(export, configured=False)

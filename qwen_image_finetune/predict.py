@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
 
 
+class PredictionError(ValueError):
+    """A picture that the model cannot draw as asked."""
+
+
 @dataclass(frozen=True)
 class Guidance:
     """How strongly prompt and references steer the sampler."""
@@ -132,17 +136,15 @@ class Predictor:
             seed: one picture is drawn for each seed.
 
         Raises:
-            ValueError: more references than the family can see, or no reference and no size.
+            PredictionError: more references than the family can see, no reference and no size, or a size or number of
+                steps that cannot be.
         """
         family = self.family
         images = (
             [] if prompt_image is None else list(prompt_image) if isinstance(prompt_image, Sequence) else [prompt_image]
         )
         images = [upright(image) for image in images]
-        if len(images) > family.max_references:
-            raise ValueError(
-                f"{family.name} sees at most {family.max_references} reference(s), {len(images)} were given"
-            )
+        check_request(family, images, width, height, num_inference_steps)
         size = self._picture_size(images, width, height)
         guidance = self.guidance(guidance_scale, true_cfg_scale, image_guidance_scale)
         seeds = [seed] if isinstance(seed, int) else list(seed)
@@ -188,13 +190,29 @@ class Predictor:
         return Guidance(prompt=scale if true_cfg_scale is None else true_cfg_scale, image=image)
 
     def _picture_size(self, images: Sequence[Image], width: int | None, height: int | None) -> tuple[int, int]:
-        if width is None and height is None and images:
-            return self.size(images[-1])
         if width is None or height is None:
-            raise ValueError("give width and height together, or a picture to take the size from")
-        multiple = self.family.side_multiple
-        if width % multiple or height % multiple:
-            raise ValueError(
-                f"width={width} and height={height} must be multiples of {multiple} for {self.family.name}"
-            )
+            return self.size(images[-1])
         return width, height
+
+
+def check_request(
+    family: Family, images: Sequence[Image], width: int | None, height: int | None, steps: int | None = None
+) -> None:
+    """Refuse what the family cannot draw; nothing needs to be loaded for it.
+
+    Raises:
+        PredictionError: see `Predictor.predict`.
+    """
+    if len(images) > family.max_references:
+        raise PredictionError(
+            f"{family.name} sees at most {family.max_references} reference(s), {len(images)} were given"
+        )
+    if steps is not None and steps < 1:
+        raise PredictionError(f"{steps} inference steps: give at least 1, or none for the model's own")
+    if width is None and height is None and images:
+        return
+    if width is None or height is None:
+        raise PredictionError("give width and height together, or a picture to take the size from")
+    multiple = family.side_multiple
+    if width < multiple or height < multiple or width % multiple or height % multiple:
+        raise PredictionError(f"width={width} and height={height} must be multiples of {multiple} for {family.name}")

@@ -16,6 +16,8 @@ from qwen_image_finetune.data.dataset import ImageDataset
 from qwen_image_finetune.data.images import DataError
 from qwen_image_finetune.families import get_family
 from qwen_image_finetune.families.base import Family
+from qwen_image_finetune.levers import lora_files
+from qwen_image_finetune.optim import build_optimizer, build_scheduler
 from qwen_image_finetune.predict import Predictor
 from qwen_image_finetune.trackers import unavailable
 
@@ -66,6 +68,9 @@ def open_dataset(config: Config, family: Family) -> ImageDataset:
     problems = dataset.check()
     if problems:
         raise DataError(problems)
+    if os.environ.get("RANK", "0") == "0":
+        for note in dataset.notes:
+            console.say(f"note: {note}")
     return dataset
 
 
@@ -85,11 +90,36 @@ def plan_batches(config: Config, dataset: ImageDataset, processes: int) -> Batch
     )
 
 
-def check_outputs(config: Config) -> None:
-    """Refuse, before any model loads, trackers that are not installed."""
+def check_run(config: Config, family: Family) -> None:
+    """Refuse, before any model loads, what would fail on this machine after it: nobody waits for minutes to hear it.
+
+    Raises:
+        ConfigError: a tracker or optimizer that is not installed, arguments the optimizer or the schedule does not
+            take, a device that is not there, text embeddings the family does not have.
+        LoraFileError: model.lora.pretrained_weight cannot be read.
+    """
     absent = unavailable(config.logging.trackers)
     if absent:
         raise ConfigError(f"logging.report_to names {absent}, not installed here: pip install {' '.join(absent)}")
+    check_drop_keys(config, family)
+    if not config.cache.use_cache:
+        for part in ("vae_encoder_device", "text_encoder_device", "text_encoder_2_device"):
+            loading.resolve_device(getattr(config.train, part), f"train.{part}")
+    stand_in = build_optimizer(config.optimizer, [torch.nn.Parameter(torch.zeros(1))])
+    build_scheduler(config.lr_scheduler, stand_in, total_steps=config.max_steps or 1)
+    if config.model.lora is not None and config.model.lora.pretrained_weight is not None:
+        lora_files.inspect_lora(lora_files.find_lora(config.model.lora.pretrained_weight))
+
+
+def check_drop_keys(config: Config, family: Family) -> None:
+    """Raises ConfigError where cache.prompt_empty_drop_keys names no text embedding of the family."""
+    given = config.cache.prompt_empty_drop_keys or []
+    unknown = [name for name in given if name not in family.text_embeddings]
+    if unknown:
+        raise ConfigError(
+            f"cache.prompt_empty_drop_keys={given}: {family.name} has no text embedding {unknown}; "
+            f"it has {list(family.text_embeddings)}"
+        )
 
 
 def fill_cache(config: Config, rows: EncodedDataset, accelerator: Accelerator, say: Say) -> None:
@@ -137,6 +167,7 @@ def encode_dataset(config: Config) -> None:
     accelerator = build_accelerator(config)
     say: Say = console.say if accelerator.is_main_process else lambda message: None
     family = get_family(resolve_family(config, download=True)[0])
+    check_drop_keys(config, family)
     dataset = open_dataset(config, family)
     dtype = loading.encoder_dtype(config.train.mixed_precision)
     rows = EncodedDataset(config, family, dataset, loading.checkpoint_folder(config, family), dtype)

@@ -23,7 +23,8 @@ class Trackers:
     def __init__(self, config: Config, run: Path, resumed_at: int | None = None) -> None:
         local = run / config.logging.logging_dir
         self._trackers: list[Any] = []  # online ones
-        self._collected: list[Tensor] = []
+        self._collected: dict[str, list[Tensor]] = {}  # since the last histogram of each name
+        self._collected_at = 0  # step of the newest of them
         self._writer: Any = None  # of TensorBoard, which alone takes histograms and text
         for name in config.logging.trackers:
             if name == "tensorboard":
@@ -48,13 +49,18 @@ class Trackers:
             tracker.log(dict(values), step=step)
 
     def collect(self, name: str, values: Sequence[Tensor], step: int) -> None:
-        """Gather values for a histogram, drawn every `STEPS_PER_HISTOGRAM` steps."""
+        """Gather values for a histogram, drawn every `STEPS_PER_HISTOGRAM` steps and at the end."""
         if self._writer is None:
             return
-        self._collected.extend(values)
+        self._collected.setdefault(name, []).extend(values)
+        self._collected_at = step
         if step % STEPS_PER_HISTOGRAM == 0:
-            self._writer.add_histogram(name, torch.cat(self._collected), step)
-            self._collected.clear()
+            self._draw_histograms()
+
+    def _draw_histograms(self) -> None:
+        for name, values in self._collected.items():
+            self._writer.add_histogram(name, torch.cat(values), self._collected_at)
+        self._collected.clear()
 
     def pictures(self, name: str, pictures: Sequence[Image], step: int) -> None:
         import numpy as np
@@ -67,6 +73,7 @@ class Trackers:
 
     def close(self) -> None:
         if self._writer is not None:
+            self._draw_histograms()
             self._writer.close()
         for tracker in self._trackers:
             tracker.finish()

@@ -29,7 +29,7 @@ from qwen_image_finetune.optim import build_optimizer, build_scheduler, optimize
 from qwen_image_finetune.preparation import (
     Say,
     build_accelerator,
-    check_outputs,
+    check_run,
     open_dataset,
     plan_batches,
     prepare_embeddings,
@@ -76,7 +76,7 @@ def train(config: Config) -> Path | None:
     main = accelerator.is_main_process
     say: Say = console.say if main else lambda message: None
     family = get_family(resolve_family(config, download=True)[0])
-    check_outputs(config)
+    check_run(config, family)
 
     # The pairs, and how long the run is
     dataset = open_dataset(config, family)

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from qwen_image_finetune.cli import guarded, run_training
+from qwen_image_finetune.cli import guarded, parse, run_training
 
 
 def main() -> int:
@@ -14,7 +14,7 @@ def main() -> int:
     parser.add_argument("--cache", action="store_true", help="compute the embeddings and stop")
     parser.add_argument("--dry-run", action="store_true", help="say what would be loaded, trained and written")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="instead of what the file says")
-    options = parser.parse_args()
+    options = parse(parser)
     return guarded(lambda o: run_training(o.config, o.overrides, o.dry_run, o.cache), options)
 
 

@@ -26,7 +26,7 @@ FLOORS: tuple[frozenset[str], ...] = tuple(
     for places in (
         "src",
         "cli __main__",
-        "trainer train cache predict validate evaluate report compare plan bench check dry_run preparation loading",
+        "trainer train cache predict validate evaluate report compare plan bench check draw dry_run preparation loading",
         "families levers data",
         "flow store checkpoint runs optim trackers toy",
         "config records files locks console __init__",

@@ -22,6 +22,7 @@ class Family(ABC):
     pipeline: ClassVar[type[DiffusionPipeline]]
     transformer: ClassVar[type[ModelMixin]]
     text_components: ClassVar[tuple[str, ...]]  # parts of the pipeline that decide the text embeddings
+    text_embeddings: ClassVar[tuple[str, ...]]  # names in the result of `encode_text`
     text_sees_references: ClassVar[bool]  # the text encoder looks at the references too
     max_references: ClassVar[int]
     side_multiple: ClassVar[int]  # sides of target and references are multiples of this, in pixels

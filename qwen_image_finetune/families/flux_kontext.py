@@ -30,6 +30,7 @@ class FluxKontext(Family):
     pipeline = FluxKontextPipeline
     transformer = FluxTransformer2DModel
     text_components = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    text_embeddings = ("prompt_embeds", "pooled_prompt_embeds")
     text_sees_references = False
     max_references = 8
     side_multiple = 16

@@ -35,6 +35,7 @@ class QwenImageEdit(Family):
     pipeline = QwenImageEditPipeline
     transformer = QwenImageTransformer2DModel
     text_components = ("text_encoder", "tokenizer", "processor")
+    text_embeddings = ("prompt_embeds",)
     text_sees_references = True
     max_references = 1
     side_multiple = 16

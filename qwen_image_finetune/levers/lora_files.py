@@ -47,6 +47,7 @@ __all__ = [
     "LoraFileError",
     "LoraInfo",
     "export_lora",
+    "find_lora",
     "inspect_lora",
     "load_lora",
     "merge_lora",

@@ -1,0 +1,148 @@
+"""`qif predict`: which pictures are drawn, from which references, into which files."""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qwen_image_finetune import console
+from qwen_image_finetune.config import Config
+from qwen_image_finetune.data.images import open_upright
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+READ = (".jpg", ".jpeg", ".png", ".webp")
+WRITTEN = (".png", ".jpg", ".jpeg", ".webp")
+
+
+class DrawingError(ValueError):
+    """Pictures that cannot be drawn or written as asked."""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One call of the predictor, and the file of each seed."""
+
+    references: tuple[Image, ...]
+    files: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for."""
+
+    prompt: str
+    images: tuple[Path, ...] = ()  # references of one picture
+    folder: Path | None = None  # or a folder, each of whose pictures is edited on its own
+    output: Path = Path("output.png")  # a file, or a folder where it has no ending
+    count: int = 1  # pictures of each, with the seeds seed, seed + 1, ...
+    seed: int = 0
+    steps: int | None = None
+    guidance: float | None = None
+    negative_prompt: str | None = None
+    image_guidance: float = 1.0
+    width: int | None = None
+    height: int | None = None
+    lora: str | None = None
+    strength: float = 1.0
+
+    @property
+    def seeds(self) -> list[int]:
+        return list(range(self.seed, self.seed + self.count))
+
+
+def draw(config: Config, request: Request) -> list[Path]:
+    """Draw and save; returns the files in order. Everything that can be refused is refused before the model loads.
+
+    Raises:
+        DataError: a reference cannot be read.
+        DrawingError: no references to be had, or an output that cannot be written.
+        PredictionError: references or sizes that the family does not take.
+    """
+    drawings = plan(request)
+    for folder in {file.parent for drawing in drawings for file in drawing.files}:
+        _writable(folder)
+
+    from qwen_image_finetune.config import resolve_family
+    from qwen_image_finetune.families import get_family
+    from qwen_image_finetune.predict import check_request
+    from qwen_image_finetune.trainer import Trainer
+
+    family = get_family(resolve_family(config, download=True)[0])
+    for drawing in drawings:
+        check_request(family, drawing.references, request.width, request.height, request.steps)
+    trainer = Trainer(config)
+    if request.lora is not None:
+        trainer.load_lora(request.lora, request.strength)
+
+    written = []
+    for drawing in drawings:
+        pictures = trainer.predict(
+            drawing.references or None, request.prompt, request.steps, request.guidance,
+            negative_prompt=request.negative_prompt, image_guidance_scale=request.image_guidance,
+            width=request.width, height=request.height, seed=request.seeds,
+        )  # fmt: skip
+        for picture, file in zip(pictures, drawing.files, strict=True):
+            picture.save(file)
+            console.say(str(file))
+            written.append(file)
+    return written
+
+
+def plan(request: Request) -> list[Drawing]:
+    """The drawings of a request, with their references read."""
+    if request.count < 1 or request.seed < 0:
+        raise DrawingError(f"--count {request.count} and --seed {request.seed}: at least one picture, seeds from 0")
+    if request.folder is None:
+        references = tuple(open_upright(path) for path in request.images)
+        return [Drawing(references, _files(request, None))]
+    if request.images:
+        raise DrawingError("--folder edits each picture of a folder on its own: leave --image out, or --folder")
+    pictures = _pictures(request.folder)
+    return [Drawing((open_upright(path),), _files(request, path.stem)) for path in pictures]
+
+
+def _pictures(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise DrawingError(f"--folder {folder} is not a folder; a single picture is given with --image")
+    pictures = sorted(path for path in folder.iterdir() if path.suffix.lower() in READ)
+    if not pictures:
+        raise DrawingError(f"--folder {folder} holds no picture that ends in {', '.join(READ)}")
+    stems = [path.stem for path in pictures]
+    twice = sorted({stem for stem in stems if stems.count(stem) > 1})
+    if twice:
+        raise DrawingError(f"--folder {folder} has several pictures called {', '.join(twice)}: rename all but one")
+    return pictures
+
+
+def _files(request: Request, stem: str | None) -> tuple[Path, ...]:
+    """The file of each seed. A folder is one that exists or has no ending; a name is numbered by seed if need be."""
+    output = request.output
+    is_folder = output.is_dir() or not output.suffix
+    if not is_folder and output.suffix.lower() not in WRITTEN:
+        raise DrawingError(f"--output {output} ends in {output.suffix}; pictures end in {', '.join(WRITTEN)}")
+    if stem is not None and not is_folder:
+        raise DrawingError(f"--output {output} is one file, and --folder makes several: give a folder")
+    folder, name = (output, stem or "output") if is_folder else (output.parent, output.stem)
+    ending = ".png" if is_folder else output.suffix
+    if request.count == 1:
+        return (folder / f"{name}{ending}",)
+    return tuple(folder / f"{name}-{seed}{ending}" for seed in request.seeds)
+
+
+def _writable(folder: Path) -> None:
+    """Make the folder of an output.
+
+    Raises:
+        DrawingError: that is not possible.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, "not writable")
+    except OSError as error:
+        raise DrawingError(f"--output: {folder} cannot be written to ({error.strerror}); choose another") from error

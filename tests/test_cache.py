@@ -1,0 +1,208 @@
+"""The cache is keyed by what decides an embedding; nothing else misses, and an interrupted run goes on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from qwen_image_finetune import cache
+from qwen_image_finetune.cache import EncodedDataset, TextVariant
+from qwen_image_finetune.config import Config
+from qwen_image_finetune.families import FAMILIES, get_family
+from qwen_image_finetune.preparation import open_dataset
+
+Configure = Callable[..., Config]
+FAMILY_NAMES = sorted(FAMILIES)
+
+
+def open_rows(config: Config, name: str, dtype: torch.dtype = torch.float32) -> EncodedDataset:
+    family = get_family(name)
+    folder = Path(config.model.pretrained_model_name_or_path)
+    return EncodedDataset(config, family, open_dataset(config, family), folder, dtype)
+
+
+@pytest.fixture
+def own_pairs(pairs: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(pairs, tmp_path / "own"))
+
+
+def lacking(config: Config, name: str) -> tuple[int, int]:
+    missing = open_rows(config, name).missing()
+    return len(missing.texts), len(missing.images)
+
+
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+def test_only_what_decides_an_embedding_misses(
+    name: str, configure: Configure, own_pairs: Path, tmp_path: Path
+) -> None:
+    data = f"data.init_args.dataset_path={own_pairs}"
+    config = configure(name, data)
+    rows = open_rows(config, name)
+    cache.fill(rows, rows.missing(), config.cache, shown=False)
+    assert lacking(config, name) == (0, 0)
+    sees = get_family(name).text_sees_references
+
+    # Nothing that decides an embedding changed
+    for unrelated in (
+        "train.seed=7",
+        "data.batch_size=3",
+        "optimizer.init_args.lr=0.5",
+        "data.shuffle=false",
+        "model.lora.r=8",
+        "train.sigma_shift=3.0",
+        "data.init_args.caption_dropout_rate=0.0",
+    ):
+        assert lacking(configure(name, data, unrelated), name) == (0, 0), unrelated
+    for file in own_pairs.rglob("*"):
+        os.utime(file, (1, 1))
+    moved = Path(shutil.move(own_pairs, tmp_path / "moved"))
+    config = configure(name, f"data.init_args.dataset_path={moved}")
+    assert lacking(config, name) == (0, 0)
+
+    # A caption, a target, a reference, a size, the precision
+    caption = moved / "training_images" / "0.txt"
+    caption.write_text("something else")
+    assert lacking(config, name) == (1, 0)
+    caption.write_text("edit number 0")
+    target = moved / "training_images" / "1.png"
+    kept = target.read_bytes()
+    Image.open(target).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(target)
+    assert lacking(config, name) == (0, 1)
+    target.write_bytes(kept)
+    reference = moved / "control_images" / "2.png"
+    kept = reference.read_bytes()
+    Image.open(reference).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(reference)
+    assert lacking(config, name) == (int(sees), 1)
+    reference.write_bytes(kept)
+    assert lacking(config, name) == (0, 0)
+    resized = configure(name, f"data.init_args.dataset_path={moved}", "data.init_args.resolution=96")
+    assert lacking(resized, name) == (7 if sees else 0, 14)
+    missing = open_rows(config, name, torch.bfloat16).missing()
+    assert (len(missing.texts), len(missing.images)) == (7, 14)
+
+
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+def test_other_weights_of_an_encoder_miss_its_entries_alone(
+    name: str, configure: Configure, tiny_checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    copy = Path(shutil.copytree(tiny_checkpoints[name], tmp_path / "copy"))
+    config = configure(name, f"model.pretrained_model_name_or_path={copy}")
+    rows = open_rows(config, name)
+    cache.fill(rows, rows.missing(), config.cache, shown=False)
+    for part, expected in (("transformer", (0, 0)), ("vae", (0, 14)), ("text_encoder", (7, 14))):
+        weights = next((copy / part).glob("*.safetensors"))
+        state = load_file(weights)
+        first = sorted(state)[0]
+        state[first] = state[first] + 1
+        save_file(state, weights, metadata={"format": "pt"})
+        assert lacking(config, name) == expected, part
+
+
+def test_the_order_of_references_counts(configure: Configure, write_pairs: Callable[..., Path], tmp_path: Path) -> None:
+    folder = write_pairs(tmp_path / "two", [(64, 64)], references=2)
+    config = configure("FluxKontext", f"data.init_args.dataset_path={folder}")
+    rows = open_rows(config, "FluxKontext")
+    cache.fill(rows, rows.missing(), config.cache, shown=False)
+    first, second = rows.read(0).references
+    names = [folder / "control_images" / name for name in ("0.png", "0_control_1.png")]
+    contents = [path.read_bytes() for path in names]
+    for path, content in zip(names, reversed(contents), strict=True):
+        path.write_bytes(content)
+    swapped = open_rows(config, "FluxKontext")
+    assert len(swapped.missing()) == 0, "each picture is still known"
+    assert torch.equal(swapped.read(0).references[0], second)
+    assert torch.equal(swapped.read(0).references[1], first)
+
+
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+def test_an_interrupted_caching_run_continues_where_it_was(name: str, configure: Configure) -> None:
+    config = configure(name)
+    rows = open_rows(config, name)
+    encode = rows.family.encode_image
+    calls = 0
+
+    def failing(*arguments: object) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 6:
+            raise KeyboardInterrupt
+        return encode(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(rows.family), "encode_image", lambda self, *arguments: failing(*arguments))
+        with pytest.raises(KeyboardInterrupt):
+            cache.fill(rows, rows.missing(), config.cache, shown=False)
+    assert lacking(config, name) == (0, 14 - 5)
+
+
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+def test_every_row_keeps_its_own_caption(name: str, configure: Configure, tiny_checkpoints: dict[str, Path]) -> None:
+    """Whatever the order of filling and reading: each cached text is the embedding of that row's own file."""
+    config = configure(name, "data.init_args.caption_dropout_rate=0.5", "data.init_args.prompt_image_dropout_rate=0.5")
+    rows = open_rows(config, name)
+    missing = rows.missing()
+    shuffled = cache.Missing(dict(reversed(missing.images.items())), dict(reversed(missing.texts.items())), 0)
+    cache.fill(rows, shuffled, config.cache, shown=False)
+    pipe = rows.family.pipeline.from_pretrained(tiny_checkpoints[name])
+    for index in (4, 0, 6):
+        for variant in (TextVariant(), TextVariant(""), TextVariant(None, False), TextVariant("", False)):
+            stored, fresh = rows.read(index, variant), rows.encode(pipe, rows.dataset.load(index), variant)
+            assert torch.equal(stored.target, fresh.target)
+            assert len(stored.references) == len(fresh.references) == int(variant.references)
+            for ours, theirs in zip(stored.references, fresh.references, strict=True):
+                assert torch.equal(ours, theirs)
+            for key, tensor in fresh.text.items():
+                assert torch.equal(stored.text[key], tensor)
+    with_caption, dropped = rows.read(0).text["prompt_embeds"], rows.read(0, TextVariant("")).text["prompt_embeds"]
+    assert with_caption.shape != dropped.shape or not torch.equal(with_caption, dropped)
+
+
+def test_a_dropped_prompt_replaces_only_the_configured_embeddings(configure: Configure) -> None:
+    config = configure(
+        "FluxKontext", "data.init_args.caption_dropout_rate=0.5", "cache.prompt_empty_drop_keys=[prompt_embeds]"
+    )
+    rows = open_rows(config, "FluxKontext")
+    cache.fill(rows, rows.missing(), config.cache, shown=False)
+    own, dropped = rows.read(0).text, rows.read(0, TextVariant("")).text
+    assert torch.equal(own["pooled_prompt_embeds"], dropped["pooled_prompt_embeds"])
+    assert not torch.equal(own["prompt_embeds"], dropped["prompt_embeds"])
+
+
+def test_a_damaged_entry_is_noticed_and_rebuilt(configure: Configure) -> None:
+    config = configure("FluxKontext")
+    rows = open_rows(config, "FluxKontext")
+    cache.fill(rows, rows.missing(), config.cache, shown=False)
+    expected = rows.read(3)
+    path = next(path for path in rows.store.folder.rglob("*.safetensors"))
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    missing = rows.missing(verify=True)
+    assert missing.damaged == len(missing) == 1
+    cache.fill(rows, missing, config.cache, shown=False)
+    assert len(rows.missing(verify=True)) == 0
+    assert torch.equal(rows.read(3).target, expected.target)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_shares_of_processes_are_disjoint_and_complete(configure: Configure, processes: int) -> None:
+    missing = open_rows(configure("QwenImageEdit"), "QwenImageEdit").missing()
+    shares = [missing.share(rank, processes) for rank in range(processes)]
+    for kind in ("images", "texts"):
+        keys: Iterator[str] = (key for share in shares for key in getattr(share, kind))
+        assert sorted(keys) == sorted(getattr(missing, kind))
+
+
+def test_masks_become_shares_of_latent_cells() -> None:
+    mask = Image.new("L", (32, 16))
+    mask.paste(255, (0, 0, 12, 16))
+    cells = cache.latent_mask(mask, torch.zeros(16, 2, 4))
+    assert torch.allclose(cells, torch.tensor([[1.0, 0.5, 0.0, 0.0]] * 2))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import cast
 
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
@@ -12,8 +13,10 @@ from diffusers.utils.logging import disable_progress_bar as disable_diffusers_ba
 from torch import nn
 from transformers.utils.logging import disable_progress_bar as disable_transformers_bars
 
-from qwen_image_finetune.config import Config, ConfigError
+from qwen_image_finetune.config import Config, ConfigError, ModelConfig
 from qwen_image_finetune.families.base import Family
+from qwen_image_finetune.levers import weights
+from qwen_image_finetune.levers.stored_precision import base_precision
 
 # Their bars say little about weights that load in seconds, and break into ours.
 disable_diffusers_bars()
@@ -77,27 +80,41 @@ def load_encoders(
     return pipe
 
 
-def load_transformer(family: Family, folder: Path, dtype: torch.dtype) -> ModelMixin:
-    """The transformer in `dtype`, on the CPU, frozen.
+def load_transformer(
+    family: Family,
+    folder: Path,
+    dtype: torch.dtype,
+    model: ModelConfig | None = None,
+    device: torch.device | str = "cpu",
+    say: Callable[[str], None] = lambda message: None,
+) -> ModelMixin:
+    """The transformer, frozen, in its final precision: what is not quantised is in `dtype`.
+
+    Args:
+        model: asks for quantisation; None keeps the precision of the checkpoint.
+        device: each weight goes there as it is read, so that the host never holds the model.
+        say: hears what was quantised, and what did not fit.
 
     Raises:
         ConfigError: its configuration has keys that the installed diffusers does not know; ignoring one would train
-            another model than the one the checkpoint describes.
+            another model than the one the checkpoint describes. Or its weights are quantised in a way that is unknown
+            or contradicts `model`, or do not fit its configuration.
     """
     import inspect
 
-    config = json.loads((folder / "transformer" / "config.json").read_text())
+    place = folder / "transformer"
+    config = json.loads((place / "config.json").read_text())
     known = set(inspect.signature(family.transformer.__init__).parameters)
     unknown = sorted(key for key in config if not key.startswith("_") and key not in known | {"quantization_config"})
     if unknown:
         raise ConfigError(
-            f"{folder / 'transformer' / 'config.json'} has keys {unknown} that {family.transformer.__name__} of the "
+            f"{place / 'config.json'} has keys {unknown} that {family.transformer.__name__} of the "
             "installed diffusers does not know; upgrade diffusers"
         )
-    transformer: ModelMixin = family.transformer.from_pretrained(
-        folder, subfolder="transformer", dtype=dtype, use_safetensors=True, local_files_only=True
-    )
-    return transformer.requires_grad_(False)
+    transformer, report = weights.load(family.transformer, place, base_precision(place, model), dtype, device)
+    if report is not None:
+        say(report.words())
+    return cast(ModelMixin, transformer)
 
 
 def load_scheduler(folder: Path) -> FlowMatchEulerDiscreteScheduler:

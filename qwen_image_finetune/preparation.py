@@ -184,6 +184,7 @@ def build_predictor(config: Config) -> Predictor:
     homes["default"] = loading.resolve_device(None, "predict.devices")
     dtype = loading.encoder_dtype(config.train.mixed_precision)
     pipe = loading.load_encoders(family, folder, dtype, homes)
-    transformer = loading.load_transformer(family, folder, loading.weight_dtype(config.train.mixed_precision))
+    dtype = loading.weight_dtype(config.train.mixed_precision)
+    transformer = loading.load_transformer(family, folder, dtype, config.model, homes["transformer"], console.say)
     transformer.eval().to(homes["transformer"])
     return Predictor(family, pipe, transformer, loading.load_scheduler(folder), config.data.init_args.area)

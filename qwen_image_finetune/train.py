@@ -98,7 +98,9 @@ def train(config: Config) -> Path | None:
         pipe = prepare_embeddings(config, rows, accelerator, say)
 
         # The model, its optimizer, and their state
-        transformer = loading.load_transformer(family, folder, loading.weight_dtype(config.train.mixed_precision))
+        transformer = loading.load_transformer(
+            family, folder, loading.weight_dtype(config.train.mixed_precision), config.model, say=say
+        )
         levers.prepare(transformer, config)
         if config.model.lora and config.model.lora.pretrained_weight and resume is None:
             lora_files.load_lora(transformer, config.model.lora.pretrained_weight, family.pipeline, config.model.lora)

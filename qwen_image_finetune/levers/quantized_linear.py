@@ -1,0 +1,224 @@
+"""Frozen linear layers whose weight is stored in 8 or 4 bits.
+
+Everything a layer holds is a parameter or a buffer of integers or float32, so that moving, offloading, copying and
+saving it need to know nothing about it; the integer dtype of `weight` tells everyone else that it is quantised. They
+are `nn.Linear`, so peft wraps them like any other.
+
+Formats, with the weight of a layer as W (out, in):
+
+- fp8: e4m3 times one float32 scale a row, W_oi ~ s_o q_oi. On cards that can, the products are computed in fp8 too.
+- int8: whole numbers times one float32 scale a row.
+- nf4, fp4: 4-bit codes of bitsandbytes times one scale for each block of (64) weights (Dettmers et al. 2023, QLoRA),
+  these scales stored in 8 bits ("double quantisation").
+
+All but fp8 are dequantised for each product. What autograd keeps is the stored weight, never the dequantised one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from qwen_image_finetune.config import ConfigError
+
+E4M3 = torch.float8_e4m3fn
+LARGEST = {"fp8": 448.0, "int8": 127.0}  # finite values of e4m3, and of a symmetric int8
+FOUR_BITS = ("nf4", "fp4")
+BLOCK = 64  # weights that share a scale in a layer quantised here; checkpoints may bring their own
+SCALE_BLOCK = 256  # scales that share a scale: fixed in bitsandbytes
+TINY = torch.finfo(torch.float32).tiny
+FP8_SIDE = 16  # sides of the factors of an fp8 product are multiples of this (cuBLAS, CUTLASS)
+
+
+class QuantizedLinear(nn.Linear):
+    """A frozen `nn.Linear` of the formats above.
+
+    Attributes:
+        weight: fp8: (out, in) uint8, the bytes of e4m3 numbers (no library mistakes them for floats to cast or train).
+            int8: (out, in) int8. nf4, fp4: (out * in / 2, 1) uint8, two codes a byte.
+        state: names of the buffers beside it. fp8, int8: scale (out, 1) float32. nf4, fp4: absmax, one a block, as
+            float32; or as uint8 with absmax_scale, absmax_code and absmax_offset (float32), which make numbers of it.
+        computes_in_fp8: products are computed in fp8 where the input has 16 bits.
+    """
+
+    def __init__(
+        self,
+        format: str,
+        shape: tuple[int, int],
+        weight: Tensor,
+        state: dict[str, Tensor],
+        bias: Tensor | None = None,
+        blocksize: int = BLOCK,
+        may_compute_in_fp8: bool = True,
+    ) -> None:
+        super().__init__(shape[1], shape[0], bias=False, device="meta")
+        self.format, self.shape, self.blocksize = format, shape, blocksize
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+        self.state = tuple(state)
+        for name, tensor in state.items():
+            self.register_buffer(name, tensor)
+        self.may_compute_in_fp8 = may_compute_in_fp8
+        self.computes_in_fp8 = self._can_compute_in_fp8()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in) -> (..., out), in the dtype of the input, or autocast's."""
+        if torch.is_autocast_enabled(input.device.type):
+            input = input.to(torch.get_autocast_dtype(input.device.type))
+        output: Tensor
+        if self.computes_in_fp8 and input.dtype in (torch.bfloat16, torch.float16):
+            output = Fp8Product.apply(input, self.weight, self.scale)
+        else:
+            output = Product.apply(input, self.format, self.shape, self.blocksize, *self.stored())
+        return output if self.bias is None else output + self.bias.to(output.dtype)
+
+    def stored(self) -> tuple[Tensor, ...]:
+        """Weight and state, in the order that `dequantised` takes them."""
+        return self.weight, *(self.get_buffer(name) for name in self.state)
+
+    def dequantised(self, dtype: torch.dtype) -> Tensor:
+        """The weight as numbers, (out, in)."""
+        return dequantised(self.format, self.shape, self.blocksize, self.stored(), dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.format}"
+
+    def _can_compute_in_fp8(self) -> bool:
+        aligned = all(side % FP8_SIDE == 0 for side in self.shape)
+        return self.format == "fp8" and aligned and self.may_compute_in_fp8 and has_fp8_products(self.weight.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        """What `.to()` and its kin call. Devices change; scales stay float32, whatever dtype the others get."""
+        before = {name: self.get_buffer(name) for name in self.state}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, tensor in before.items():
+            if self.get_buffer(name).dtype != tensor.dtype:
+                setattr(self, name, tensor.to(self.weight.device))
+        self.computes_in_fp8 = self._can_compute_in_fp8()
+        return self
+
+
+def has_fp8_products(device: torch.device) -> bool:
+    """Whether the card multiplies e4m3 matrices (Ada, Hopper, Blackwell)."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def quantised(weight: Tensor, format: str, bias: Tensor | None = None) -> QuantizedLinear:
+    """A layer that stores `weight` (out, in), any float dtype, on its device.
+
+    Raises:
+        ConfigError: a 4-bit format without bitsandbytes.
+    """
+    shape = (weight.shape[0], weight.shape[1])
+    if format in FOUR_BITS:
+        return QuantizedLinear(format, shape, *_four_bits(weight, format), bias=bias)
+    scale = (weight.abs().amax(1, keepdim=True).float() / LARGEST[format]).clamp(min=TINY)
+    steps = weight.float() / scale
+    stored = steps.to(E4M3).view(torch.uint8) if format == "fp8" else steps.round_().to(torch.int8)
+    return QuantizedLinear(format, shape, stored, {"scale": scale}, bias)
+
+
+def _four_bits(weight: Tensor, format: str) -> tuple[Tensor, dict[str, Tensor]]:
+    functions = bitsandbytes_functional(f"model.quantize={format!r}")
+    packed, state = functions.quantize_4bit(
+        weight.contiguous(), blocksize=BLOCK, quant_type=format, compress_statistics=True
+    )
+    return packed, {
+        "absmax": state.absmax,
+        "absmax_scale": state.state2.absmax,
+        "absmax_code": state.state2.code.clone(),
+        "absmax_offset": state.offset.float(),
+    }
+
+
+def bitsandbytes_functional(wanted_by: str) -> Any:
+    """Its functions; importing them registers its operators.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        import bitsandbytes.functional
+    except ImportError as error:
+        raise ConfigError(
+            f"{wanted_by} needs bitsandbytes, which cannot be imported ({error}): "
+            "pip install 'qwen-image-finetune[bitsandbytes]', or use model.quantize=fp8 or int8"
+        ) from error
+    return bitsandbytes.functional
+
+
+def dequantised(
+    format: str, shape: tuple[int, int], blocksize: int, stored: tuple[Tensor, ...], dtype: torch.dtype
+) -> Tensor:
+    """The weight (out, in) that `stored` means: multiplied out in float32 at least, then rounded once to `dtype`."""
+    weight, *state = stored
+    if format not in FOUR_BITS:
+        exact = torch.promote_types(dtype, torch.float32)
+        numbers = weight.view(E4M3) if format == "fp8" else weight
+        return numbers.to(exact).mul_(state[0]).to(dtype)
+    operators = torch.ops.bitsandbytes
+    absmax = state[0]
+    if len(state) > 1:
+        scale, code, offset = state[1:]
+        absmax = operators.dequantize_blockwise.default(absmax, scale, code, SCALE_BLOCK, torch.float32) + offset
+    known = dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
+    numbers = operators.dequantize_4bit.default(weight, absmax, blocksize, format, shape, known)
+    return numbers.to(dtype)
+
+
+class Product(torch.autograd.Function):
+    """y = x W^T with W dequantised for the moment, forward and for the gradient of x; W itself has no gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, format: str, shape: tuple[int, int], blocksize: int, *stored: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(*stored)
+        ctx.layout = format, shape, blocksize
+        return functional.linear(input, dequantised(format, shape, blocksize, stored, input.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        stored = ctx.saved_tensors
+        format, shape, blocksize = ctx.layout
+        gradient = gradients[0] @ dequantised(format, shape, blocksize, stored, gradients[0].dtype)
+        return gradient, None, None, None, *(None for _ in stored)
+
+
+class Fp8Product(torch.autograd.Function):
+    """The same for fp8 weights, multiplied in fp8 with one scale for each row of either factor; 16-bit input.
+
+    Backward, x' = g W = (g * s) Q: the scales s of W's rows go into the gradient before that is quantised row by row,
+    so that the stored Q serves both directions and no second copy of the weight is needed.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, scale)
+        rows, row_scale = quantised_rows(input.reshape(-1, input.shape[-1]))
+        output = torch._scaled_mm(
+            rows, weight.view(E4M3).t(), row_scale, scale.view(1, -1), out_dtype=torch.bfloat16, use_fast_accum=True
+        )
+        return output.to(input.dtype).view(*input.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        weight, scale = ctx.saved_tensors
+        gradient = gradients[0].reshape(-1, weight.shape[0])
+        rows, row_scale = quantised_rows(gradient.float() * scale.view(1, -1))
+        columns = weight.view(E4M3).t().contiguous().t()  # the kernels want the second factor column by column
+        ones = torch.ones(1, weight.shape[1], device=weight.device)
+        output = torch._scaled_mm(rows, columns, row_scale, ones, out_dtype=torch.bfloat16, use_fast_accum=True)
+        return output.to(gradients[0].dtype).view(*gradients[0].shape[:-1], -1), None, None
+
+
+def quantised_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """e4m3 rows and their float32 scales (rows, 1)."""
+    scale = (matrix.abs().amax(1, keepdim=True).float() / LARGEST["fp8"]).clamp(min=TINY)
+    return (matrix.float() / scale).to(E4M3), scale

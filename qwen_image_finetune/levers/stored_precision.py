@@ -1,0 +1,142 @@
+"""In which precision a checkpoint keeps its transformer, read from its own files and never from its name.
+
+Only config.json and the headers of the safetensors files are looked at: no weights, no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwen_image_finetune.config import ConfigError, ModelConfig
+from qwen_image_finetune.config.schema import shown
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' name; with ".index.json" the list of its shards
+FP8_SCALES = ("weight_scale", "scale_weight")  # one number, or one a row; the weight is what is stored, times this
+SIDE_NOTES = ("scaled_fp8", "input_scale", "scale_input", "weight_format")  # nothing that weights are computed from
+PACKED = "weight.quant_state.bitsandbytes__"  # followed by nf4 or fp4
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies."""
+
+    file: Path
+    dtype: str  # in the words of safetensors: F32, BF16, F8_E4M3, U8, ...
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What the frozen base of a run is kept in."""
+
+    format: str | None  # fp8, int8, nf4 or fp4; None is not quantised
+    stored: bool  # the checkpoint came so
+    source: str  # where that was learnt
+
+
+def base_precision(folder: Path, model: ModelConfig | None = None) -> Precision:
+    """Precision of the transformer in `folder` under model.quantize; without a configuration, as it is stored.
+
+    Raises:
+        ConfigError: the checkpoint is quantised in another way than model.quantize says, in one that is not known here,
+            or at all although model.lora=null wants to train it; or its files are missing, broken or contradict each
+            other.
+    """
+    asked = None if model is None or not model.quantize else "fp8" if model.quantize is True else model.quantize
+    found = stored_format(folder)
+    if found is None:
+        return Precision(asked, stored=False, source="model.quantize" if asked else "")
+    format, source = found
+    if model is not None and asked not in (None, format):
+        raise ConfigError(
+            f"model.quantize={shown(model.quantize)}, but the weights in {folder} are already {format} ({source}): set "
+            "model.quantize=false to keep them so, or name a checkpoint in full precision"
+        )
+    if model is not None and model.lora is None:
+        raise ConfigError(
+            f"model.lora=null, but the weights in {folder} are {format} ({source}): a quantised base is frozen and "
+            "cannot be fully fine-tuned; name a checkpoint in full precision or give model.lora"
+        )
+    return Precision(format, stored=True, source=source)
+
+
+def stored_format(folder: Path) -> tuple[str, str] | None:
+    """(format, where that is written) of a transformer folder that is already quantised, else None.
+
+    Raises:
+        ConfigError: it is quantised in a way that is not known here, or its files contradict each other.
+    """
+    tensors = tensor_index(folder)
+    found = _format_of(tensors, folder)
+    declared = _declared(folder)
+    if declared is not None and found != declared:
+        raise ConfigError(
+            f"{folder / 'config.json'} says that the weights are {declared} (quantization_config), but the safetensors "
+            f"files beside it hold {found or 'full precision'}: download the checkpoint again, or mend its config.json"
+        )
+    if found is None:
+        return None
+    return found, "quantization_config of its config.json" if declared else "dtypes of its safetensors files"
+
+
+def tensor_index(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a model folder in diffusers layout, in the order of its shards.
+
+    Raises:
+        ConfigError: files are missing or broken.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    listed = folder / f"{WEIGHTS}.index.json"
+    names = sorted(set(_read_json(listed)["weight_map"].values())) if listed.is_file() else [WEIGHTS]
+    tensors: dict[str, StoredTensor] = {}
+    for path in (folder / name for name in names):
+        if not path.is_file():
+            raise ConfigError(f"{path} is missing: download the checkpoint again")
+        try:
+            with safe_open(path, framework="np") as file:
+                for key in file.keys():  # noqa: SIM118 (not a mapping)
+                    entry = file.get_slice(key)
+                    tensors[key] = StoredTensor(path, entry.get_dtype(), tuple(entry.get_shape()))
+        except SafetensorError as error:
+            raise ConfigError(f"{path} is broken ({error}): download the checkpoint again") from error
+    return tensors
+
+
+def _format_of(tensors: dict[str, StoredTensor], folder: Path) -> str | None:
+    kinds = {entry.dtype for entry in tensors.values()}
+    if "F8_E5M2" in kinds:
+        raise ConfigError(f"the weights in {folder} are e5m2; of the 8-bit floats only e4m3 can be used here")
+    for format in ("nf4", "fp4"):
+        if any(key.endswith(PACKED + format) for key in tensors):
+            return format
+    if any(key.endswith(".SCB") for key in tensors):
+        return "int8"
+    return "fp8" if "F8_E4M3" in kinds else None
+
+
+def _declared(folder: Path) -> str | None:
+    """What quantization_config in config.json says, None where there is none."""
+    config: dict[str, Any] | None = _read_json(folder / "config.json").get("quantization_config")
+    if not config:
+        return None
+    method = config.get("quant_method")
+    if method != "bitsandbytes":
+        raise ConfigError(
+            f"{folder / 'config.json'}: weights quantised by {method!r} cannot be used here; known are bitsandbytes "
+            "(nf4, fp4, int8) and e4m3 weights with or without scales"
+        )
+    if config.get("load_in_8bit"):
+        return "int8"
+    return str(config.get("bnb_4bit_quant_type", "fp4"))  # bitsandbytes' own default
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}): download the checkpoint again") from error
+    return content

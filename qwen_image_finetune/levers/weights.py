@@ -1,0 +1,234 @@
+"""A transformer from its files, each weight straight into its final precision and place.
+
+The model is built without weights first. Then the files are gone through tensor by tensor (they are mapped, not read
+into memory), and each tensor is converted alone, on the device where it stays. At no time is more of the model in full
+precision than what stays so, and one layer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import diffusers
+import torch
+from accelerate import init_empty_weights
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from qwen_image_finetune.config import ConfigError
+from qwen_image_finetune.levers.quantize import Report, candidates, quantised_within_bound, replace, report
+from qwen_image_finetune.levers.quantized_linear import (
+    FOUR_BITS,
+    LARGEST,
+    SCALE_BLOCK,
+    QuantizedLinear,
+    bitsandbytes_functional,
+)
+from qwen_image_finetune.levers.stored_precision import (
+    FP8_SCALES,
+    PACKED,
+    SIDE_NOTES,
+    Precision,
+    tensor_index,
+)
+
+
+class Checkpoint:
+    """Tensors of a model folder, read one by one. `unread` are those nobody has asked for yet."""
+
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        self.folder, self.tensors = folder, tensor_index(folder)
+        files = {entry.file for entry in self.tensors.values()}
+        self._open = {path: stack.enter_context(safe_open(path, framework="pt")) for path in files}
+        self.unread = dict.fromkeys(self.tensors)
+
+    def read(self, key: str) -> Tensor:
+        """The tensor as stored, a view of the file; copy what is kept."""
+        self.unread.pop(key, None)
+        return cast(Tensor, self._open[self.tensors[key].file].get_tensor(key))
+
+
+@contextmanager
+def opened(folder: Path) -> Iterator[Checkpoint]:
+    """The tensors of a model folder, while the context lasts.
+
+    Raises:
+        ConfigError: files are missing or broken.
+    """
+    with ExitStack() as stack:
+        yield Checkpoint(folder, stack)
+
+
+def model_class(folder: Path) -> type[nn.Module]:
+    """The class that config.json names.
+
+    Raises:
+        ConfigError: diffusers has no such model.
+    """
+    name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
+    found = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if not (isinstance(found, type) and issubclass(found, diffusers.ModelMixin)):
+        raise ConfigError(
+            f"{folder / 'config.json'}: {name!r} is no model of the installed diffusers; upgrade diffusers"
+        )
+    return found
+
+
+def skeleton(cls: type[nn.Module], folder: Path) -> nn.Module:
+    """The model without weights: its parameters have shapes and no memory, its buffers are there."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config.pop("quantization_config", None)
+    with init_empty_weights():
+        model: nn.Module = cast(Any, cls).from_config(config)
+    return model.requires_grad_(False).eval()
+
+
+def load(
+    cls: type[nn.Module], folder: Path, precision: Precision, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> tuple[nn.Module, Report | None]:
+    """A frozen model from a folder in diffusers layout; the report says what was quantised, None if nothing was.
+
+    Args:
+        precision: what `base_precision` says about the folder.
+        dtype: of everything that is not quantised.
+
+    Raises:
+        ConfigError: tensors are missing, left over or of another shape, or stored in a layout that is not known here.
+    """
+    model = skeleton(cls, folder)
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(device, dtype if buffer.is_floating_point() else buffer.dtype)
+    shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    inside = {name for name, _ in candidates(model)} if precision.format else set()
+    wanted = set() if precision.stored else {f"{name}.weight" for name in inside}
+    errors: dict[str, float] = {}
+    kept: dict[str, float] = {}
+    with opened(folder) as checkpoint:
+        for key in checkpoint.tensors:
+            name = key.removesuffix(".weight")
+            if key not in shapes:
+                continue
+            if name in linear and _is_quantised(checkpoint, name):
+                layer = _stored_layer(checkpoint, name, shapes[key], device, may_compute_in_fp8=name in inside)
+                replace(model, name, layer)
+                continue
+            if checkpoint.tensors[key].shape != shapes[key]:
+                raise ConfigError(
+                    f"{folder}: {key} is {checkpoint.tensors[key].shape}, config.json makes it {shapes[key]}"
+                )
+            weight = checkpoint.read(key).to(device)
+            if key in wanted:
+                assert precision.format is not None
+                new, error = quantised_within_bound(weight, precision.format)
+                (kept if new is None else errors)[name] = error
+                if new is not None:
+                    replace(model, name, new)
+                    continue
+            _put(model, key, weight.to(dtype, copy=True))
+        _check_complete(model, checkpoint)
+    if precision.format is None:
+        return model, None
+    return model, report(model, precision.format, errors, kept, precision.stored)
+
+
+def _put(model: nn.Module, key: str, tensor: Tensor) -> None:
+    parent, _, name = key.rpartition(".")
+    module = model.get_submodule(parent)
+    if name in dict(module.named_buffers(recurse=False)):
+        module.register_buffer(name, tensor)
+    else:
+        module.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+
+
+def _check_complete(model: nn.Module, checkpoint: Checkpoint) -> None:
+    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    left = [key for key in checkpoint.unread if key.rpartition(".")[2] not in SIDE_NOTES]
+    if missing or left:
+        raise ConfigError(
+            f"{checkpoint.folder}: {len(missing)} weights of a {type(model).__name__} are missing {missing[:3]}, "
+            f"{len(left)} of its tensors are not known {left[:3]}; download the checkpoint again, or upgrade diffusers"
+        )
+
+
+# Layers that come quantised
+
+
+def _is_quantised(checkpoint: Checkpoint, name: str) -> bool:
+    return checkpoint.tensors[f"{name}.weight"].dtype in ("F8_E4M3", "I8") or _code(checkpoint, name) is not None
+
+
+def _code(checkpoint: Checkpoint, name: str) -> str | None:
+    """Which 4-bit code a linear layer is packed in, if it is."""
+    return next((code for code in FOUR_BITS if f"{name}.{PACKED}{code}" in checkpoint.tensors), None)
+
+
+def _stored_layer(
+    checkpoint: Checkpoint, name: str, shape: tuple[int, ...], device: torch.device | str, may_compute_in_fp8: bool
+) -> QuantizedLinear:
+    """The linear layer `name` as it is stored, nothing rounded a second time."""
+    out, columns = shape
+    code = _code(checkpoint, name)
+    if code is not None:
+        return _packed_layer(checkpoint, name, (out, columns), code, device)
+    key = f"{name}.weight"
+    found = checkpoint.tensors[key].shape
+    if found != shape:
+        raise ConfigError(f"{checkpoint.folder}: {key} is {found}, config.json makes it {shape}")
+    weight = checkpoint.read(key).to(device, copy=True)
+    if weight.dtype == torch.int8:
+        scale = _scale(checkpoint, f"{name}.SCB", out) / LARGEST["int8"]
+        return QuantizedLinear("int8", (out, columns), weight, {"scale": scale.to(device)})
+    scales = [f"{name}.{ending}" for ending in FP8_SCALES if f"{name}.{ending}" in checkpoint.tensors]
+    scale = _scale(checkpoint, scales[0], out) if scales else torch.ones(out, 1)
+    return QuantizedLinear(
+        "fp8",
+        (out, columns),
+        weight.view(torch.uint8),
+        {"scale": scale.to(device)},
+        may_compute_in_fp8=may_compute_in_fp8,
+    )
+
+
+def _scale(checkpoint: Checkpoint, key: str, rows: int) -> Tensor:
+    """Scales (rows, 1) float32 from one number, or one a row.
+
+    Raises:
+        ConfigError: there are others, as many as blocks of a weight, say.
+    """
+    if key not in checkpoint.tensors:
+        raise ConfigError(f"{checkpoint.folder}: {key} is missing: download the checkpoint again")
+    scale = checkpoint.read(key)
+    if scale.numel() not in (1, rows):
+        raise ConfigError(
+            f"{checkpoint.folder}: {key} is {tuple(scale.shape)}; known are one scale, or one for each of {rows} rows"
+        )
+    return scale.float().reshape(-1, 1).expand(rows, 1).contiguous()
+
+
+def _packed_layer(
+    checkpoint: Checkpoint, name: str, shape: tuple[int, int], code: str, device: torch.device | str
+) -> QuantizedLinear:
+    """A layer of bitsandbytes' 4-bit codes, from its weight and the tensors of its quantisation state."""
+    bitsandbytes_functional(f"the {code} checkpoint {checkpoint.folder}")
+    prefix = f"{name}.weight."
+    about = json.loads(bytes(checkpoint.read(f"{name}.{PACKED}{code}").tolist()))
+    nested = f"{prefix}nested_absmax" in checkpoint.tensors
+    if tuple(about["shape"]) != shape or (nested and about["nested_blocksize"] != SCALE_BLOCK):
+        raise ConfigError(
+            f"{checkpoint.folder}: {name} is packed as {about}; expected are the shape {shape} of config.json, and "
+            f"blocks of {SCALE_BLOCK} where the scales themselves are in 8 bits"
+        )
+    checkpoint.unread.pop(f"{prefix}quant_map", None)  # the code itself, which goes by its name
+    state = {"absmax": checkpoint.read(f"{prefix}absmax")}
+    if nested:
+        state["absmax_scale"] = checkpoint.read(f"{prefix}nested_absmax").float()
+        state["absmax_code"] = checkpoint.read(f"{prefix}nested_quant_map").float()
+        state["absmax_offset"] = torch.tensor(float(about["nested_offset"]))
+    weight = checkpoint.read(f"{name}.weight").view(torch.uint8).reshape(-1, 1)  # stored in a wider dtype for FSDP
+    stored = {key: tensor.to(device, copy=True) for key, tensor in state.items()}
+    return QuantizedLinear(code, shape, weight.to(device, copy=True), stored, blocksize=about["blocksize"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 from qwen_image_finetune.config import Config, resolve_family
 
@@ -21,8 +22,7 @@ def _plan(config: Config) -> Iterator[str]:
     family, source = resolve_family(config)
     model, train, data = config.model, config.train, config.data
     yield f"model:    {family} ({source}), from {model.pretrained_model_name_or_path}"
-    if model.quantize:
-        yield f"          frozen base quantised to {'fp8' if model.quantize is True else model.quantize}"
+    yield from _base(config)
     if model.lora is None:
         yield "trains:   every weight of the transformer"
     else:
@@ -40,6 +40,32 @@ def _plan(config: Config) -> Iterator[str]:
     yield f"writes:   {project}/{_next_version(config)}, a checkpoint every {train.checkpointing_steps} steps"
     if train.resume_from_checkpoint:
         yield f"resumes:  {train.resume_from_checkpoint}"
+
+
+def _base(config: Config) -> Iterator[str]:
+    """Precision of the frozen weights, and the layers that fit it worst, where the checkpoint lies on this machine."""
+    model = config.model
+    asked = "fp8" if model.quantize is True else model.quantize
+    folder = Path(model.pretrained_model_name_or_path).expanduser() / "transformer"
+    if not folder.is_dir():
+        if asked:
+            yield f"          frozen base quantised to {asked}"
+        return
+    from qwen_image_finetune.levers.stored_precision import base_precision
+
+    precision = base_precision(folder, model)
+    if precision.stored:
+        yield f"          frozen base in {precision.format}, as the checkpoint is ({precision.source})"
+    elif precision.format:
+        from qwen_image_finetune.levers.quantize import BOUNDS, SAMPLED_ROWS, quantization_errors
+
+        bound = BOUNDS[precision.format]
+        errors = quantization_errors(folder, precision.format, SAMPLED_ROWS)
+        yield f"          frozen base quantised to {precision.format}; errors of {len(errors)} layers, from a sample:"
+        for name, error in errors[:5]:
+            yield f"          {error:7.2%}  {name}"
+        above = sum(not error <= bound for _, error in errors)
+        yield f"          {above} above {bound:.0%}, to be left in full precision"
 
 
 def _next_version(config: Config) -> str:

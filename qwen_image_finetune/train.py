@@ -25,6 +25,7 @@ from qwen_image_finetune.families import get_family
 from qwen_image_finetune.families.base import Family
 from qwen_image_finetune.files import write_atomic
 from qwen_image_finetune.levers import lora_files, trained
+from qwen_image_finetune.levers.stored_precision import base_precision
 from qwen_image_finetune.optim import build_optimizer, build_scheduler, optimizer_state, restore_optimizer
 from qwen_image_finetune.preparation import (
     Say,
@@ -88,6 +89,7 @@ def train(config: Config) -> Path | None:
     # Where the run is written, and where it continues
     resume = find_resume(config, say)
     accelerator.wait_for_everyone()  # all have seen the same checkpoints before the first process tidies them
+    base_precision(folder / "transformer", config.model)  # a contradiction is refused before embeddings are computed
     run = open_run(config, resume) if main else None
     progress = Progress()
     stopping = StopSignals()
@@ -99,7 +101,7 @@ def train(config: Config) -> Path | None:
 
         # The model, its optimizer, and their state
         transformer = loading.load_transformer(
-            family, folder, loading.weight_dtype(config.train.mixed_precision), config.model, say=say
+            family, folder, loading.weight_dtype(config.train.mixed_precision), config.model, accelerator.device, say
         )
         levers.prepare(transformer, config)
         if config.model.lora and config.model.lora.pretrained_weight and resume is None:

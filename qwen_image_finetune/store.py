@@ -9,18 +9,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from qwen_image_finetune.files import write_atomic
+from qwen_image_finetune.files import clean_leftovers, write_atomic
+from qwen_image_finetune.locks import FileLock
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64", "I64": "int64"}  # what is stored
 FORMAT = 1  # part of every key: raise it when the meaning of stored tensors changes
+UNSUMMED = "0" * 32  # stands where the checksum will, while it is taken
+SUM_IN_FILE = re.compile(rb'"xxh3":"([0-9a-f]{32})"')
 
 
 class DamagedEntry(RuntimeError):
@@ -60,34 +66,35 @@ class Store:
         from safetensors.torch import save
 
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        body = save(contiguous)
+        data = save(contiguous, metadata={"xxh3": UNSUMMED})
+        place = _place_of_sum(data)
         path = self.path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, save(contiguous, metadata={"xxh3": _checksum(body)}))
+        write_atomic(path, data[: place.start] + _checksum(data, place).encode() + data[place.stop :])
 
     def read(self, key: str) -> dict[str, Tensor]:
-        """The tensors of an entry, on the CPU.
+        """The tensors of an entry, on the CPU, sharing the one buffer that the file was read into.
 
         Raises:
             DamagedEntry: the file is cut short, has flipped bytes or is not ours.
+            FileNotFoundError: there is no such entry.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load
-
         path = self.path(key)
-        data = path.read_bytes()
+        data = bytearray(path.stat().st_size)
+        with path.open("rb") as file:
+            file.readinto(data)
         try:
             if not _intact(data):
                 raise DamagedEntry(f"{path} is damaged: its bytes are not the ones that were written")
-            return load(data)
-        except (SafetensorError, ValueError, KeyError) as error:
+            return _tensors(data)
+        except (ValueError, KeyError) as error:
             raise DamagedEntry(f"{path} is damaged: {error}") from error
 
     def verify(self, key: str) -> bool:
         """Whether an entry is there and undamaged."""
         try:
             return _intact(self.path(key).read_bytes())
-        except (FileNotFoundError, ValueError, KeyError):
+        except (FileNotFoundError, ValueError):
             return False
 
     def discard(self, key: str) -> None:
@@ -95,33 +102,36 @@ class Store:
         self.path(key).unlink(missing_ok=True)
 
 
-def _checksum(data: bytes | memoryview, header: str = "") -> str:
-    """xxh3 of the tensors' bytes and of what the header says about them.
-
-    xxh3 runs at memory speed; sha256 would make reading several times slower, and nobody attacks a local cache.
-    """
-    if not header:
-        length = int.from_bytes(data[:8], "little")
-        header, data = _canonical_header(bytes(data[8 : 8 + length])), memoryview(data)[8 + length :]
-    digest = xxhash.xxh3_128(header.encode())
-    digest.update(data)
-    return digest.hexdigest()
-
-
-def _canonical_header(raw: bytes) -> str:
-    header = json.loads(raw)
-    header.pop("__metadata__", None)
-    return json.dumps(header, sort_keys=True)
+def _split(data: bytes | bytearray) -> tuple[dict[str, Any], memoryview]:
+    """Header and tensor bytes of a safetensors file. Raises ValueError where there are none."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    return json.loads(data[8:start]), memoryview(data)[start:]
 
 
 def _intact(data: bytes) -> bool:
-    """Whether the checksum in the header fits header and tensors. Raises ValueError or KeyError where there is none."""
+    """Whether every byte is as it was written. Raises ValueError where there is no checksum."""
+    place = _place_of_sum(data)
+    return data[place.start : place.stop] == _checksum(data, place).encode()
+
+
+def _place_of_sum(data: bytes) -> slice:
+    """Where the digits of the checksum stand in the header."""
     length = int.from_bytes(data[:8], "little")
-    if len(data) < 8 + length:
-        return False
-    raw = data[8 : 8 + length]
-    written: str = json.loads(raw)["__metadata__"]["xxh3"]
-    return written == _checksum(memoryview(data)[8 + length :], _canonical_header(raw))
+    found = SUM_IN_FILE.search(data, 8, 8 + length)
+    if found is None:
+        raise ValueError("its header holds no checksum")
+    return slice(found.start(1), found.end(1))
+
+
+def _checksum(data: bytes, place: slice) -> str:
+    """xxh3 of the whole file but the digits of the checksum itself.
+
+    xxh3 runs at memory speed; sha256 would make reading several times slower, and nobody attacks a local cache.
+    """
+    view = memoryview(data)
+    digest = xxhash.xxh3_128(view[: place.start])
+    digest.update(view[place.stop :])
+    return digest.hexdigest()
 
 
 class Fingerprints:

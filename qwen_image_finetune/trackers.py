@@ -43,8 +43,11 @@ class Trackers:
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         if self._writer is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
+            from tensorboard.compat.proto.summary_pb2 import Summary
+
+            # One event for all curves; `add_scalar` for each costs a fifth of a millisecond apiece.
+            points = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+            self._writer.file_writer.add_summary(Summary(value=points), step)
         for tracker in self._trackers:
             tracker.log(dict(values), step=step)
 

@@ -1,0 +1,223 @@
+"""The measurements of the documentation, on tiny checkpoints and a CPU. `make bench` prints them.
+
+    loop     one training step against a bare loop of the same forward, backward and optimizer calls
+    reading  a cached batch against reading its bytes
+    cache    training from the cache against encoding on the way: steps a second and peak memory
+    startup  --help and a refused configuration, as whole processes
+
+Ratios of CPU seconds on one thread, variants interleaved, medians: other work on the machine moves wall time tenfold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+FAMILY_NAMES = ("FluxKontext", "QwenImageEdit")
+
+
+def configuration(folder: Path, family: str, *overrides: str) -> Any:
+    """A LoRA run of a tiny checkpoint on the example data at 128 x 128, batch 4."""
+    from qwen_image_finetune.config import load_config
+    from qwen_image_finetune.families import get_family
+
+    checkpoint = folder / family
+    get_family(family).tiny(checkpoint)
+    file = folder / "config.yaml"
+    settings = {
+        "model": {"pretrained_model_name_or_path": str(checkpoint)},
+        "data": {"init_args": {"dataset_path": "data/face_seg", "image_size": [128, 128]}, "batch_size": 4},
+        "train": {"mixed_precision": "no", "checkpointing_steps": 100000},
+        "cache": {"use_cache": True, "cache_dir": str(folder / "cache")},
+        "logging": {"output_dir": str(folder / "output")},
+    }
+    file.write_text(json.dumps(settings))
+    return load_config(file, overrides)
+
+
+def quietly(run: Callable[[], Any]) -> Any:
+    with contextlib.redirect_stdout(io.StringIO()):
+        return run()
+
+
+def cpu_seconds(run: Callable[[], Any]) -> float:
+    began = time.process_time()
+    quietly(run)
+    return time.process_time() - began
+
+
+def bare_loop(config: Any, family_name: str, steps: int) -> Callable[[], None]:
+    """The same calls with everything around them taken away: batches, noise and levels lie ready in memory."""
+    import torch
+
+    from qwen_image_finetune import flow, levers, loading
+    from qwen_image_finetune.cache import EncodedDataset
+    from qwen_image_finetune.families import get_family
+    from qwen_image_finetune.optim import build_optimizer
+    from qwen_image_finetune.preparation import open_dataset
+    from qwen_image_finetune.records import collate
+
+    family, folder = get_family(family_name), Path(config.model.pretrained_model_name_or_path)
+    rows = EncodedDataset(config, family, open_dataset(config, family), folder, torch.float32)
+    rows.missing()
+    batch = collate([rows.read(index) for index in range(config.data.batch_size)])
+    transformer = levers.prepare(loading.load_transformer(family, folder, torch.float32), config).train()
+    parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    optimizer = build_optimizer(config.optimizer, parameters)
+    guidance = 1.0 if family.distilled_guidance(transformer.config) else None
+    sigma, noise = flow.draw(batch.keys, [0] * len(batch.keys), 0, batch.target.shape[1:], "uniform", 1.0)
+    noisy = flow.noisy_latents(batch.target, sigma, noise)
+
+    def run() -> None:
+        for _ in range(steps):
+            predicted = family.velocity(transformer, noisy, sigma, batch, guidance)
+            (predicted - (noise - batch.target)).square().mean().backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    return run
+
+
+def bench_loop(folder: Path, rounds: int) -> dict[str, Any]:
+    from qwen_image_finetune.train import train
+
+    few, many = 10, 60
+    results = {}
+    for family in FAMILY_NAMES:
+        quietly(lambda family=family: train(configuration(folder, family, "train.max_train_steps=1")))
+        bare = bare_loop(configuration(folder, family), family, many - few)
+        bare()
+        ratios, steps = [], []
+        for _ in range(rounds):
+            short = cpu_seconds(lambda: train(configuration(folder, family, f"train.max_train_steps={few}")))
+            long = cpu_seconds(lambda: train(configuration(folder, family, f"train.max_train_steps={many}")))
+            floor = cpu_seconds(bare)
+            ratios.append((long - short) / floor)
+            steps.append(1000 * floor / (many - few))
+        results[family] = {"bare_step_ms": statistics.median(steps), "loop_over_bare": statistics.median(ratios)}
+        print(
+            f"loop     {family:14} bare step {statistics.median(steps):.1f} ms of CPU; "
+            f"the loop costs {statistics.median(ratios):.3f} times that ({min(ratios):.3f} to {max(ratios):.3f})"
+        )
+    return results
+
+
+def bench_reading(folder: Path, rounds: int) -> dict[str, Any]:
+    """Entries of full size: a 1024 x 1024 pair of FLUX Kontext in bfloat16 is 0.5 + 0.5 + 4 MiB."""
+    import torch
+
+    from qwen_image_finetune.store import Store, entry_key
+
+    store = Store(folder / "reading")
+    keys = [entry_key(place=place) for place in range(24)]
+    for place, key in enumerate(keys):
+        shape = (512, 4096) if place % 3 == 2 else (16, 128, 128)
+        store.write(key, {"latent": torch.randn(shape).bfloat16()})
+    ratios = []
+    for _ in range(max(rounds, 3) * 4):
+        began = time.perf_counter()
+        for key in keys:
+            store.path(key).read_bytes()
+        middle = time.perf_counter()
+        for key in keys:
+            store.read(key)
+        ratios.append((time.perf_counter() - middle) / (middle - began))
+    result = {"read_over_bytes": statistics.median(ratios)}
+    print(
+        f"reading  a verified entry takes {result['read_over_bytes']:.2f} times reading its bytes "
+        f"({min(ratios):.2f} to {max(ratios):.2f}, wall, page cache)"
+    )
+    return result
+
+
+MEMORY_PROBE = """
+import resource, sys, time
+from qwen_image_finetune.config import load_config
+from qwen_image_finetune.train import train
+config = load_config(sys.argv[1], sys.argv[2:])
+began = time.process_time()
+train(config)
+print("RESULT", time.process_time() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+
+
+def bench_cache(folder: Path, rounds: int) -> dict[str, Any]:
+    """Each variant in a process of its own, for its peak memory; the difference of two lengths is the step."""
+    results = {}
+    for family in FAMILY_NAMES:
+        quietly(
+            lambda family=family: __import__("qwen_image_finetune.preparation", fromlist=["x"]).encode_dataset(
+                configuration(folder, family)
+            )
+        )
+        ratios, memory = [], []
+        for _ in range(rounds):
+            step = {}
+            for cached in (True, False):
+                seconds = []
+                for steps in (5, 25):
+                    options = [f"train.max_train_steps={steps}", f"cache.use_cache={str(cached).lower()}"]
+                    configuration(folder, family)
+                    command = [sys.executable, "-c", MEMORY_PROBE, str(folder / "config.yaml"), *options]
+                    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+                    _, cpu, peak = out.strip().splitlines()[-1].split()
+                    seconds.append(float(cpu))
+                step[cached] = (seconds[1] - seconds[0]) / 20, float(peak)
+            ratios.append(step[False][0] / step[True][0])
+            memory.append(step[True][1] / step[False][1])
+        results[family] = {"speedup": statistics.median(ratios), "memory": statistics.median(memory)}
+        print(
+            f"cache    {family:14} {statistics.median(ratios):.2f} times the steps a second of encoding on the way, "
+            f"{statistics.median(memory):.2f} times its peak memory (process, interpreter and libraries included)"
+        )
+    return results
+
+
+def bench_startup(folder: Path, rounds: int) -> dict[str, Any]:
+    refused = folder / "refused.yaml"
+    refused.write_text("model: {pretrained_model_name_or_path: owner/name}\ntrain: {num_epoch: 3}\n")
+    results = {}
+    for name, words in {"--help": ["--help"], "a refused configuration": ["train", str(refused)]}.items():
+        times = []
+        for _ in range(max(rounds, 3)):
+            before = os.times()
+            subprocess.run([sys.executable, "-m", "qwen_image_finetune.cli", *words], capture_output=True, check=False)
+            after = os.times()
+            times.append(after.children_user + after.children_system - before.children_user - before.children_system)
+        results[name] = statistics.median(times)
+        print(f"startup  {name}: {statistics.median(times):.2f} s of CPU")
+    return results
+
+
+BENCHES = {"loop": bench_loop, "reading": bench_reading, "cache": bench_cache, "startup": bench_startup}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", choices=[[], *BENCHES], help="which; default: all")
+    parser.add_argument("--rounds", type=int, default=3, help="of every measurement")
+    parser.add_argument("--json", type=Path, help="write the figures to this file too")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        results = {name: BENCHES[name](Path(folder), options.rounds) for name in options.names or BENCHES}
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import xxhash
 
 from qwen_image_finetune.files import clean_leftovers, write_atomic
@@ -80,15 +81,15 @@ class Store:
             FileNotFoundError: there is no such entry.
         """
         path = self.path(key)
-        data = bytearray(path.stat().st_size)
-        with path.open("rb") as file:
-            file.readinto(data)
+        data = memoryview(np.fromfile(path, dtype=np.uint8))  # writable, and not filled with zeros first
         try:
             if not _intact(data):
-                raise DamagedEntry(f"{path} is damaged: its bytes are not the ones that were written")
+                raise DamagedEntry(
+                    f"{path} is damaged: its bytes are not the ones that were written; the next start encodes it again"
+                )
             return _tensors(data)
         except (ValueError, KeyError) as error:
-            raise DamagedEntry(f"{path} is damaged: {error}") from error
+            raise DamagedEntry(f"{path} is damaged: {error}; the next start encodes it again") from error
 
     def verify(self, key: str) -> bool:
         """Whether an entry is there and undamaged."""
@@ -97,24 +98,59 @@ class Store:
         except (FileNotFoundError, ValueError):
             return False
 
+    @contextmanager
+    def filling(self) -> Iterator[None]:
+        """Around everything that writes: whoever finds that nobody else writes removes what killed processes left."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / ".lock"
+        try:
+            alone = FileLock(path, wait=False)
+        except BlockingIOError:
+            pass
+        else:
+            for folder in (self.folder, *(entry for entry in self.folder.iterdir() if len(entry.name) == 2)):
+                clean_leftovers(folder)
+            alone.release()
+        shared = FileLock(path, wait=True, shared=True)
+        try:
+            yield
+        finally:
+            shared.release()
+
     def discard(self, key: str) -> None:
         """Remove an entry, if there is one."""
         self.path(key).unlink(missing_ok=True)
 
 
-def _split(data: bytes | bytearray) -> tuple[dict[str, Any], memoryview]:
-    """Header and tensor bytes of a safetensors file. Raises ValueError where there are none."""
+def _tensors(data: memoryview) -> dict[str, Tensor]:
+    """The tensors of a safetensors file as views of `data`. Raises ValueError or KeyError where it is none."""
+    import torch
+
     start = 8 + int.from_bytes(data[:8], "little")
-    return json.loads(data[8:start]), memoryview(data)[start:]
+    header = json.loads(data[8:start])
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        dtype: torch.dtype = getattr(torch, DTYPES[entry["dtype"]])
+        begin, end = entry["data_offsets"]
+        count = (end - begin) // dtype.itemsize
+        # An empty tensor has no byte to be a view of.
+        flat = (
+            torch.frombuffer(data, dtype=dtype, count=count, offset=start + begin)
+            if count
+            else torch.empty(0).to(dtype)
+        )
+        tensors[name] = flat.reshape(entry["shape"])
+    return tensors
 
 
-def _intact(data: bytes) -> bool:
+def _intact(data: bytes | memoryview) -> bool:
     """Whether every byte is as it was written. Raises ValueError where there is no checksum."""
     place = _place_of_sum(data)
-    return data[place.start : place.stop] == _checksum(data, place).encode()
+    return bytes(data[place.start : place.stop]) == _checksum(data, place).encode()
 
 
-def _place_of_sum(data: bytes) -> slice:
+def _place_of_sum(data: bytes | memoryview) -> slice:
     """Where the digits of the checksum stand in the header."""
     length = int.from_bytes(data[:8], "little")
     found = SUM_IN_FILE.search(data, 8, 8 + length)
@@ -123,7 +159,7 @@ def _place_of_sum(data: bytes) -> slice:
     return slice(found.start(1), found.end(1))
 
 
-def _checksum(data: bytes, place: slice) -> str:
+def _checksum(data: bytes | memoryview, place: slice) -> str:
     """xxh3 of the whole file but the digits of the checksum itself.
 
     xxh3 runs at memory speed; sha256 would make reading several times slower, and nobody attacks a local cache.

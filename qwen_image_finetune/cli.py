@@ -8,8 +8,12 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qwen_image_finetune import __version__
+
+if TYPE_CHECKING:
+    from qwen_image_finetune.config import Config
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,6 +62,7 @@ def cache(options: argparse.Namespace) -> None:
 def run_training(config_file: Path, overrides: Sequence[str], dry_run: bool = False, only_cache: bool = False) -> None:
     """What `qif train`, `qif cache` and `python -m src.main` share."""
     from qwen_image_finetune.config import load_config
+    from qwen_image_finetune.signals import StopSignals
 
     config = load_config(config_file, overrides)
     tell(config.notes)
@@ -65,14 +70,27 @@ def run_training(config_file: Path, overrides: Sequence[str], dry_run: bool = Fa
         from qwen_image_finetune.dry_run import describe
 
         print(describe(config))
-    elif only_cache:
-        from qwen_image_finetune.preparation import encode_dataset
+        return
+    with StopSignals():  # also while packages load, which takes seconds
+        check_folders(config, only_cache)
+        if only_cache:
+            from qwen_image_finetune.preparation import encode_dataset
 
-        encode_dataset(config)
-    else:
-        from qwen_image_finetune.train import train
+            encode_dataset(config)
+        else:
+            from qwen_image_finetune.train import train
 
-        train(config)
+            train(config)
+
+
+def check_folders(config: Config, only_cache: bool) -> None:
+    """Refuse folders that cannot be written within a moment, before a heavy package is imported."""
+    from qwen_image_finetune.files import check_writable
+
+    if not only_cache:
+        check_writable(config.logging.project_dir, "logging.output_dir")
+    if only_cache or config.cache.use_cache:
+        check_writable(Path(config.cache.cache_dir).expanduser(), "cache.cache_dir")
 
 
 def predict(options: argparse.Namespace) -> None:
@@ -88,16 +106,12 @@ def predict(options: argparse.Namespace) -> None:
 def check(options: argparse.Namespace) -> None:
     """Check configuration and data, decoding every picture, and load nothing else."""
     from qwen_image_finetune.config import load_config, resolve_family
-    from qwen_image_finetune.data.images import DataError
     from qwen_image_finetune.families import get_family
     from qwen_image_finetune.preparation import open_dataset
 
     config = load_config(options.config, options.overrides)
     tell(config.notes)
-    dataset = open_dataset(config, get_family(resolve_family(config)[0]))
-    problems = dataset.check(decode=True)
-    if problems:
-        raise DataError(problems)
+    dataset = open_dataset(config, get_family(resolve_family(config)[0]), decode=True)
     print(f"{len(dataset)} pairs, all readable")
 
 

@@ -77,7 +77,10 @@ def loss(velocity: Velocity, target: Tensor, sigma: Tensor, noise: Tensor, weigh
 def set_timesteps(scheduler: FlowMatchEulerDiscreteScheduler, steps: int, mu: float, device: Any = "cpu") -> Tensor:
     """Timesteps (steps,) in [0, 1000] as the pipelines set them: linear from 1 to 1/steps, then shifted."""
     sigmas = np.linspace(1.0, 1 / steps, steps)
-    scheduler.set_timesteps(sigmas=sigmas, mu=mu, device=device)
+    with np.errstate(invalid="ignore"):
+        scheduler.set_timesteps(sigmas=sigmas, mu=mu, device=device)
+    if steps == 1:  # the only step starts at pure noise; stretching to shift_terminal makes 0 / 0 of it
+        scheduler.sigmas[0], scheduler.timesteps[0] = 1.0, float(scheduler.config.num_train_timesteps)
     scheduler.set_begin_index(0)
     return scheduler.timesteps
 

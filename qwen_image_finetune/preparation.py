@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qwen_image_finetune import cache, console, loading
+from qwen_image_finetune import cache, console, loading, out_of_memory
 from qwen_image_finetune.cache import EncodedDataset
 from qwen_image_finetune.config import OUR_DATASETS, Config, ConfigError, import_class, resolve_family
 from qwen_image_finetune.data.batches import Batches
@@ -52,8 +52,11 @@ def build_accelerator(config: Config) -> Accelerator:
     return Accelerator(cpu=on_cpu, mixed_precision=config.train.mixed_precision, kwargs_handlers=[kwargs])
 
 
-def open_dataset(config: Config, family: Family) -> ImageDataset:
+def open_dataset(config: Config, family: Family, decode: bool = False) -> ImageDataset:
     """The dataset of a configuration, checked: every missing or unreadable file in one report.
+
+    Args:
+        decode: read every picture to its end, not its header alone.
 
     Raises:
         DataError: with all problems, before any model is loaded.
@@ -65,7 +68,7 @@ def open_dataset(config: Config, family: Family) -> ImageDataset:
     dataset: ImageDataset = chosen(
         arguments, family.size, family.side_multiple, family.max_references, config.train.seed
     )
-    problems = dataset.check()
+    problems = dataset.check(decode)
     if problems:
         raise DataError(problems)
     if os.environ.get("RANK", "0") == "0":
@@ -123,21 +126,36 @@ def check_drop_keys(config: Config, family: Family) -> None:
 
 
 def fill_cache(config: Config, rows: EncodedDataset, accelerator: Accelerator, say: Say) -> None:
-    """Complete the cache; every process encodes its share, and only the end is waited for."""
-    missing = rows.missing(verify=accelerator.is_main_process)
-    accelerator.wait_for_everyone()  # the first process has removed damaged entries
-    if accelerator.num_processes > 1:
-        missing = rows.missing()
-    if missing.damaged:
-        say(f"{missing.damaged} damaged cache entries are encoded again")
-    if missing:
-        say(f"the cache in {rows.store.folder} lacks {len(missing.texts)} texts and {len(missing.images)} pictures "
-            f"of {missing.entries} entries: encoding them")  # fmt: skip
-        share = missing.share(accelerator.process_index, accelerator.num_processes)
-        cache.fill(rows, share, config.cache, shown=accelerator.is_main_process)
-        accelerator.wait_for_everyone()
-    else:
-        say(f"the cache in {rows.store.folder} is complete: {missing.entries} entries")
+    """Complete the cache; every process encodes its share, and only the end is waited for.
+
+    Raises:
+        DataError: pictures that cannot be read to their end, all of them, before any encoder loads.
+    """
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    with rows.store.filling():
+        missing = rows.missing(True, rank, processes)
+        share = missing.share(rank, processes)
+        if missing.damaged:
+            say(f"{missing.damaged} damaged cache entries are encoded again")
+        if missing:
+            say(f"the cache in {rows.store.folder} lacks {len(missing.texts)} texts and {len(missing.images)} pictures "
+                f"of {missing.entries} entries: encoding them")  # fmt: skip
+            check_pictures(rows.dataset, rows.rows_lacking(share))
+            cache.fill(rows, share, config.cache, shown=accelerator.is_main_process)
+        else:
+            say(f"the cache in {rows.store.folder} is complete: {missing.entries} entries")
+    accelerator.wait_for_everyone()
+
+
+def check_pictures(dataset: ImageDataset, rows: Sequence[int]) -> None:
+    """Decode every picture of some rows: damage behind a header would else end the run in the middle.
+
+    Raises:
+        DataError: with all problems.
+    """
+    problems = dataset.check(decode=True, rows=rows)
+    if problems:
+        raise DataError(problems)
 
 
 def prepare_embeddings(
@@ -147,6 +165,9 @@ def prepare_embeddings(
     if config.cache.use_cache:
         fill_cache(config, rows, accelerator, say)
         return None
+    if accelerator.is_main_process:
+        check_pictures(rows.dataset, range(len(rows.dataset)))
+    accelerator.wait_for_everyone()
     train = config.train
     home = torch.device("cpu") if train.low_memory else accelerator.device  # low memory: the card is the transformer's
 
@@ -171,7 +192,8 @@ def encode_dataset(config: Config) -> None:
     dataset = open_dataset(config, family)
     dtype = loading.encoder_dtype(config.train.mixed_precision)
     rows = EncodedDataset(config, family, dataset, loading.checkpoint_folder(config, family), dtype)
-    fill_cache(config, rows, accelerator, say)
+    with out_of_memory.explained(config, "encoding the data set"):
+        fill_cache(config, rows, accelerator, say)
     accelerator.end_training()
 
 

@@ -30,7 +30,8 @@ class Trainer:
             raise ConfigError(f"{type(self).__name__} trains {self.family}, but {source} says {name}")
         self.config = config
         self._predictor: Predictor | None = None
-        self._lora: Path | str | None = None
+        self._lora: Path | None = None
+        self._strength = 1.0
 
     def cache(self) -> None:
         """Compute the embeddings of the dataset and keep them."""
@@ -45,8 +46,14 @@ class Trainer:
         return train(self.config)
 
     def load_lora(self, path: str | Path, strength: float = 1.0) -> None:
-        """Predict with a LoRA (file, folder or hub id); before or after `setup_predict`, and instead of another."""
-        self._lora, self._strength = path, strength
+        """Predict with a LoRA (file, folder or hub id); before or after `setup_predict`, and instead of another.
+
+        Raises:
+            LoraFileError: it is not there, or does not fit the model.
+        """
+        from qwen_image_finetune.levers.lora_sources import find_lora
+
+        self._lora, self._strength = find_lora(path), strength
         if self._predictor is not None:
             self._apply_lora()
 

@@ -1,0 +1,241 @@
+"""Prediction: what the person asked for reaches the model, and what cannot be drawn is said before it loads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from qwen_image_finetune.cli import main
+from qwen_image_finetune.config import Config, ConfigError
+from qwen_image_finetune.draw import DrawingError, Request, plan
+from qwen_image_finetune.families import FAMILIES, get_family
+from qwen_image_finetune.levers.lora_files import LoraFileError
+from qwen_image_finetune.predict import PredictionError, check_request
+from qwen_image_finetune.train import train
+from qwen_image_finetune.trainer import Trainer
+
+FAMILY_NAMES = sorted(FAMILIES)
+Configure = Callable[..., Config]
+
+
+def photograph(seed: int = 0, size: tuple[int, int] = (64, 64)) -> Image.Image:
+    cells = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(cells).resize(size, Image.Resampling.BICUBIC)
+
+
+def same(first: Image.Image, second: Image.Image) -> bool:
+    return np.array_equal(np.asarray(first), np.asarray(second))
+
+
+@pytest.fixture(params=FAMILY_NAMES)
+def trainer(request: pytest.FixtureRequest, configure: Configure) -> Trainer:
+    return Trainer(configure(request.param))
+
+
+@pytest.fixture
+def lora(trainer: Trainer) -> Path:
+    """A LoRA of two steps, strong enough to change every picture."""
+    config = trainer.config.model_copy(update={"train": trainer.config.train.model_copy(update={"max_train_steps": 2})})
+    run = train(config)
+    assert run is not None
+    return next(run.glob("checkpoint-*-2")) / "pytorch_lora_weights.safetensors"
+
+
+def test_guidance_scale_is_obeyed(trainer: Trainer) -> None:
+    weak, strong = (trainer.predict(photograph(), "add a hat", 2, guidance_scale=scale)[0] for scale in (1.0, 6.0))
+    assert not same(weak, strong)
+
+
+def test_image_guidance_is_obeyed(trainer: Trainer) -> None:
+    plain, guided = (
+        trainer.predict(photograph(), "add a hat", 2, 1.0, image_guidance_scale=scale)[0] for scale in (1.0, 3.0)
+    )
+    assert not same(plain, guided)
+
+
+def test_predict_sets_itself_up(trainer: Trainer) -> None:
+    unasked = trainer.predict(photograph(), "add a hat", num_inference_steps=2, guidance_scale=2.0)
+    again = Trainer(trainer.config)
+    again.setup_predict()
+    asked = again.predict(prompt_image=photograph(), prompt="add a hat", num_inference_steps=2, guidance_scale=2.0)
+    assert isinstance(unasked, list) and isinstance(unasked[0], Image.Image)
+    assert same(unasked[0], asked[0])
+
+
+def test_a_lora_before_or_after_the_setup(trainer: Trainer, lora: Path) -> None:
+    """It changes the picture alike in both orders, not at all at strength 0, and a second one takes its place."""
+
+    def draw(with_lora: Trainer) -> Image.Image:
+        return with_lora.predict(photograph(), "add a hat", 2)[0]
+
+    base = draw(trainer)
+    before = Trainer(trainer.config)
+    before.load_lora(lora)
+    before.setup_predict()
+    trainer.load_lora(lora.parent)  # a checkpoint folder is as good as its file
+    assert same(draw(before), draw(trainer)) and not same(draw(before), base)
+    trainer.load_lora(lora, strength=0.0)
+    assert same(draw(trainer), base)
+    trainer.load_lora(lora, strength=1.0)
+    assert same(draw(trainer), draw(before))
+
+
+def test_a_lora_that_is_not_there_is_refused_at_once(trainer: Trainer, tmp_path: Path) -> None:
+    with pytest.raises(LoraFileError, match="does not exist"):
+        trainer.load_lora(tmp_path / "nothing" / "here.safetensors")
+
+
+def test_one_picture_for_each_seed(trainer: Trainer) -> None:
+    alone = [trainer.predict(photograph(), "add a hat", 2, seed=seed)[0] for seed in (3, 4)]
+    together = trainer.predict(photograph(), "add a hat", 2, seed=[3, 4])
+    assert not same(*alone)
+    for one, other in zip(alone, together, strict=True):
+        difference = np.abs(np.asarray(one).astype(int) - np.asarray(other).astype(int))
+        assert difference.max() <= 1  # products of another shape may round differently
+
+
+def test_the_picture_has_the_size_of_its_reference(trainer: Trainer) -> None:
+    assert trainer.predict(photograph(size=(400, 100)), "add a hat", 1)[0].size == (128, 32)  # 64 * 64 pixels, 4 : 1
+    assert trainer.predict(photograph(), "add a hat", 1, width=128, height=64)[0].size == (128, 64)
+
+
+def test_a_turned_photograph_is_drawn_upright(trainer: Trainer, tmp_path: Path) -> None:
+    upright = photograph(size=(64, 128))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    first, second = (trainer.predict(p, "x", 1)[0] for p in (upright, Image.open(tmp_path / "turned.png")))
+    assert same(first, second)
+
+
+def test_a_prompt_alone(trainer: Trainer) -> None:
+    drawn = trainer.predict(None, "a cat", 2, width=64, height=96)
+    assert drawn[0].size == (64, 96)
+
+
+def test_several_references_reach_kontext_in_their_order(configure: Configure) -> None:
+    trainer = Trainer(configure("FluxKontext"))
+    references = [photograph(seed) for seed in range(3)]
+    one, three, turned = (
+        trainer.predict(pictures, "put them together", 2)[0]
+        for pictures in (references[:1], references, references[::-1])
+    )
+    assert not same(one, three) and not same(three, turned)
+
+
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+def test_what_cannot_be_drawn_is_said(name: str) -> None:
+    family = get_family(name)
+    with pytest.raises(PredictionError, match=f"at most {family.max_references} reference"):
+        check_request(family, [photograph()] * (family.max_references + 1), None, None)
+    for width, height in ((65, 64), (64, 0), (-16, 64)):
+        with pytest.raises(PredictionError, match=f"must be multiples of {family.side_multiple}"):
+            check_request(family, [], width, height)
+    with pytest.raises(PredictionError, match="width and height together"):
+        check_request(family, [photograph()], 64, None)
+    with pytest.raises(PredictionError, match="a picture to take the size from"):
+        check_request(family, [], None, None)
+    with pytest.raises(PredictionError, match="at least 1"):
+        check_request(family, [photograph()], None, None, steps=0)
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder", "text_encoder_2", "transformer"])
+def test_a_device_that_is_not_there_is_refused_with_the_ones_that_are(part: str, configure: Configure) -> None:
+    with pytest.raises(ConfigError, match=rf"predict\.devices\.{part}='cuda:7' is not a device.*\['cpu'"):
+        Trainer(configure("FluxKontext", f"predict.devices.{part}=cuda:7")).setup_predict()
+
+
+def test_devices_of_prediction_are_used(configure: Configure) -> None:
+    devices = "{vae: cpu, text_encoder: cpu, text_encoder_2: cpu, transformer: cpu}"
+    named = Trainer(configure("FluxKontext", f"predict.devices={devices}"))
+    assert same(
+        named.predict(photograph(), "x", 1)[0], Trainer(configure("FluxKontext")).predict(photograph(), "x", 1)[0]
+    )
+
+
+# Which files a request writes
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "in").mkdir()
+    for name in ("a.png", "b.jpg"):
+        photograph().save(tmp_path / "in" / name)
+    (tmp_path / "in" / "notes.txt").write_text("no picture")
+    return tmp_path / "in"
+
+
+@pytest.mark.parametrize(
+    "output,count,expected",
+    [
+        ("cat.jpg", 1, ["cat.jpg"]),
+        ("cat.jpg", 2, ["cat-5.jpg", "cat-6.jpg"]),
+        ("drawn", 1, ["drawn/output.png"]),
+        ("drawn", 2, ["drawn/output-5.png", "drawn/output-6.png"]),
+    ],
+)
+def test_files_of_one_picture(output: str, count: int, expected: list[str]) -> None:
+    (drawing,) = plan(Request("x", output=Path(output), count=count, seed=5))
+    assert [file.as_posix() for file in drawing.files] == expected
+
+
+def test_files_of_a_folder(folder: Path, tmp_path: Path) -> None:
+    drawings = plan(Request("x", folder=folder, output=tmp_path / "out"))
+    assert [file.name for drawing in drawings for file in drawing.files] == ["a.png", "b.png"]
+    assert all(len(drawing.references) == 1 for drawing in drawings)
+
+
+def test_requests_that_mean_nothing(folder: Path, tmp_path: Path) -> None:
+    def refused(words: str, **given: object) -> None:
+        with pytest.raises(DrawingError, match=words):
+            plan(Request("x", **given))  # type: ignore[arg-type]
+
+    refused("pictures end in", output=Path("cat.gif"))
+    refused("at least one picture", count=0)
+    refused("give a folder", folder=folder, output=Path("cat.png"))
+    refused("leave --image out", folder=folder, images=(folder / "a.png",), output=tmp_path / "out")
+    refused("is not a folder", folder=folder / "a.png", output=tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    refused("holds no picture", folder=tmp_path / "empty", output=tmp_path / "out")
+    photograph().save(folder / "a.jpg")
+    refused("several pictures called a", folder=folder, output=tmp_path / "out")
+
+
+def test_the_command_draws_each_picture_of_a_folder(folder: Path, tmp_path: Path, configure: Configure) -> None:
+    configure("QwenImageEdit")
+    words = ["--prompt", "add a hat", "--steps", "1", "--count", "2", "--guidance", "1"]
+    assert (
+        main(
+            [
+                "predict",
+                str(tmp_path / "config.yaml"),
+                "--folder",
+                str(folder),
+                "--output",
+                str(tmp_path / "out"),
+                *words,
+            ]
+        )
+        == 0
+    )
+    names = ["a-0.png", "a-1.png", "b-0.png", "b-1.png"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    assert all(Image.open(tmp_path / "out" / name).size == (64, 64) for name in names)
+    words = ["--prompt", "add a hat", "--steps", "1", "--seed", "1", "--guidance", "1"]
+    out = tmp_path / "alone.png"
+    assert (
+        main(["predict", str(tmp_path / "config.yaml"), "--image", str(folder / "b.jpg"), "--output", str(out), *words])
+        == 0
+    )
+    pixels = np.asarray(Image.open(out)).astype(int) - np.asarray(Image.open(tmp_path / "out" / "b-1.png")).astype(int)
+    assert np.abs(pixels).max() <= 1
+
+
+def test_one_step_draws_a_picture(trainer: Trainer) -> None:
+    """Schedules that stretch to a last noise level have none for a single step, which starts at pure noise."""
+    pixels = np.asarray(trainer.predict(photograph(), "add a hat", 1)[0])
+    assert pixels.std() > 1

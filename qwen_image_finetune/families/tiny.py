@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,7 +42,13 @@ from transformers import (
     T5EncoderModel,
 )
 
-from qwen_image_finetune.families.tiny_tokenizers import clip_tokenizer, qwen_tokenizer, t5_tokenizer
+from qwen_image_finetune.families.tiny_tokenizers import (
+    MAX_T5_TOKENS,
+    SENTENCES,
+    clip_tokenizer,
+    qwen_tokenizer,
+    t5_tokenizer,
+)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -81,8 +87,9 @@ def tiny_qwen_image_edit(
 # Pipelines
 
 
-def _flux_kontext() -> DiffusionPipeline:
-    clip, t5 = clip_tokenizer(), t5_tokenizer()
+def flux_text(sentences: Sequence[str] = SENTENCES, max_t5_tokens: int = MAX_T5_TOKENS) -> dict[str, Any]:
+    """Tokenizers that know the words of `sentences`, and text encoders that are random but tell them apart."""
+    clip, t5 = clip_tokenizer(sentences), t5_tokenizer(sentences, max_t5_tokens)
     clip_config = CLIPTextConfig(
         vocab_size=len(clip),
         hidden_size=32,
@@ -105,6 +112,15 @@ def _flux_kontext() -> DiffusionPipeline:
         feed_forward_proj="gated-gelu",
         tie_word_embeddings=False,
     )
+    return {
+        "text_encoder": _randomise(CLIPTextModel(clip_config), seed=2),
+        "tokenizer": clip,
+        "text_encoder_2": _randomise(T5EncoderModel(t5_config), seed=3),
+        "tokenizer_2": t5,
+    }
+
+
+def _flux_kontext() -> DiffusionPipeline:
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -141,16 +157,22 @@ def _flux_kontext() -> DiffusionPipeline:
     return FluxKontextPipeline(
         scheduler=scheduler,
         vae=vae,
-        text_encoder=_randomise(CLIPTextModel(clip_config), seed=2),
-        tokenizer=clip,
-        text_encoder_2=_randomise(T5EncoderModel(t5_config), seed=3),
-        tokenizer_2=t5,
+        **flux_text(),
         transformer=_sharpen(_randomise(transformer, seed=4)),
     )
 
 
+def qwen_text(sentences: Sequence[str] = SENTENCES) -> dict[str, Any]:
+    """The same for the model that reads prompt and references together."""
+    tokenizer = qwen_tokenizer(sentences)
+    return {
+        "text_encoder": _randomise(_qwen_vl(tokenizer), seed=2),
+        "tokenizer": tokenizer,
+        "processor": _qwen_vl_processor(tokenizer),
+    }
+
+
 def _qwen_image_edit(cls: type[DiffusionPipeline], zero_cond_t: bool) -> DiffusionPipeline:
-    tokenizer = qwen_tokenizer()
     vae = AutoencoderKLQwenImage(base_dim=8, num_res_blocks=1)  # the defaults hold the published mean and std
     _amplify(_randomise(vae, seed=1).quant_conv, rows=vae.config.z_dim, factor=4.0)
     _amplify(vae.decoder.conv_out, rows=3, factor=2.0)
@@ -177,9 +199,7 @@ def _qwen_image_edit(cls: type[DiffusionPipeline], zero_cond_t: bool) -> Diffusi
     return cls(
         scheduler=scheduler,
         vae=vae,
-        text_encoder=_randomise(_qwen_vl(tokenizer), seed=2),
-        tokenizer=tokenizer,
-        processor=_qwen_vl_processor(tokenizer),
+        **qwen_text(),
         transformer=_sharpen(_randomise(transformer, seed=3)),
     )
 

@@ -10,7 +10,7 @@ import math
 import re
 import string
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 from tokenizers import pre_tokenizers
@@ -55,10 +55,10 @@ SENTENCES = (
 MAX_T5_TOKENS = 64  # 512 in the full-size checkpoint: a tiny model would spend nearly all its time on padding
 
 
-def qwen_tokenizer() -> Qwen2Tokenizer:
+def qwen_tokenizer(sentences: Sequence[str] = SENTENCES) -> Qwen2Tokenizer:
     """Byte-level BPE of a few hundred tokens, special tokens last."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = _merges(tuple(word) for word in _words(Qwen2Tokenizer()))
+    merges = _merges(tuple(word) for word in _words(Qwen2Tokenizer(), sentences))
     tokenizer = Qwen2Tokenizer(vocab=_vocabulary(letters, merges), merges=merges)  # <|endoftext|> takes the next id
     tokenizer.add_tokens(list(QWEN_SPECIAL_TOKENS[1:]), special_tokens=True)
     # Not an argument of the constructor: it would take the id after <|endoftext|> and shift the others.
@@ -67,19 +67,19 @@ def qwen_tokenizer() -> Qwen2Tokenizer:
     return tokenizer
 
 
-def clip_tokenizer() -> CLIPTokenizer:
+def clip_tokenizer(sentences: Sequence[str] = SENTENCES) -> CLIPTokenizer:
     """Lower-case BPE whose words end in "</w>", 77 tokens a prompt; ids of the two special tokens come last."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = _merges((*word[:-1], f"{word[-1]}</w>") for word in _words(CLIPTokenizer()))
+    merges = _merges((*word[:-1], f"{word[-1]}</w>") for word in _words(CLIPTokenizer(), sentences))
     vocabulary = _vocabulary([*letters, *(f"{letter}</w>" for letter in letters)], merges)
     for special in ("<|startoftext|>", "<|endoftext|>"):
         vocabulary[special] = len(vocabulary)
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77)
 
 
-def t5_tokenizer() -> T5Tokenizer:
+def t5_tokenizer(sentences: Sequence[str] = SENTENCES, max_tokens: int = MAX_T5_TOKENS) -> T5Tokenizer:
     """Unigram model of the sentences' words and of single characters, with T5's 100 sentinels at the end."""
-    words = Counter(word for sentence in SENTENCES for word in re.findall(r"\w+", sentence))
+    words = Counter(word for sentence in sentences for word in re.findall(r"\w+", sentence))
     total = sum(words.values())
     pieces = {f"▁{word}": math.log(count / total) for word, count in sorted(words.items())}
     pieces["▁"] = -5.0
@@ -87,14 +87,14 @@ def t5_tokenizer() -> T5Tokenizer:
         pieces.setdefault(character, -10.0)
     special = [(token, 0.0) for token in ("<pad>", "</s>", "<unk>")]
     sentinels = [(f"<extra_id_{index}>", 0.0) for index in reversed(range(100))]
-    return T5Tokenizer(vocab=[*special, *pieces.items(), *sentinels], extra_ids=100, model_max_length=MAX_T5_TOKENS)
+    return T5Tokenizer(vocab=[*special, *pieces.items(), *sentinels], extra_ids=100, model_max_length=max_tokens)
 
 
-def _words(tokenizer: PreTrainedTokenizerFast) -> list[str]:
+def _words(tokenizer: PreTrainedTokenizerFast, sentences: Sequence[str]) -> list[str]:
     """The sentences split into words as the tokenizer does before it applies BPE, bytes written as letters."""
     backend = tokenizer.backend_tokenizer
-    sentences = (backend.normalizer.normalize_str(sentence) for sentence in SENTENCES)
-    return [word for sentence in sentences for word, _ in backend.pre_tokenizer.pre_tokenize_str(sentence)]
+    normal = (backend.normalizer.normalize_str(sentence) for sentence in sentences)
+    return [word for sentence in normal for word, _ in backend.pre_tokenizer.pre_tokenize_str(sentence)]
 
 
 def _merges(words: Iterable[tuple[str, ...]]) -> list[tuple[str, str]]:

@@ -83,6 +83,7 @@ def quantization_errors(
     return _worst_first(dict(errors))
 
 
+@torch.no_grad()
 def relative_error(weight: Tensor, layer: QuantizedLinear) -> float:
     """Root mean square over the inputs j of |W_j - W'_j| / |W_j|: columns of a weight (out, in), and as it is stored.
 

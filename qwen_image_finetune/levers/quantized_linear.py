@@ -109,6 +109,7 @@ def has_fp8_products(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 9)
 
 
+@torch.no_grad()
 def quantised(weight: Tensor, format: str, bias: Tensor | None = None) -> QuantizedLinear:
     """A layer that stores `weight` (out, in), any float dtype, on its device.
 

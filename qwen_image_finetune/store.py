@@ -81,7 +81,7 @@ class Store:
             FileNotFoundError: there is no such entry.
         """
         path = self.path(key)
-        data = memoryview(np.fromfile(path, dtype=np.uint8))  # writable, and not filled with zeros first
+        data = np.fromfile(path, dtype=np.uint8).data  # writable, and not filled with zeros first
         try:
             if not _intact(data):
                 raise DamagedEntry(
@@ -127,7 +127,7 @@ def _tensors(data: memoryview) -> dict[str, Tensor]:
     import torch
 
     start = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:start])
+    header = json.loads(bytes(data[8:start]))
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
@@ -135,12 +135,8 @@ def _tensors(data: memoryview) -> dict[str, Tensor]:
         begin, end = entry["data_offsets"]
         count = (end - begin) // dtype.itemsize
         # An empty tensor has no byte to be a view of.
-        flat = (
-            torch.frombuffer(data, dtype=dtype, count=count, offset=start + begin)
-            if count
-            else torch.empty(0).to(dtype)
-        )
-        tensors[name] = flat.reshape(entry["shape"])
+        flat = torch.frombuffer(data, dtype=dtype, count=count, offset=start + begin) if count else torch.empty(0)
+        tensors[name] = flat.to(dtype).reshape(entry["shape"])
     return tensors
 
 

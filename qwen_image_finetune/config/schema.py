@@ -246,6 +246,9 @@ class TrainConfig(Section):
     )
     guidance_scale: Positive = Field(1.0, description="value of the guidance embedding, for models that have one")
     low_memory: Switch = Field(False, description="load and run part by part")
+    collective_timeout: Count = Field(
+        25, description="seconds that processes wait for one that hangs, from the second step on, before the run ends"
+    )
     vae_encoder_device: Device | None = Field(None, description="where the VAE lives, training without the cache")
     text_encoder_device: Device | None = Field(None, description="the same for the (first) text encoder")
     text_encoder_2_device: Device | None = Field(None, description="the same for the second text encoder")

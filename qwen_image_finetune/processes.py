@@ -1,0 +1,303 @@
+"""The processes of a run: whether as many run as were asked for, where they wait for each other, who holds them up.
+
+Processes wait in two ways. Within a step they meet in collectives, which torch.distributed ends after
+train.collective_timeout seconds, so that a process that hangs ends the run. Around work that takes some processes much
+longer than others (encoding, samples, checkpoints, loading) they meet in the key-value store of torch.distributed,
+with no collective pending: nothing times out there because one of them had more to do.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import itertools
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from qwen_image_finetune import console
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+PATIENCE = 24 * 3600.0  # seconds that long work may take; a process that dies meanwhile ends the run at once anyway
+START_TIMEOUT = timedelta(minutes=30)  # for collectives before and in the first step: imports, kernels, compilation
+POLL = 0.05  # seconds between two looks at the store
+SECONDS_BETWEEN_LINES = 60.0  # about somebody who is waited for
+SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # that accelerate reads
+_numbers = itertools.count()  # of meetings: every process counts the same ones
+
+
+class LaunchError(ValueError):
+    """The processes that run are not the ones that were asked for."""
+
+
+class ProcessLost(RuntimeError):
+    """Another process of the run does not come."""
+
+
+# The start
+
+
+def asked_for(environment: Mapping[str, str], parent: Sequence[str] = ()) -> tuple[int, str]:
+    """How many processes the launcher was told to start, as far as it lets us know, and who says so.
+
+    Args:
+        environment: os.environ.
+        parent: command line of the parent process.
+    """
+    sizes = {name: int(environment[name]) for name in SIZES if environment.get(name, "").isdigit()}
+    if sizes:
+        name = max(sizes, key=lambda each: sizes[each])
+        return sizes[name], name
+    if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        return int(environment["SLURM_STEP_NUM_TASKS"]), "srun"
+    # accelerate's simple launcher starts one process whatever it is told; the address is all it leaves behind.
+    if "ACCELERATE_MIXED_PRECISION" in environment and "MASTER_ADDR" in environment:
+        return max(_option(parent, "--num_processes"), 2), "accelerate launch"
+    return 1, ""
+
+
+def check_start(
+    processes: int, environment: Mapping[str, str] = os.environ, parent: Sequence[str] | None = None
+) -> None:
+    """Refuse a start with fewer processes than were asked for: each would train for itself, on all of the data.
+
+    Args:
+        processes: that take part in this run.
+
+    Raises:
+        LaunchError: with the command that starts them.
+    """
+    asked, by = asked_for(environment, _parent() if parent is None else parent)
+    if asked > processes:
+        means = {
+            "accelerate launch": "it starts one process where the launch configuration says distributed_type NO, or "
+            "--cpu is given. On cards use configs/accelerate/ddp.yaml; on a CPU start them with torchrun",
+            "srun": "each task would train for itself; let srun start one torchrun per machine, as in configs/cluster",
+        }.get(by, "the others did not join; start them with torchrun or accelerate launch")
+        raise LaunchError(
+            f"{asked} processes were asked for ({by}), but {processes} takes part: {means}: "
+            f"torchrun --nproc_per_node {asked} -m qwen_image_finetune.cli train CONFIG"
+        )
+    for engine, name in (("DeepSpeed", "ACCELERATE_USE_DEEPSPEED"), ("Megatron-LM", "ACCELERATE_USE_MEGATRON_LM")):
+        if environment.get(name, "").lower() == "true":
+            raise LaunchError(
+                f"the launch configuration asks for {engine}, which this program does not use: take "
+                "configs/accelerate/fsdp2.yaml to share a model between cards, or configs/accelerate/ddp.yaml"
+            )
+
+
+def check_cards(environment: Mapping[str, str], cards: int) -> None:
+    """Refuse more processes on this machine than it has cards.
+
+    Raises:
+        LaunchError: with both numbers.
+    """
+    local = int(environment.get("LOCAL_WORLD_SIZE", "1"))
+    if local > cards > 0 and environment.get("ACCELERATE_USE_CPU", "").lower() != "true":
+        raise LaunchError(f"{local} processes were started on this machine, which shows {cards} cards: start {cards}")
+
+
+def _parent() -> Sequence[str]:
+    import psutil
+
+    parent = psutil.Process().parent()
+    try:
+        return parent.cmdline() if parent is not None else ()
+    except psutil.Error:
+        return ()
+
+
+def _option(arguments: Sequence[str], name: str) -> int:
+    """The number after `name` in a command line; 0 without one."""
+    for place, argument in enumerate(arguments):
+        value = argument.removeprefix(f"{name}=") if argument != name else (*arguments, "")[place + 1]
+        if value != argument and value.isdigit():
+            return int(value)
+    return 0
+
+
+def encoder_device(name: str | None, key: str, home: str, local_processes: int) -> str:
+    """Where the encoders of one process live: `home` unless the configuration names another kind of device.
+
+    Args:
+        name: what the configuration says at `key`: null, "cpu", "cuda", "cuda:1", ...
+        home: this process's own device.
+        local_processes: that run on this machine.
+
+    Raises:
+        LaunchError: a numbered device with several processes here; they would all crowd onto one.
+    """
+    if name is None:
+        return home
+    kind, _, number = name.partition(":")
+    if number and local_processes > 1:
+        raise LaunchError(
+            f"{key}={name!r} with {local_processes} processes on this machine would put the encoders of all of them on "
+            f"one device; write {kind!r} (each process its own), 'cpu', or leave it out"
+        )
+    if kind == str(home).partition(":")[0]:
+        return name if number else home
+    return name
+
+
+# Together
+
+
+class Team:
+    """The processes of a run as one of them sees them. Alone, it waits for nobody."""
+
+    def __init__(self, rank: int = 0, size: int = 1, local_size: int = 1) -> None:
+        self.rank, self.size, self.local_size = rank, size, local_size
+        self.main = rank == 0
+        self._store: Store | None = None
+        self._place = (0, "starting")  # how many places were entered so far, and which is the last
+        if size > 1:
+            from torch.distributed.distributed_c10d import _get_default_store
+
+            self._store = _get_default_store()
+
+    def meet(self, what: str, patience: float = PATIENCE) -> None:
+        """Wait until all processes are here, without a collective.
+
+        Args:
+            what: they come from, for messages.
+            patience: seconds.
+
+        Raises:
+            ProcessLost: one did not come in time; names it.
+        """
+        if self._store is None:
+            return
+        key = f"qif/meeting/{next(_numbers)}"
+        self._store.set(f"{key}/{self.rank}", what)
+        if self._store.add(key, 1) == self.size:
+            self._store.set(f"{key}/complete", what)
+        self._wait(f"{key}/complete", what, patience, [f"{key}/{rank}" for rank in range(self.size)])
+
+    def share(self, make: Callable[[], Any], what: str) -> Any:
+        """What `make` returns in the first process (JSON types), in all of them."""
+        if self._store is None:
+            return make()
+        key = f"qif/shared/{next(_numbers)}"
+        if self.main:
+            self._store.set(key, json.dumps(make()))
+        self._wait(key, what, PATIENCE, [])
+        return json.loads(self._store.get(key))
+
+    def _wait(self, key: str, what: str, patience: float, signatures: list[str]) -> None:
+        assert self._store is not None
+        began = reported = time.monotonic()
+        while not self._store.check([key]):
+            time.sleep(POLL)
+            now = time.monotonic()
+            if now - began < patience and now - reported < SECONDS_BETWEEN_LINES:
+                continue
+            absent = [rank for rank, name in enumerate(signatures) if not self._store.check([name])] or [0]
+            late = f"process {', '.join(map(str, absent))}"
+            if now - began >= patience:
+                raise ProcessLost(f"{what}: process {self.rank} waited {console.duration(patience)} for {late}")
+            reported = now
+            if self.rank == min(set(range(self.size)) - set(absent), default=0):
+                console.say(f"{what}: waiting for {late}")
+
+    # Who holds the others up
+
+    def enter(self, place: str) -> None:
+        """Note where this process is. All processes enter the same places in the same order."""
+        self._place = (self._place[0] + 1, place)
+
+    @contextmanager
+    def watched(self, limit: float) -> Iterator[None]:
+        """Say which process the others wait for, and where it is, once they have waited most of `limit` seconds.
+
+        Ends nothing itself: that is for the timeout of the collectives. Their message, however, names the process
+        that waited, never the one that did not come.
+        """
+        if self._store is None:
+            yield
+            return
+        end = threading.Event()
+        # A connection of its own: the other one is busy while torch.distributed waits.
+        watch = _Watch(self, self._store.clone(), 0.7 * limit)
+        thread = threading.Thread(target=watch.run, args=(end,), name="watch", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            end.set()
+            thread.join(timeout=5)
+
+
+class _Watch:
+    """Tells the others where this process is, and the person if somebody is far behind."""
+
+    def __init__(self, team: Team, store: Store, limit: float) -> None:
+        self.team, self.store, self.limit = team, store, limit
+        self.seen: dict[int, tuple[int, str, int]] = {}  # process -> (places entered, the last, beats of its watch)
+        self.since: dict[int, list[float]] = {}  # process -> when it came to its place, when its last beat was seen
+        self.reported = -1  # places entered when somebody was last reported
+
+    def run(self, end: threading.Event) -> None:
+        beat = 0
+        while not end.wait(1.0):
+            beat += 1
+            try:
+                self.store.set(f"qif/at/{self.team.rank}", json.dumps([*self.team._place, beat]))
+                self._look()
+            except RuntimeError:  # the store is gone: so is its process, and the run with it
+                return
+            message = self._report()
+            if message:
+                console.say(message)
+
+    def _look(self) -> None:
+        now = time.monotonic()
+        for rank in range(self.team.size):
+            name = f"qif/at/{rank}"
+            if self.store.check([name]):
+                count, place, beat = json.loads(self.store.get(name))
+                before = self.seen.get(rank)
+                since = self.since.setdefault(rank, [now, now])
+                if before is None or before[0] != count:
+                    since[0] = now
+                if before is None or before[2] != beat:
+                    since[1] = now
+                self.seen[rank] = (count, place, beat)
+
+    def _report(self) -> str | None:
+        """A sentence, once for each place where this process is kept waiting, or keeps others."""
+        now, rank = time.monotonic(), self.team.rank
+        counts = {other: seen[0] for other, seen in self.seen.items()}
+        waits = now - self.since.get(rank, [now])[0]
+        if rank not in counts or waits < self.limit or self.reported == counts[rank]:
+            return None
+        last = min(counts.values())
+        if last == max(counts.values()):
+            return None  # all are at the same place: slow, but together
+        self.reported = counts[rank]
+        if counts[rank] == last:
+            faulthandler.dump_traceback(file=sys.stderr)
+            return f"process {rank} holds the others up: for {waits:.0f} s it has been {self.seen[rank][1]}"
+        late = [
+            f"process {other}, {'silent' if now - self.since[other][1] > 5 else self.seen[other][1]} "
+            f"for {now - self.since[other][0]:.0f} s"
+            for other, count in counts.items()
+            if count == last
+        ]
+        return f"process {rank} has waited {waits:.0f} s ({self.seen[rank][1]}) for {'; '.join(late)}"
+
+
+def set_timeout(limit: timedelta) -> None:
+    """How long torch.distributed lets a collective wait, from now on; nothing where there is one process."""
+    import torch.distributed
+    from torch.distributed.distributed_c10d import _set_pg_timeout
+
+    if torch.distributed.is_initialized():
+        _set_pg_timeout(limit)

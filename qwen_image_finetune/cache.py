@@ -78,12 +78,21 @@ class Missing:
         return len(self.images) + len(self.texts)
 
     def share(self, rank: int, processes: int) -> Missing:
-        """The part of process `rank`: entries are dealt out in turn, so that nobody waits for a neighbour."""
+        """The part of process `rank`."""
 
         def deal(entries: dict[str, Any]) -> dict[str, Any]:
-            return {key: source for place, (key, source) in enumerate(entries.items()) if place % processes == rank}
+            return {key: source for key, source in entries.items() if owner(key, processes) == rank}
 
         return Missing(deal(self.images), deal(self.texts), self.entries, self.damaged)
+
+
+def owner(key: str, processes: int) -> int:
+    """The process that encodes an entry.
+
+    It follows from the key alone, not from what is missing: processes that looked at different moments still leave
+    nothing out and do nothing twice.
+    """
+    return int(key[:8], 16) % processes
 
 
 def text_variants(config: Config, family: Family) -> tuple[TextVariant, ...]:
@@ -115,11 +124,18 @@ class EncodedDataset:
 
     # Naming and filling the store
 
-    def missing(self, verify: bool = False, progress: Callable[[int, int], None] = lambda done, total: None) -> Missing:
+    def missing(
+        self,
+        verify: bool = False,
+        rank: int = 0,
+        processes: int = 1,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Missing:
         """Name every entry of every row, and say which of them the store lacks.
 
         Args:
-            verify: read the present ones too; damaged entries are removed and count as lacking.
+            verify: read the present ones of this process's share too; damaged entries count as lacking. They stay
+                until they are replaced, as another run may be about to read them.
             progress: called with (rows done, rows in all).
         """
         encoders = {
@@ -136,7 +152,8 @@ class EncodedDataset:
 
         keys = [*images, *texts]
         lacking = set(self.store.missing(keys))
-        damaged = set(self._damaged([key for key in keys if key not in lacking])) if verify else set()
+        present = [key for key in keys if key not in lacking and owner(key, processes) == rank]
+        damaged = set(self._damaged(present)) if verify else set()
         return Missing(
             images={key: source for key, source in images.items() if key in lacking | damaged},
             texts={key: source for key, source in texts.items() if key in lacking | damaged},
@@ -178,8 +195,16 @@ class EncodedDataset:
         with ThreadPoolExecutor(4) as pool:
             for key, sound in zip(keys, pool.map(self.store.verify, keys), strict=True):
                 if not sound:
-                    self.store.discard(key)
                     yield key
+
+    def rows_lacking(self, missing: Missing) -> list[int]:
+        """Numbers of the rows with an entry among `missing`."""
+        lacking = {*missing.images, *missing.texts}
+        return [
+            index
+            for index, keys in enumerate(self._row_keys)
+            if not lacking.isdisjoint((keys.target, *keys.references, *keys.texts))
+        ]
 
     def encode_texts(self, pipe: DiffusionPipeline, texts: dict[str, TextSource]) -> Iterator[str]:
         """Encode and store texts; yields each key when its entry is written."""

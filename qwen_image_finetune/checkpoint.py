@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,17 @@ class CheckpointWriter:
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
+
+    def raise_if_failed(self) -> None:
+        """Raise what went wrong in the background so far, without waiting; once."""
+        if self._writing is not None and self._writing.done():
+            self.wait()
+
+    def settle(self) -> None:
+        """Wait until nothing is being written, whether or not it went well: for the end of a run that failed."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            futures.wait([writing])
 
 
 def _plain(tensor: Tensor) -> Tensor:

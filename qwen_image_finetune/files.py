@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from qwen_image_finetune.locks import FileLock
+
 MANIFEST = "manifest.json"
 LEFTOVER = re.compile(r"^\.(?P<name>.+)\.(?P<kind>partial|trash|replaced)-\d+-[0-9a-f]{8}$")
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -28,14 +30,23 @@ _NO_SPACE_IN_RUST = tuple(f"(os error {code})" for code in _NO_SPACE)  # how saf
 class DiskFull(OSError):
     """No space left on the disk (or within the quota) for a file or folder; nothing half-written stays."""
 
-    def __init__(self, path: Path, needed: int) -> None:
-        free = shutil.disk_usage(path.parent).free
+    def __init__(self, path: Path, needed: int | None = None) -> None:
+        """
+        Args:
+            needed: bytes of the file or folder; None where only its writer knows.
+        """
+        free = _megabytes(shutil.disk_usage(path.parent).free)
+        wanted = f"more than the {free} that are free" if needed is None else f"{_megabytes(needed)}, {free} are free"
         super().__init__(
             errno.ENOSPC,
-            f"no space left to write {path}: it needs {_megabytes(needed)}, {_megabytes(free)} are free; what was "
-            "saved before is intact. Free some space, or choose a folder on a larger disk",
+            f"no space left to write {path}: it needs {wanted}; what was saved before is intact. Free some space, or "
+            "choose a folder on a larger disk",
         )
         self.path, self.needed = path, needed
+
+
+class FolderError(ValueError):
+    """A folder of the configuration that nothing can be written into."""
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
@@ -122,6 +133,29 @@ def verify_folder(folder: Path, checksums: bool = True) -> str | None:
         if checksums and _checksum(path) != checksum:
             return f"{path} is damaged: its checksum differs from the one in {MANIFEST}"
     return None
+
+
+def check_writable(folder: Path, key: str) -> None:
+    """Make `folder` where it is not there, and try it out: a file, its lock, and its removal.
+
+    Args:
+        key: the configuration key that named it.
+
+    Raises:
+        FolderError: it cannot be made, written or locked.
+    """
+    probe = hidden(folder / "probe", "partial")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            FileLock(probe, wait=False).release()
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise FolderError(
+            f"{key}={folder}: {error.strerror or error}; it must name a folder that can be made and written, on a "
+            "file system with locks"
+        ) from error
 
 
 def remove_folder(folder: Path) -> None:

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 
 class FileLock:
-    """An exclusive flock(2) on a file, held from construction to `release` or the end of the process.
+    """An flock(2) on a file, exclusive unless `shared`, held from construction to `release` or the end of the process.
 
     Forked children let go of their copy at once: a data worker that outlives a killed trainer holds nothing.
     On network file systems the server must support flock.
@@ -17,11 +17,11 @@ class FileLock:
 
     held: ClassVar[set[FileLock]] = set()
 
-    def __init__(self, path: Path, wait: bool) -> None:
+    def __init__(self, path: Path, wait: bool, shared: bool = False) -> None:
         """Raises BlockingIOError where another owner holds it and `wait` is off, OSError where it cannot be made."""
         self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(self.descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(self.descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
         except OSError:
             os.close(self.descriptor)
             raise

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qwen_image_finetune import console
 from qwen_image_finetune.config import Config
+from qwen_image_finetune.runs import METRICS
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -75,6 +77,13 @@ class Trackers:
             tracker.log_images({name: [np.asarray(picture) for picture in pictures]}, step=step)
 
     def close(self) -> None:
+        """End the files. Never fails a run that is saved: what a full disk took from the curves is said."""
+        try:
+            self._close()
+        except OSError as error:
+            console.say(f"the last points of the curves could not be written ({error}); {METRICS} has every step")
+
+    def _close(self) -> None:
         if self._writer is not None:
             self._draw_histograms()
             self._writer.close()

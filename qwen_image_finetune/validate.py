@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,12 +14,17 @@ from qwen_image_finetune import console, loading
 from qwen_image_finetune.cache import EncodedDataset, TextVariant
 from qwen_image_finetune.config import Config
 from qwen_image_finetune.data.images import resize
+from qwen_image_finetune.files import clean_leftovers, write_atomic
 from qwen_image_finetune.predict import Conditions, Predictor
 from qwen_image_finetune.records import Batch, collate
 from qwen_image_finetune.trackers import Trackers
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
+
+
+class _Cancelled(Exception):
+    """Somebody waits for the process to end."""
 
 
 class Validation:
@@ -40,13 +47,19 @@ class Validation:
         """
         self.settings, self.rows, self.pipe, self.transformer = config.validation, rows, pipe, transformer
         self.device, self.folder, self.trackers = device, run / "samples", trackers
+        for killed in self.folder.glob("step-*"):
+            clean_leftovers(killed)
         self.dtype = loading.encoder_dtype(config.train.mixed_precision)
         self.precision = config.train.mixed_precision
         number = min(self.settings.num_validation_samples, len(rows.dataset))
         self.chosen = [round(place * (len(rows.dataset) - 1) / max(number - 1, 1)) for place in range(number)]
 
-    def __call__(self, step: int) -> list[Path]:
-        """Draw, save beside reference and truth, and report; returns the files."""
+    def __call__(self, step: int, cancelled: Callable[[], bool] = lambda: False) -> list[Path]:
+        """Draw, save beside reference and truth, and report; returns the files.
+
+        Args:
+            cancelled: asked between sampler steps; once it says so, this round is given up and nothing is saved.
+        """
         pipe = self.pipe or loading.load_encoders(
             self.rows.family, self.rows.checkpoint, self.dtype, {"default": self.device}, text=False
         )
@@ -58,26 +71,34 @@ class Validation:
         try:
             with console.progress(f"samples of step {step}", len(self.chosen)) as update:
                 for done, index in enumerate(self.chosen, start=1):
-                    strips.append(self._strip(index, self._draw(predictor, index)))
+                    strips.append(self._strip(index, self._draw(predictor, index, cancelled)))
                     update(done)
+        except _Cancelled:
+            return []
         finally:
             self.transformer.train(was_training)
         folder = self.folder / f"step-{step}"
         folder.mkdir(parents=True, exist_ok=True)
         files = [folder / f"{place}.png" for place in range(len(strips))]
         for strip, file in zip(strips, files, strict=True):
-            strip.save(file)
+            content = io.BytesIO()
+            strip.save(content, "PNG")
+            write_atomic(file, content.getvalue())
         self.trackers.pictures("samples", strips, step)
         return files
 
-    def _draw(self, predictor: Predictor, index: int) -> Image.Image:
+    def _draw(self, predictor: Predictor, index: int, cancelled: Callable[[], bool]) -> Image.Image:
+        def go_on(step: int) -> None:
+            if cancelled():
+                raise _Cancelled
+
         guidance = predictor.guidance(self.settings.guidance_scale)
         wanted = self._batch(index, None)
         negative = None if guidance.prompt == 1.0 else self._batch(index, self.rows.family.negative_prompt)
         with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             latents = predictor.sample(
                 Conditions(wanted, negative), guidance, [self.settings.seed + index], self.dtype,
-                self.settings.num_inference_steps,
+                self.settings.num_inference_steps, go_on,
             )  # fmt: skip
         return self.rows.family.decode(predictor.pipe, latents)[0]
 

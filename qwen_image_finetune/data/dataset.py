@@ -75,21 +75,30 @@ class ImageDataset:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def check(self, decode: bool = False, progress: Callable[[int, int], None] | None = None) -> list[str]:
+    def check(
+        self,
+        decode: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+        rows: Sequence[int] | None = None,
+    ) -> list[str]:
         """Every problem of the data, one line each; an empty list means that it can be trained on.
 
         Args:
             decode: read every picture to its end; otherwise headers alone, which misses damage behind them.
             progress: called with (rows done, rows).
+            rows: numbers of the rows to look at; all by default.
         """
         problems = dict.fromkeys(self._problems)  # in order, and once where rows share a file
-        chunks = [range(start, min(start + _CHUNK, len(self))) for start in range(0, len(self), _CHUNK)]
+        chosen = range(len(self)) if rows is None else rows
+        chunks = [chosen[start : start + _CHUNK] for start in range(0, len(chosen), _CHUNK)]
+        done = 0
         pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
         try:
             for chunk, found in zip(chunks, pool.map(lambda rows: self._check_rows(rows, decode), chunks), strict=True):
                 problems.update(dict.fromkeys(found))
+                done += len(chunk)
                 if progress is not None:
-                    progress(chunk.stop, len(self))
+                    progress(done, len(chosen))
         finally:
             pool.shutdown(cancel_futures=True)  # an interrupt does not wait for the rest of the rows
         return list(problems)
@@ -230,7 +239,7 @@ class ImageDataset:
                 raise DataError(problems)
         return [(width, height) for width, height in extents.tolist()]
 
-    def _check_rows(self, rows: range, decode: bool) -> list[str]:
+    def _check_rows(self, rows: Sequence[int], decode: bool) -> list[str]:
         return [line for index in rows for line in self._check_row(index, decode)]
 
     def _check_row(self, index: int, decode: bool) -> list[str]:

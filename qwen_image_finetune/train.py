@@ -11,19 +11,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from qwen_image_finetune import cache, checkpoint, console, flow, levers, loading, runs
+from qwen_image_finetune import cache, checkpoint, console, flow, levers, loading, out_of_memory, runs
 from qwen_image_finetune.cache import EncodedDataset, TextVariant
 from qwen_image_finetune.config import Config, ConfigError, resolve_family
 from qwen_image_finetune.data.batches import Batches, MicroBatch
+from qwen_image_finetune.data.dataset import ImageDataset
 from qwen_image_finetune.families import get_family
 from qwen_image_finetune.families.base import Family
-from qwen_image_finetune.files import write_atomic
+from qwen_image_finetune.files import DiskFull, is_disk_full, write_atomic
 from qwen_image_finetune.levers import lora_files, trained
 from qwen_image_finetune.levers.stored_precision import base_precision
 from qwen_image_finetune.optim import build_optimizer, build_scheduler, optimizer_state, restore_optimizer
@@ -36,6 +36,7 @@ from qwen_image_finetune.preparation import (
     prepare_embeddings,
 )
 from qwen_image_finetune.records import Batch, Encoded, Example, collate
+from qwen_image_finetune.signals import INTERRUPTED, TERMINATED, StopSignals
 from qwen_image_finetune.trackers import Trackers
 from qwen_image_finetune.validate import Validation
 
@@ -70,8 +71,14 @@ def train(config: Config) -> Path | None:
     Raises:
         ConfigError, DataError, RunError: before any model is loaded.
         TrainingStopped: the loss or the gradients stay non-finite.
-        SystemExit: 143 after SIGTERM or SIGUSR1, 130 after SIGINT; a checkpoint was written.
+        DiskFull, OutOfMemory: the last checkpoint is intact.
+        SystemExit: 143 after SIGTERM or SIGUSR1, 130 after SIGINT; if steps were done, in a checkpoint.
     """
+    with StopSignals() as stopping:
+        return _train(config, stopping)
+
+
+def _train(config: Config, stopping: StopSignals) -> Path | None:
     # Who takes part
     accelerator = build_accelerator(config)
     main = accelerator.is_main_process
@@ -82,6 +89,7 @@ def train(config: Config) -> Path | None:
     # The pairs, and how long the run is
     dataset = open_dataset(config, family)
     folder = loading.checkpoint_folder(config, family)
+    base_precision(folder / "transformer", config.model)  # a contradiction is refused before embeddings are computed
     rows = EncodedDataset(config, family, dataset, folder, loading.encoder_dtype(config.train.mixed_precision))
     batches = plan_batches(config, dataset, accelerator.num_processes)
     total_steps = num_steps(config, batches)
@@ -89,17 +97,17 @@ def train(config: Config) -> Path | None:
     # Where the run is written, and where it continues
     resume = find_resume(config, say)
     accelerator.wait_for_everyone()  # all have seen the same checkpoints before the first process tidies them
-    base_precision(folder / "transformer", config.model)  # a contradiction is refused before embeddings are computed
     run = open_run(config, resume) if main else None
     progress = Progress()
-    stopping = StopSignals()
-    trackers = None
+    trackers = writer = None
     outcome: runs.State = "failed"
+    doing = "encoding the data set" if config.cache.use_cache else "loading the encoders"
     try:
         # Embeddings: from the cache, which is completed first, or from encoders that stay
         pipe = prepare_embeddings(config, rows, accelerator, say)
 
         # The model, its optimizer, and their state
+        doing = "loading the transformer"
         transformer = loading.load_transformer(
             family, folder, loading.weight_dtype(config.train.mixed_precision), config.model, accelerator.device, say
         )
@@ -134,12 +142,13 @@ def train(config: Config) -> Path | None:
 
         # The loop
         stream = read_ahead(config, rows, pipe, batches, accelerator, progress.step, total_steps)
+        stopping.defer()
+        doing = "training"
         with console.progress("training", total_steps, progress.step, shown=main) as update:
             while progress.step < total_steps:
                 began = time.monotonic()
                 samples = sum(len(micro.rows) for micro in batches.at(progress.step))
                 total_loss, sigmas = torch.zeros((), device=accelerator.device), []
-                keys: list[str] = []
                 for place in range(config.train.gradient_accumulation_steps):
                     micro, batch = next(stream)
                     is_last = place == config.train.gradient_accumulation_steps - 1
@@ -149,7 +158,6 @@ def train(config: Config) -> Path | None:
                         accelerator.backward(loss.sum() * accelerator.num_processes / samples)
                     total_loss += loss.detach().sum() / samples
                     sigmas.append(sigma)
-                    keys.extend(batch.keys)
 
                 gradient_norm = float(accelerator.clip_grad_norm_(parameters, config.train.max_grad_norm))
                 mean_loss, stop = agree(accelerator, total_loss, stopping.received)
@@ -163,6 +171,7 @@ def train(config: Config) -> Path | None:
                 schedule.step()
                 progress.step += 1
                 progress.bad_steps = 0 if sound else progress.bad_steps + 1
+                writer.raise_if_failed()
 
                 if run is not None and trackers is not None:
                     values = {
@@ -178,8 +187,9 @@ def train(config: Config) -> Path | None:
                     update(progress.step, f"loss {mean_loss:.4f}, {memory_words(accelerator.device)}")
                 if not sound:
                     say(f"step {progress.step}: loss {mean_loss}, gradient norm {gradient_norm}: not learnt from; "
-                        f"its samples were {', '.join(keys)}")  # fmt: skip
+                        f"its samples were {', '.join(sample_keys(dataset, batches, progress.step - 1))}")  # fmt: skip
                     if progress.bad_steps == BAD_STEPS_IN_A_ROW:
+                        progress.bad_steps = 0  # of a run that goes on from here
                         save(wait=True)
                         raise TrainingStopped(NOT_FINITE.format(progress.step - BAD_STEPS_IN_A_ROW))
                 if stop:
@@ -187,27 +197,45 @@ def train(config: Config) -> Path | None:
                     outcome = "interrupted"
                     say(f"stopped by {signal.Signals(stop).name} after step {progress.step}, which is saved; "
                         "continue with train.resume_from_checkpoint=latest")  # fmt: skip
-                    raise SystemExit(130 if stop == signal.SIGINT else 143)
+                    raise SystemExit(INTERRUPTED if stop == signal.SIGINT else TERMINATED)
                 if progress.step % config.train.checkpointing_steps == 0 or progress.step == total_steps:
                     save(wait=progress.step == total_steps)
                 if validation is not None and progress.step % config.validation.steps == 0:
-                    validation(progress.step)
+                    doing = "drawing samples"
+                    validation(progress.step, cancelled=lambda: stopping.received != 0)
+                    doing = "training"
         writer.wait()
         outcome = "finished"
         if run is not None:
             say(f"done: {run.path}")
         return run.path if run else None
-    except KeyboardInterrupt:
+    except SystemExit:
         outcome = "interrupted"
         raise
+    except (OSError, RuntimeError, MemoryError) as error:
+        out_of_memory.raise_explained(error, config, doing)
+        if isinstance(error, OSError) and is_disk_full(error) and not isinstance(error, DiskFull):
+            raise DiskFull(Path(error.filename or config.logging.project_dir)) from error
+        raise
     finally:
-        stopping.restore()
-        if run is not None:
-            run.finish(outcome, progress.step)
-            run.close()
-        if trackers is not None:
-            trackers.close()
-        accelerator.end_training()
+        # Each part ends whatever becomes of the others; what went wrong first is what the caller hears.
+        with contextlib.ExitStack() as ending:
+            ending.callback(accelerator.end_training)
+            if run is not None:
+                ending.callback(run.close)
+                ending.callback(finish, run, outcome, progress.step)
+            if trackers is not None:
+                ending.callback(trackers.close)
+            if writer is not None:
+                ending.callback(writer.settle)
+
+
+def finish(run: runs.Run, outcome: runs.State, step: int) -> None:
+    """Write how a run ended. On a full disk it reads as killed, which can be resumed just as well."""
+    try:
+        run.finish(outcome, step)
+    except DiskFull as error:
+        console.say(str(error))
 
 
 # What is set up
@@ -307,7 +335,11 @@ class State:
         parts = {
             "optimizer": optimizer_state(self.optimizer.optimizer),
             "schedule": self.schedule.state_dict(),
-            "progress": {"step": self.progress.step, "seed": self.config.train.seed},
+            "progress": {
+                "step": self.progress.step,
+                "bad_steps": self.progress.bad_steps,
+                "seed": self.config.train.seed,
+            },
         }
         if self.accelerator.scaler is not None:
             parts["scaler"] = self.accelerator.scaler.state_dict()
@@ -356,7 +388,7 @@ class State:
         self.schedule.load_state_dict(checkpoint.load_state(folder, "schedule"))
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(checkpoint.load_state(folder, "scaler"))
-        self.progress.step = progress["step"]
+        self.progress.step, self.progress.bad_steps = progress["step"], progress["bad_steps"]
 
 
 def save_checkpoint(
@@ -445,6 +477,11 @@ def row_variants(micro: MicroBatch) -> list[TextVariant]:
     return [TextVariant("" if dropped else None, not micro.drop_references) for dropped in micro.drop_caption]
 
 
+def sample_keys(dataset: ImageDataset, batches: Batches, step: int) -> list[str]:
+    """Keys of the rows that a step (0-based) trained on, in all processes."""
+    return [dataset.rows[row].key for micro in batches.at(step) for row in micro.rows]
+
+
 def agree(accelerator: Accelerator, loss: Tensor, signal_number: int) -> tuple[float, int]:
     """Mean loss over all processes, and the signal that any of them received (0 for none)."""
     if accelerator.num_processes == 1:
@@ -461,23 +498,3 @@ def memory_words(device: torch.device) -> str:
 
         return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB"
     return f"{torch.accelerator.max_memory_allocated(device) / 2**30:.1f} GiB"
-
-
-class StopSignals:
-    """SIGTERM, SIGUSR1 (preemption) and SIGINT end the run after the current step; a second SIGINT ends it at once."""
-
-    NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
-    def __init__(self) -> None:
-        self.received = 0
-        self._previous = {number: signal.signal(number, self._note) for number in self.NUMBERS}
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = number
-        console.say(f"signal {signal.Signals(number).name}: saving after this step")
-
-    def restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)

@@ -104,3 +104,9 @@ class QwenImageEditTrainer(Trainer):
     """`Trainer` for Qwen-Image-Edit."""
 
     family = "QwenImageEdit"
+
+
+class QwenImageEditPlusTrainer(Trainer):
+    """`Trainer` for Qwen-Image-Edit-Plus (2509, 2511)."""
+
+    family = "QwenImageEditPlus"

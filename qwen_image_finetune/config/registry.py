@@ -25,6 +25,9 @@ FAMILIES: dict[str, Entry] = {
     "QwenImageEdit": Entry(
         "qwen_image_edit", "QwenImageEdit", "QwenImageEditPipeline", "Qwen/Qwen-Image-Edit"
     ),
+    "QwenImageEditPlus": Entry(
+        "qwen_image_edit_plus", "QwenImageEditPlus", "QwenImageEditPlusPipeline", "Qwen/Qwen-Image-Edit-2509"
+    ),
 }  # fmt: skip
 
 DEFAULT_FAMILY = "QwenImageEdit"

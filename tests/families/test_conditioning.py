@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, QwenImagePipeline
-from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 from PIL import Image
 
 from qwen_image_finetune import loading
@@ -72,7 +72,7 @@ def calls_of(transformer: torch.nn.Module) -> Iterator[list[dict[str, Any]]]:
 
 
 def run_pipeline(
-    family: Family, pipe: DiffusionPipeline, image: Image.Image, width: int, height: int, steps: int = 3, **kwargs: Any
+    family: Family, pipe: DiffusionPipeline, image: Any, width: int, height: int, steps: int = 3, **kwargs: Any
 ) -> Image.Image:
     """The pipeline's picture, with its hard-coded megapixel set to the test's area."""
     common = dict(
@@ -83,6 +83,9 @@ def run_pipeline(
         length = pipe.tokenizer_2.model_max_length  # that of the full-size checkpoint is the pipeline's default, 512
         sizes = dict(max_area=width * height, _auto_resize=False, max_sequence_length=length)
         return pipe(image=reference, **sizes, **common, **kwargs).images[0]
+    if family.name == "QwenImageEditPlus":
+        with patch.object(pipeline_qwenimage_edit_plus, "VAE_IMAGE_SIZE", AREA):
+            return pipe(image=image, **common, **kwargs).images[0]
     original = pipeline_qwenimage_edit.calculate_dimensions
     with patch.object(pipeline_qwenimage_edit, "calculate_dimensions", lambda area, ratio: original(AREA, ratio)):
         return pipe(image=image, **common, **kwargs).images[0]
@@ -180,6 +183,8 @@ def test_without_references_the_prompt_alone_decides(
 ) -> None:
     drawn = predictor.predict(None, PROMPT, 3, guidance_scale=4.0, width=96, height=96, seed=7)
     common = dict(width=96, height=96, num_inference_steps=3, generator=torch.Generator().manual_seed(7))
+    if family.name == "QwenImageEditPlus":
+        pytest.skip("the pipeline cannot draw without a reference")
     if family.name == "FluxKontext":
         length = pipe.tokenizer_2.model_max_length
         expected = pipe(prompt=PROMPT, guidance_scale=4.0, max_area=96 * 96, max_sequence_length=length, **common)
@@ -222,7 +227,21 @@ def test_padding_is_masked_and_changes_nothing(family: Family, pipe: DiffusionPi
         assert both.text_mask is None
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILY_NAMES if get_family(name).max_references > 1])
-def test_position_ids_of_several_references_never_overlap(name: str) -> None:
+def test_two_references_equal_the_pipeline(tiny_checkpoints: dict[str, Path]) -> None:
+    family = get_family("QwenImageEditPlus")
+    pipe = family.pipeline.from_pretrained(tiny_checkpoints[family.name])
+    pipe.set_progress_bar_config(disable=True)
+    scheduler = loading.load_scheduler(tiny_checkpoints[family.name])
+    predictor = Predictor(family, pipe, pipe.transformer, scheduler, AREA)
+    images = [picture(128, 96, seed=1), picture(90, 200, seed=2)]
+    with calls_of(pipe.transformer) as theirs:
+        expected = run_pipeline(family, pipe, images, 64, 160, **options(family))
+    with calls_of(pipe.transformer) as ours:
+        drawn = predictor.predict(images, PROMPT, 3, guidance_scale=4.0, width=64, height=160, seed=7)
+    assert_same_calls(ours, theirs)
+    assert np.array_equal(np.asarray(drawn[0]), np.asarray(expected))
+
+
+def test_position_ids_of_several_references_never_overlap() -> None:
     ids = torch.cat([image_ids(index, torch.zeros(1, 16, 4 + 2 * index, 6)) for index in range(4)])
     assert len(torch.unique(ids, dim=0)) == len(ids)

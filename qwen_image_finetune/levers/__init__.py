@@ -3,7 +3,7 @@
 The written order, which `prepare` keeps:
 
 1. frozen weights, quantised while they are loaded
-2. adapters, or everything unfrozen
+2. adapters, or everything unfrozen; the timestep exact
 3. attention backend
 4. recomputation of activations, and offload
 5. compile
@@ -32,11 +32,13 @@ def prepare(transformer: nn.Module, config: Config) -> nn.Module:
         ConfigError: model.lora does not fit the transformer.
     """
     from qwen_image_finetune.levers import adapters
+    from qwen_image_finetune.levers.timestep import keep_timestep_exact
 
     if config.model.lora is None:
         adapters.make_everything_trainable(transformer)
     else:
         adapters.add_adapter(transformer, config.model.lora, config.train.seed)
+    keep_timestep_exact(cast(Any, transformer))
     if config.train.gradient_checkpointing:
         cast(Any, transformer).enable_gradient_checkpointing()
     return transformer

@@ -1,0 +1,33 @@
+"""The noise level in float32 up to the model's own timestep embedding.
+
+diffusers' transformers cast the timestep to the precision of their activations first. In bfloat16 that leaves 256 levels
+between 0.5 and 1, several of which a shifted schedule would never tell apart, and the model would be told another level
+than the noise it sees.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+from torch import Tensor
+
+
+def keep_timestep_exact(transformer: ModelMixin) -> None:
+    """Hand the timestep that `transformer` is called with to its embedding as it is, in float32."""
+    embedding = transformer.time_text_embed
+    unit = 1000 / embedding.time_proj.scale  # what the embedding expects for a noise level of 1
+    told: list[Tensor] = []
+
+    def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        told[:] = [kwargs["timestep"].float() * unit]
+
+    def replace(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        timestep, (rounded, *rest) = told[0], args
+        if len(rounded) == 2 * len(timestep):  # zero_cond_t: the references are modulated at timestep 0
+            timestep = torch.cat([timestep, timestep * 0])
+        return (timestep, *rest)
+
+    transformer.register_forward_pre_hook(note, with_kwargs=True)
+    embedding.register_forward_pre_hook(replace)

@@ -1,0 +1,49 @@
+"""The timestep reaches its embedding in float32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qwen_image_finetune.families import FAMILIES, get_family
+from qwen_image_finetune.levers.timestep import keep_timestep_exact
+from qwen_image_finetune.records import Batch
+
+
+def predicted(family: Any, transformer: Any, timestep: float) -> torch.Tensor:
+    dtype = transformer.dtype
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    text = {"prompt_embeds": draw(1, 5, transformer.config.joint_attention_dim)}
+    if family.name == "FluxKontext":
+        text["pooled_prompt_embeds"] = draw(1, transformer.config.pooled_projection_dim)
+    batch = Batch(("a",), draw(1, 16, 4, 4), (draw(1, 16, 4, 6),), text)
+    guidance = 1.0 if family.distilled_guidance(transformer.config) else None
+    with torch.no_grad():
+        return family.velocity(transformer, draw(1, 16, 4, 4), torch.tensor([timestep]), batch, guidance).float()
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_levels_that_bfloat16_cannot_tell_apart_are_told_apart(name: str, tiny_checkpoints: dict[str, Path]) -> None:
+    family = get_family(name)
+    low, high = 0.9610, 0.9620  # both round to 0.9609 in bfloat16
+    assert torch.tensor(low).bfloat16() == torch.tensor(high).bfloat16()
+    transformer = family.transformer.from_pretrained(tiny_checkpoints[name], subfolder="transformer").bfloat16()
+    assert torch.equal(predicted(family, transformer, low), predicted(family, transformer, high))
+    keep_timestep_exact(transformer)
+    assert not torch.equal(predicted(family, transformer, low), predicted(family, transformer, high))
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_in_float32_nothing_changes(name: str, tiny_checkpoints: dict[str, Path]) -> None:
+    family = get_family(name)
+    transformer = family.transformer.from_pretrained(tiny_checkpoints[name], subfolder="transformer")
+    before = predicted(family, transformer, 0.9615)
+    keep_timestep_exact(transformer)
+    assert torch.equal(predicted(family, transformer, 0.9615), before)

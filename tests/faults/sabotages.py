@@ -1,0 +1,92 @@
+"""Faults that are put into the process of a run before it begins, by name."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+
+def report_phases(pipe: Connection) -> None:
+    """Say when the run begins to load, to cache an entry, to train a step, to save and to draw."""
+    from qwen_image_finetune import cache, checkpoint, loading, runs, store, validate
+
+    def announced(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def announce(*arguments: Any, **options: Any) -> Any:
+            pipe.send(name)
+            return call(*arguments, **options)
+
+        return announce
+
+    store.Store.write = announced("caching", store.Store.write)  # type: ignore[method-assign]
+    checkpoint.staged_folder = announced("saving", checkpoint.staged_folder)
+    loading.load_transformer = announced("loading", loading.load_transformer)
+    runs.Run.record = announced("step", runs.Run.record)  # type: ignore[method-assign]
+    runs.remove_folder = announced("removing", runs.remove_folder)
+    validate.Validation.__call__ = announced("drawing", validate.Validation.__call__)  # type: ignore[method-assign]
+    cache.fill = announced("filling", cache.fill)
+
+
+def clock(offset: str) -> None:
+    """Set the clock of the process to another time: seconds from now."""
+    real, real_ns = time.time, time.time_ns
+    time.time = lambda: real() + float(offset)
+    time.time_ns = lambda: real_ns() + int(float(offset) * 1e9)
+
+
+def slow_steps(seconds: str) -> None:
+    """Make every step take at least so long, and every sampler step as well."""
+    from qwen_image_finetune import flow
+
+    call = flow.noisy_latents
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(float(seconds))
+        return call(*arguments)
+
+    flow.noisy_latents = slow
+    steps = flow.set_timesteps
+
+    def slow_sampling(*arguments: Any) -> Any:
+        for each in steps(*arguments):
+            time.sleep(float(seconds))
+            yield each
+
+    flow.set_timesteps = slow_sampling
+
+
+def slow_save(seconds: str) -> None:
+    """Make a checkpoint take at least so long to write."""
+    from qwen_image_finetune import checkpoint
+
+    call = checkpoint.save_state
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(float(seconds))
+        return call(*arguments)
+
+    checkpoint.save_state = slow
+
+
+def no_memory(place: str) -> None:
+    """Raise what torch or Python raise when memory runs out, in one phase: "module.function[:call number]"."""
+    import importlib
+
+    path, _, count = place.partition("@")
+    module_name, _, name = path.rpartition(".")
+    owner: Any = importlib.import_module(f"qwen_image_finetune.{module_name.split('/')[0]}")
+    for part in module_name.split("/")[1:]:
+        owner = getattr(owner, part)
+    call, calls = getattr(owner, name), {"left": int(count or 1)}
+    errors = {"cuda": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "host": MemoryError()}
+
+    def fail(*arguments: Any, **options: Any) -> Any:
+        calls["left"] -= 1
+        if calls["left"] == 0:
+            raise errors["host" if "host" in path else "cuda"]
+        return call(*arguments, **options)
+
+    setattr(owner, name, fail)

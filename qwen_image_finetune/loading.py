@@ -16,7 +16,7 @@ from transformers.utils.logging import disable_progress_bar as disable_transform
 from qwen_image_finetune.config import Config, ConfigError, ModelConfig
 from qwen_image_finetune.families.base import Family
 from qwen_image_finetune.levers import weights
-from qwen_image_finetune.levers.stored_precision import base_precision
+from qwen_image_finetune.levers.stored_precision import base_precision, refuse_scaled_fp8
 
 # Their bars say little about weights that load in seconds, and break into ours.
 disable_diffusers_bars()
@@ -67,10 +67,15 @@ def load_encoders(
 
     Args:
         devices: where each component goes, by its name in the pipeline; "default" for the others.
+
+    Raises:
+        ConfigError: a part is stored in a precision that its library would read wrongly.
     """
     absent = {"transformer"} | (set() if vae else {"vae"})
     if not text:
         absent |= set(family.text_components)
+    for part in sorted({"vae", *family.text_components} - absent):
+        refuse_scaled_fp8(folder / part)
     pipe = family.pipeline.from_pretrained(
         folder, dtype=dtype, use_safetensors=True, local_files_only=True, **dict.fromkeys(absent)
     )

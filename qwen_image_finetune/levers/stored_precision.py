@@ -106,6 +106,24 @@ def tensor_index(folder: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
+def refuse_scaled_fp8(folder: Path) -> None:
+    """Raise ConfigError for a model that its own library would load wrongly: it takes e4m3 numbers without scales.
+
+    Text encoders and the VAE are loaded by transformers and diffusers: in the precision that bitsandbytes gave them, or
+    widened from plain e4m3, which is exact. Scales beside e4m3 weights they leave aside with no more than a warning.
+    """
+    from safetensors import safe_open
+
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="np") as file:
+            for key in file.keys():  # noqa: SIM118 (not a mapping)
+                if key.endswith(FP8_SCALES):
+                    raise ConfigError(
+                        f"{path} holds fp8 with scales ({key}), which is read for the transformer alone; put this part "
+                        "in full precision, plain e4m3, or a bitsandbytes format in its place"
+                    )
+
+
 def _format_of(tensors: dict[str, StoredTensor], folder: Path) -> str | None:
     kinds = {entry.dtype for entry in tensors.values()}
     if "F8_E5M2" in kinds:

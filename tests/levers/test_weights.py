@@ -1,4 +1,4 @@
-"""Loading: what diffusers and bitsandbytes would load, bit for bit, tensor by tensor, in whatever precision it is kept."""
+"""Loading: what diffusers and bitsandbytes would load, bit for bit, in whatever precision a checkpoint is kept."""
 
 from __future__ import annotations
 

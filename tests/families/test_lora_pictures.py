@@ -1,0 +1,49 @@
+"""A picture with a LoRA: ours, and that of the family's own pipeline with the file loaded by diffusers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from qwen_image_finetune.config import LoraConfig
+from qwen_image_finetune.families import FAMILIES, get_family
+from qwen_image_finetune.levers import adapters, lora_files
+from qwen_image_finetune.predict import Predictor
+from tests.families.test_conditioning import AREA, PROMPT, options, picture, run_pipeline
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_the_pipeline_draws_our_picture_with_our_file(
+    name: str, tiny_checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    from qwen_image_finetune import loading
+
+    family, folder = get_family(name), tiny_checkpoints[name]
+    pipe = family.pipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    without = run_pipeline(family, pipe, picture(128, 96), 128, 96, **options(family))
+
+    # A LoRA that does something, written as training writes it
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
+    trained = family.transformer.from_pretrained(folder, subfolder="transformer")
+    adapters.add_adapter(trained, config, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    lora_files.save_lora(tmp_path / "pytorch_lora_weights.safetensors", trained, config, {})
+
+    transformer = family.transformer.from_pretrained(folder, subfolder="transformer")
+    lora_files.load_lora(transformer, tmp_path, family.pipeline)
+    predictor = Predictor(family, pipe, transformer, loading.load_scheduler(folder), AREA)
+    scale = 2.5 if name == "FluxKontext" else 4.0
+    ours = predictor.predict(picture(128, 96), PROMPT, 3, guidance_scale=scale, width=128, height=96, seed=7)[0]
+
+    pipe.load_lora_weights(tmp_path)
+    theirs = run_pipeline(family, pipe, picture(128, 96), 128, 96, **options(family))
+    assert np.array_equal(np.asarray(ours), np.asarray(theirs))
+    assert not np.array_equal(np.asarray(theirs), np.asarray(without)), "the LoRA must show"

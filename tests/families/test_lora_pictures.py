@@ -47,3 +47,33 @@ def test_the_pipeline_draws_our_picture_with_our_file(
     theirs = run_pipeline(family, pipe, picture(128, 96), 128, 96, **options(family))
     assert np.array_equal(np.asarray(ours), np.asarray(theirs))
     assert not np.array_equal(np.asarray(theirs), np.asarray(without)), "the LoRA must show"
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_in_bfloat16_too(name: str, tiny_checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """Through the class that users call, in the precision of a GPU."""
+    from qwen_image_finetune.config import Config
+    from qwen_image_finetune.trainer import Trainer
+
+    family, folder = get_family(name), tiny_checkpoints[name]
+    trained = family.transformer.from_pretrained(folder, subfolder="transformer")
+    config = LoraConfig(r=4, lora_alpha=8)
+    adapters.add_adapter(trained, config, seed=0)
+    for parameter in trained.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(2))
+    lora_files.save_lora(tmp_path / "pytorch_lora_weights.safetensors", trained, config, {})
+
+    trainer = Trainer(Config.model_validate({"model": {"pretrained_model_name_or_path": str(folder)}}))
+    trainer.load_lora(tmp_path)
+    trainer.setup_predict()
+    assert trainer._predictor is not None
+    trainer._predictor.area = AREA
+    scale = 2.5 if name == "FluxKontext" else 4.0
+    ours = trainer.predict(picture(128, 96), PROMPT, 3, guidance_scale=scale, width=128, height=96, seed=7)[0]
+
+    pipe = family.pipeline.from_pretrained(folder, dtype=torch.bfloat16)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_lora_weights(tmp_path)
+    theirs = run_pipeline(family, pipe, picture(128, 96), 128, 96, **options(family))
+    assert np.array_equal(np.asarray(ours), np.asarray(theirs))

@@ -7,7 +7,7 @@ one for each reference, and one for each text it can be trained or sampled with.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -314,13 +314,22 @@ def ahead(items: Iterable[Item], load: Callable[[Item], Loaded], depth: int = 4)
             yield first, future.result()
 
 
-def fill(rows: EncodedDataset, missing: Missing, devices: CacheConfig, shown: bool = True) -> None:
+def fill(
+    rows: EncodedDataset,
+    missing: Missing,
+    devices: CacheConfig,
+    shown: bool = True,
+    homes: Mapping[str, torch.device] | None = None,
+) -> None:
     """Encode what the store lacks: first the texts, then the pictures, so that only one kind of encoder is in memory.
 
     Every entry is written as soon as it is known; an interrupted run continues where it was.
+
+    Args:
+        homes: where each component goes; without, as `devices` says, for the only process of a run.
     """
     dtype: torch.dtype = getattr(torch, rows.dtype)
-    homes = {
+    homes = homes or {
         "default": loading.resolve_device(None, "device"),
         "vae": loading.resolve_device(devices.vae_encoder_device, "cache.vae_encoder_device"),
         "text_encoder": loading.resolve_device(devices.text_encoder_device, "cache.text_encoder_device"),

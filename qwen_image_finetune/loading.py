@@ -122,6 +122,16 @@ def load_transformer(
     return cast(ModelMixin, transformer)
 
 
+def empty_transformer(family: Family, folder: Path, dtype: torch.dtype) -> ModelMixin:
+    """The transformer, frozen, its parameters in `dtype` but without memory: for `levers.parallel` to fill."""
+    transformer = weights.skeleton(family.transformer, folder / "transformer")
+    for parameter in transformer.parameters():
+        parameter.data = parameter.data.to(dtype)
+    for buffer in transformer.buffers():
+        buffer.data = buffer.data.to(dtype if buffer.is_floating_point() else buffer.dtype)
+    return cast(ModelMixin, transformer)
+
+
 def load_scheduler(folder: Path) -> FlowMatchEulerDiscreteScheduler:
     """The checkpoint's scheduler, whose constants decide the timestep shift."""
     return FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler", local_files_only=True)

@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import socket
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qwen_image_finetune import cache, console, loading, out_of_memory
+from qwen_image_finetune import cache, console, loading, out_of_memory, processes
 from qwen_image_finetune.cache import EncodedDataset
-from qwen_image_finetune.config import OUR_DATASETS, Config, ConfigError, import_class, resolve_family
+from qwen_image_finetune.config import (
+    OUR_DATASETS,
+    CacheConfig,
+    Config,
+    ConfigError,
+    TrainConfig,
+    import_class,
+    resolve_family,
+)
 from qwen_image_finetune.data.batches import Batches
 from qwen_image_finetune.data.dataset import ImageDataset
 from qwen_image_finetune.data.images import DataError
 from qwen_image_finetune.families import get_family
 from qwen_image_finetune.families.base import Family
-from qwen_image_finetune.levers import lora_files
+from qwen_image_finetune.levers import lora_files, parallel
 from qwen_image_finetune.optim import build_optimizer, build_scheduler
 from qwen_image_finetune.predict import Predictor
+from qwen_image_finetune.processes import LaunchError, Team
+from qwen_image_finetune.store import Fingerprints
 from qwen_image_finetune.trackers import unavailable
 
 if TYPE_CHECKING:
@@ -32,24 +45,68 @@ def build_accelerator(config: Config) -> Accelerator:
     """Devices and processes, as `accelerate launch` or torchrun started them.
 
     Raises:
-        ConfigError: fp16 without an accelerator.
+        ConfigError: fp16 without an accelerator; sharding that cannot be done.
+        LaunchError: fewer processes take part than were asked for, or more than there are cards.
     """
-    from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
     from accelerate.state import AcceleratorState
 
     if config.train.mixed_precision == "fp16" and not torch.accelerator.is_available():
         raise ConfigError("train.mixed_precision='fp16' needs a GPU; this machine has none: use 'bf16' or 'no'")
+    sharding = parallel.requested()  # before accelerate sees the request
     if os.environ.get("WORLD_SIZE") == "1":
         # A launcher started one process: DDP around it would copy gradients and refuse weights that wait on the host.
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
             os.environ.pop(name, None)
+    processes.check_cards(os.environ, torch.accelerator.device_count())
     # Without a card accelerate joins processes only if told that the CPU is meant; else each would train for itself.
     on_cpu = not torch.accelerator.is_available()
     # accelerate remembers the first precision of a process and refuses another; two runs in one process are legal here.
     AcceleratorState._reset_state()
-    # A LoRA on text modules of the last block gets no gradient in some families; DDP would wait for it for ever.
-    kwargs = DistributedDataParallelKwargs(find_unused_parameters=True)
-    return Accelerator(cpu=on_cpu, mixed_precision=config.train.mixed_precision, kwargs_handlers=[kwargs])
+    handlers = [
+        # A LoRA on text modules of the last block gets no gradient in some families; DDP would wait for it for ever.
+        DistributedDataParallelKwargs(find_unused_parameters=True),
+        InitProcessGroupKwargs(timeout=processes.START_TIMEOUT),
+    ]
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision=config.train.mixed_precision, kwargs_handlers=handlers)
+    processes.check_start(accelerator.num_processes)
+    atexit.unregister(processes.leave)
+    atexit.register(processes.leave)
+    processes.set_timeout(processes.START_TIMEOUT)  # a former run of this process set a shorter one
+    parallel.check(sharding, config, accelerator.num_processes)
+    if config.cache.use_cache:
+        encoder_homes(config.cache, "cache", accelerator.device, build_team(accelerator))
+    else:
+        encoder_homes(config.train, "train", accelerator.device, build_team(accelerator))
+    return accelerator
+
+
+def build_team(accelerator: Accelerator) -> Team:
+    """The processes of this run, to wait for each other without collectives."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+    return Team(accelerator.process_index, accelerator.num_processes, local)
+
+
+def encoder_homes(
+    part: CacheConfig | TrainConfig, section: str, home: torch.device, team: Team
+) -> dict[str, torch.device]:
+    """Where the encoders of this process live, by component; `home` unless the configuration says otherwise.
+
+    Raises:
+        ConfigError: a device that is not there.
+        LaunchError: a numbered device, and several processes on this machine.
+    """
+
+    def place(name: str | None, key: str) -> torch.device:
+        chosen = processes.encoder_device(name, f"{section}.{key}", str(home), team.local_size)
+        return home if chosen == str(home) else loading.resolve_device(chosen, f"{section}.{key}")
+
+    return {
+        "default": home,
+        "vae": place(part.vae_encoder_device, "vae_encoder_device"),
+        "text_encoder": place(part.text_encoder_device, "text_encoder_device"),
+        "text_encoder_2": place(part.text_encoder_2_device, "text_encoder_2_device"),
+    }
 
 
 def open_dataset(config: Config, family: Family, decode: bool = False) -> ImageDataset:
@@ -105,9 +162,6 @@ def check_run(config: Config, family: Family) -> None:
     if absent:
         raise ConfigError(f"logging.report_to names {absent}, not installed here: pip install {' '.join(absent)}")
     check_drop_keys(config, family)
-    if not config.cache.use_cache:
-        for part in ("vae_encoder_device", "text_encoder_device", "text_encoder_2_device"):
-            loading.resolve_device(getattr(config.train, part), f"train.{part}")
     stand_in = build_optimizer(config.optimizer, [torch.nn.Parameter(torch.zeros(1))])
     build_scheduler(config.lr_scheduler, stand_in, total_steps=config.max_steps or 1)
     if config.model.lora is not None and config.model.lora.pretrained_weight is not None:
@@ -130,21 +184,47 @@ def fill_cache(config: Config, rows: EncodedDataset, accelerator: Accelerator, s
 
     Raises:
         DataError: pictures that cannot be read to their end, all of them, before any encoder loads.
+        LaunchError: an entry that another process wrote does not appear here.
     """
-    rank, processes = accelerator.process_index, accelerator.num_processes
+    team = build_team(accelerator)
+    homes = encoder_homes(config.cache, "cache", accelerator.device, team)
     with rows.store.filling():
-        missing = rows.missing(True, rank, processes)
-        share = missing.share(rank, processes)
+        if not team.main:  # hashing the files is the first process's work; the others read what it found
+            team.meet("naming the entries of the cache")
+            rows.fingerprints = Fingerprints(rows.store.folder)
+        missing = rows.missing(True, team.rank, team.size)
+        if team.main:
+            team.meet("naming the entries of the cache")
+        share = missing.share(team.rank, team.size)
         if missing.damaged:
             say(f"{missing.damaged} damaged cache entries are encoded again")
         if missing:
             say(f"the cache in {rows.store.folder} lacks {len(missing.texts)} texts and {len(missing.images)} pictures "
                 f"of {missing.entries} entries: encoding them")  # fmt: skip
             check_pictures(rows.dataset, rows.rows_lacking(share))
-            cache.fill(rows, share, config.cache, shown=accelerator.is_main_process)
+            cache.fill(rows, share, config.cache, shown=team.main, homes=homes)
         else:
             say(f"the cache in {rows.store.folder} is complete: {missing.entries} entries")
-    accelerator.wait_for_everyone()
+    team.meet("encoding the data set")
+    if team.size > 1:
+        check_shared(rows, [*missing.images, *missing.texts])
+
+
+def check_shared(rows: EncodedDataset, keys: Sequence[str]) -> None:
+    """Refuse a cache folder that is not the same one for all processes. Network file systems may show files late.
+
+    Raises:
+        LaunchError: an entry that another process wrote did not appear here within a minute.
+    """
+    for _ in range(60):
+        lacking = rows.store.missing(keys)
+        if not lacking:
+            return
+        time.sleep(1)
+    raise LaunchError(
+        f"{len(lacking)} entries of the cache, written by other processes, are not in {rows.store.folder} on "
+        f"{socket.gethostname()}: cache.cache_dir must name one folder that all machines see"
+    )
 
 
 def check_pictures(dataset: ImageDataset, rows: Sequence[int]) -> None:
@@ -165,21 +245,13 @@ def prepare_embeddings(
     if config.cache.use_cache:
         fill_cache(config, rows, accelerator, say)
         return None
-    if accelerator.is_main_process:
+    team = build_team(accelerator)
+    if team.main:
         check_pictures(rows.dataset, range(len(rows.dataset)))
-    accelerator.wait_for_everyone()
+    team.meet("checking the pictures")
     train = config.train
     home = torch.device("cpu") if train.low_memory else accelerator.device  # low memory: the card is the transformer's
-
-    def place(name: str | None, key: str) -> torch.device:
-        return home if name is None else loading.resolve_device(name, key)
-
-    homes = {
-        "default": home,
-        "vae": place(train.vae_encoder_device, "train.vae_encoder_device"),
-        "text_encoder": place(train.text_encoder_device, "train.text_encoder_device"),
-        "text_encoder_2": place(train.text_encoder_2_device, "train.text_encoder_2_device"),
-    }
+    homes = encoder_homes(train, "train", home, team)
     return loading.load_encoders(rows.family, rows.checkpoint, loading.encoder_dtype(train.mixed_precision), homes)
 
 
@@ -194,16 +266,20 @@ def encode_dataset(config: Config) -> None:
     rows = EncodedDataset(config, family, dataset, loading.checkpoint_folder(config, family), dtype)
     with out_of_memory.explained(config, "encoding the data set"):
         fill_cache(config, rows, accelerator, say)
-    accelerator.end_training()
 
 
 def build_predictor(config: Config) -> Predictor:
     """Everything prediction needs, on the devices of predict.devices (default: the first accelerator, else the CPU)."""
     family = get_family(resolve_family(config, download=True)[0])
     folder = loading.checkpoint_folder(config, family)
-    places = config.predict.devices.model_dump()
-    homes = {name: loading.resolve_device(device, f"predict.devices.{name}") for name, device in places.items()}
-    homes["default"] = loading.resolve_device(None, "predict.devices")
+    home = loading.resolve_device(None, "predict.devices")
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if local > 1 and home.type != "cpu":  # each process draws for itself, on its own card
+        home = torch.device(home.type, int(os.environ["LOCAL_RANK"]))
+    homes = {"default": home}
+    for name, device in config.predict.devices.model_dump().items():
+        key = f"predict.devices.{name}"
+        homes[name] = loading.resolve_device(processes.encoder_device(device, key, str(home), local), key)
     dtype = loading.encoder_dtype(config.train.mixed_precision)
     pipe = loading.load_encoders(family, folder, dtype, homes)
     dtype = loading.weight_dtype(config.train.mixed_precision)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from qwen_image_finetune import console
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch._C._distributed_c10d import Store
 
 PATIENCE = 24 * 3600.0  # seconds that long work may take; a process that dies meanwhile ends the run at once anyway
 START_TIMEOUT = timedelta(minutes=30)  # for collectives before and in the first step: imports, kernels, compilation
@@ -292,6 +292,23 @@ class _Watch:
             if count == last
         ]
         return f"process {rank} has waited {waits:.0f} s ({self.seen[rank][1]}) for {'; '.join(late)}"
+
+
+_failed = False
+
+
+def abandon() -> None:
+    """A run failed: the process ends without taking leave, for which torch.distributed would wait for the others."""
+    global _failed  # noqa: PLW0603
+    _failed = True
+
+
+def leave() -> None:
+    """At the end of the process: let go of torch.distributed. Not sooner, as a process may run several runs."""
+    import torch.distributed
+
+    if torch.distributed.is_initialized() and not _failed:
+        torch.distributed.destroy_process_group()
 
 
 def set_timeout(limit: timedelta) -> None:

@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from qwen_image_finetune import cache, checkpoint, console, flow, levers, loading, out_of_memory, runs
+from qwen_image_finetune import cache, checkpoint, console, flow, levers, loading, out_of_memory, processes, runs
 from qwen_image_finetune.cache import EncodedDataset, TextVariant
 from qwen_image_finetune.config import Config, ConfigError, resolve_family
 from qwen_image_finetune.data.batches import Batches, MicroBatch
@@ -24,17 +25,19 @@ from qwen_image_finetune.data.dataset import ImageDataset
 from qwen_image_finetune.families import get_family
 from qwen_image_finetune.families.base import Family
 from qwen_image_finetune.files import DiskFull, is_disk_full, write_atomic
-from qwen_image_finetune.levers import lora_files, trained
+from qwen_image_finetune.levers import lora_files, parallel, trained
 from qwen_image_finetune.levers.stored_precision import base_precision
 from qwen_image_finetune.optim import build_optimizer, build_scheduler, optimizer_state, restore_optimizer
 from qwen_image_finetune.preparation import (
     Say,
     build_accelerator,
+    build_team,
     check_run,
     open_dataset,
     plan_batches,
     prepare_embeddings,
 )
+from qwen_image_finetune.processes import Team
 from qwen_image_finetune.records import Batch, Encoded, Example, collate
 from qwen_image_finetune.signals import INTERRUPTED, TERMINATED, StopSignals
 from qwen_image_finetune.trackers import Trackers
@@ -81,7 +84,9 @@ def train(config: Config) -> Path | None:
 def _train(config: Config, stopping: StopSignals) -> Path | None:
     # Who takes part
     accelerator = build_accelerator(config)
-    main = accelerator.is_main_process
+    team = build_team(accelerator)
+    sharding = parallel.requested()
+    main = team.main
     say: Say = console.say if main else lambda message: None
     family = get_family(resolve_family(config, download=True)[0])
     check_run(config, family)
@@ -95,8 +100,8 @@ def _train(config: Config, stopping: StopSignals) -> Path | None:
     total_steps = num_steps(config, batches)
 
     # Where the run is written, and where it continues
-    resume = find_resume(config, say)
-    accelerator.wait_for_everyone()  # all have seen the same checkpoints before the first process tidies them
+    found = team.share(lambda: find_resume(config, say), "looking for a checkpoint")  # one looks: all see the same
+    resume = None if found is None else Path(found)
     run = open_run(config, resume) if main else None
     progress = Progress()
     trackers = writer = None
@@ -108,17 +113,26 @@ def _train(config: Config, stopping: StopSignals) -> Path | None:
 
         # The model, its optimizer, and their state
         doing = "loading the transformer"
-        transformer = loading.load_transformer(
-            family, folder, loading.weight_dtype(config.train.mixed_precision), config.model, accelerator.device, say
-        )
+        dtype = loading.weight_dtype(config.train.mixed_precision)
+        if sharding is None:
+            transformer = loading.load_transformer(family, folder, dtype, config.model, accelerator.device, say)
+        else:
+            transformer = loading.empty_transformer(family, folder, dtype)  # filled once it is cut
         levers.prepare(transformer, config)
         if config.model.lora and config.model.lora.pretrained_weight and resume is None:
             lora_files.load_lora(transformer, config.model.lora.pretrained_weight, family.pipeline, config.model.lora)
-        transformer.to(accelerator.device).train()
+        if sharding is None:
+            transformer.to(accelerator.device)
+        else:
+            parallel.shard(transformer, sharding, accelerator.device)
+            parallel.fill(transformer, folder / "transformer", dtype, accelerator.device)
+        transformer.train()
         parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
         optimizer = build_optimizer(config.optimizer, parameters)
         schedule = build_scheduler(config.lr_scheduler, optimizer, total_steps)
-        model, optimizer = accelerator.prepare(transformer, optimizer)
+        team.meet("loading the transformer")
+        optimizer = accelerator.prepare(optimizer)
+        model = accelerator.prepare(transformer) if sharding is None else transformer
         state = State(config, family, transformer, optimizer, schedule, progress, accelerator)
         if resume is not None:
             state.load(resume)
@@ -135,22 +149,30 @@ def _train(config: Config, stopping: StopSignals) -> Path | None:
         velocity = partial(family.velocity, model, guidance=guidance)
         objective = Objective(config, family, velocity, loading.load_scheduler(folder).config, accelerator)
         writer = checkpoint.CheckpointWriter()
-        save = partial(save_checkpoint, config, run, writer, state, batches)
+        save = partial(save_checkpoint, config, run, writer, state, batches, team)
         validation = None
-        if config.validation.enabled and run is not None and trackers is not None:
-            validation = Validation(config, rows, pipe, transformer, accelerator.device, run.path, trackers)
+        if config.validation.enabled and (main or sharding):  # a model that is shared runs in all processes at once
+            folder_of_samples = None if run is None else run.path
+            validation = Validation(config, rows, pipe, transformer, accelerator.device, folder_of_samples, trackers)
+        team.meet("preparing to train")
 
         # The loop
         stream = read_ahead(config, rows, pipe, batches, accelerator, progress.step, total_steps)
         stopping.defer()
         doing = "training"
-        with console.progress("training", total_steps, progress.step, shown=main) as update:
+        first_step = progress.step
+        with (
+            console.progress("training", total_steps, progress.step, shown=main) as update,
+            team.watched(config.train.collective_timeout),
+        ):
             while progress.step < total_steps:
                 began = time.monotonic()
                 samples = sum(len(micro.rows) for micro in batches.at(progress.step))
                 total_loss, sigmas = torch.zeros((), device=accelerator.device), []
                 for place in range(config.train.gradient_accumulation_steps):
+                    team.enter(f"reading the samples of step {progress.step + 1}")
                     micro, batch = next(stream)
+                    team.enter(f"computing step {progress.step + 1}")
                     is_last = place == config.train.gradient_accumulation_steps - 1
                     with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
                         loss, sigma = objective(batch, micro)
@@ -159,7 +181,8 @@ def _train(config: Config, stopping: StopSignals) -> Path | None:
                     total_loss += loss.detach().sum() / samples
                     sigmas.append(sigma)
 
-                gradient_norm = float(accelerator.clip_grad_norm_(parameters, config.train.max_grad_norm))
+                norm = accelerator.clip_grad_norm_(parameters, config.train.max_grad_norm)
+                gradient_norm = float(parallel.gathered(norm, keep=True))
                 mean_loss, stop = agree(accelerator, total_loss, stopping.received)
                 # fp16 gradients overflow now and then by design; the gradient scaler skips those steps itself.
                 overflow = accelerator.scaler is not None and not math.isfinite(gradient_norm)
@@ -172,6 +195,8 @@ def _train(config: Config, stopping: StopSignals) -> Path | None:
                 progress.step += 1
                 progress.bad_steps = 0 if sound else progress.bad_steps + 1
                 writer.raise_if_failed()
+                if progress.step == first_step + 1:  # kernels are built, connections made: now nobody should be late
+                    processes.set_timeout(timedelta(seconds=config.train.collective_timeout))
 
                 if run is not None and trackers is not None:
                     values = {
@@ -200,9 +225,11 @@ def _train(config: Config, stopping: StopSignals) -> Path | None:
                     raise SystemExit(INTERRUPTED if stop == signal.SIGINT else TERMINATED)
                 if progress.step % config.train.checkpointing_steps == 0 or progress.step == total_steps:
                     save(wait=progress.step == total_steps)
-                if validation is not None and progress.step % config.validation.steps == 0:
+                if config.validation.enabled and progress.step % config.validation.steps == 0:
                     doing = "drawing samples"
-                    validation(progress.step, cancelled=lambda: stopping.received != 0)
+                    if validation is not None:  # processes that draw together are not cancelled one by one
+                        validation(progress.step, cancelled=lambda: stopping.received != 0 and sharding is None)
+                    team.meet(doing)
                     doing = "training"
         writer.wait()
         outcome = "finished"
@@ -220,7 +247,8 @@ def _train(config: Config, stopping: StopSignals) -> Path | None:
     finally:
         # Each part ends whatever becomes of the others; what went wrong first is what the caller hears.
         with contextlib.ExitStack() as ending:
-            ending.callback(accelerator.end_training)
+            if outcome == "failed":
+                processes.abandon()
             if run is not None:
                 ending.callback(run.close)
                 ending.callback(finish, run, outcome, progress.step)
@@ -247,15 +275,16 @@ def num_steps(config: Config, batches: Batches) -> int:
     return min(limit for limit in limits if limit is not None)
 
 
-def find_resume(config: Config, say: Say) -> Path | None:
-    """The checkpoint to continue, verified; None for a fresh start."""
+def find_resume(config: Config, say: Say) -> str | None:
+    """Folder of the checkpoint to continue, verified; None for a fresh start."""
     spec = config.train.resume_from_checkpoint
     if spec is None:
         return None
     found = runs.find_checkpoint(config.logging.project_dir, spec, say)
     if found is None:
         say(f"no complete checkpoint in {config.logging.project_dir}: starting afresh")
-    return found
+        return None
+    return str(found)
 
 
 def open_run(config: Config, resume: Path | None) -> runs.Run:
@@ -330,20 +359,32 @@ class State:
     progress: Progress
     accelerator: Accelerator
 
-    def snapshot(self) -> dict[str, Any]:
-        """Copies on the CPU of what changes from step to step; the loop may go on while they are written."""
+    def snapshot(self, keep: bool = True) -> dict[str, Any]:
+        """Copies on the CPU of what changes from step to step; the loop may go on while they are written.
+
+        Args:
+            keep: False where another process writes: this one only gives its part of a model that is shared.
+        """
         parts = {
-            "optimizer": optimizer_state(self.optimizer.optimizer),
+            "optimizer": parallel.gathered(optimizer_state(self.optimizer.optimizer), keep),
             "schedule": self.schedule.state_dict(),
             "progress": {
                 "step": self.progress.step,
                 "bad_steps": self.progress.bad_steps,
                 "seed": self.config.train.seed,
+                "micro_batches_per_step": self.micro_batches_per_step,
             },
         }
         if self.accelerator.scaler is not None:
             parts["scaler"] = self.accelerator.scaler.state_dict()
-        return {"parts": checkpoint.snapshot(parts), "weights": trained.snapshot(self.transformer, self.config.model)}
+        return {
+            "parts": checkpoint.snapshot(parts),
+            "weights": trained.snapshot(self.transformer, self.config.model, keep),
+        }
+
+    @property
+    def micro_batches_per_step(self) -> int:
+        return self.config.train.gradient_accumulation_steps * self.accelerator.num_processes
 
     def write(self, folder: Path, snapshot: dict[str, Any]) -> None:
         """Write a snapshot into a staged folder."""
@@ -383,8 +424,19 @@ class State:
                 f"train.seed={self.config.train.seed}, but {folder} was trained with {progress['seed']}: order of the "
                 "data and noise would change in the middle of the run; set the seed back or start afresh"
             )
-        for note in restore_optimizer(self.optimizer.optimizer, checkpoint.load_state(folder, "optimizer")):
-            console.say(f"note: {note}")
+        saved_per_step, processes_now = progress["micro_batches_per_step"], self.accelerator.num_processes
+        if saved_per_step != self.micro_batches_per_step:
+            raise ConfigError(
+                f"{folder} was trained with {saved_per_step} batches a step (accumulation times processes); "
+                f"train.gradient_accumulation_steps={self.config.train.gradient_accumulation_steps} with "
+                f"{processes_now} processes makes {self.micro_batches_per_step}: order of the data and length of the "
+                f"run would change; set it so that the product is {saved_per_step}"
+            )
+        saved = checkpoint.load_state(folder, "optimizer")
+        saved["state"] = parallel.cut_state(saved["state"], self.optimizer.optimizer)
+        for note in restore_optimizer(self.optimizer.optimizer, saved):
+            if self.accelerator.is_main_process:
+                console.say(f"note: {note}")
         self.schedule.load_state_dict(checkpoint.load_state(folder, "schedule"))
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(checkpoint.load_state(folder, "scaler"))
@@ -397,11 +449,15 @@ def save_checkpoint(
     writer: checkpoint.CheckpointWriter,
     state: State,
     batches: Batches,
+    team: Team,
     wait: bool = False,
 ) -> None:
     """Copy the state to the host and write it behind the loop's back; `wait` for the last one of a run."""
     step = state.progress.step
-    if run is not None:
+    if run is None:
+        if parallel.is_sharded(state.transformer):
+            state.snapshot(keep=False)
+    else:
         final = run.checkpoint_path(batches.epoch_of(max(step - 1, 0)), step)
         snapshot = state.snapshot()
         writer.submit(
@@ -412,8 +468,7 @@ def save_checkpoint(
         )
         if wait:
             writer.wait()
-    if wait:
-        state.accelerator.wait_for_everyone()
+    team.meet("saving a checkpoint")
 
 
 def read_ahead(

@@ -37,17 +37,18 @@ class Validation:
         pipe: DiffusionPipeline | None,
         transformer: ModelMixin,
         device: torch.device,
-        run: Path,
-        trackers: Trackers,
+        run: Path | None,
+        trackers: Trackers | None,
     ) -> None:
         """
         Args:
             pipe: encoders that are loaded anyway; None reads the cache and loads the VAE for each round.
             transformer: the one that is trained, without the wrappers of several processes.
+            run: version folder; None keeps nothing, and draws only because others need its part of the model.
         """
         self.settings, self.rows, self.pipe, self.transformer = config.validation, rows, pipe, transformer
-        self.device, self.folder, self.trackers = device, run / "samples", trackers
-        for killed in self.folder.glob("step-*"):
+        self.device, self.folder, self.trackers = device, None if run is None else run / "samples", trackers
+        for killed in [] if self.folder is None else self.folder.glob("step-*"):
             clean_leftovers(killed)
         self.dtype = loading.encoder_dtype(config.train.mixed_precision)
         self.precision = config.train.mixed_precision
@@ -69,7 +70,7 @@ class Validation:
         self.transformer.eval()
         strips = []
         try:
-            with console.progress(f"samples of step {step}", len(self.chosen)) as update:
+            with console.progress(f"samples of step {step}", len(self.chosen), shown=self.folder is not None) as update:
                 for done, index in enumerate(self.chosen, start=1):
                     strips.append(self._strip(index, self._draw(predictor, index, cancelled)))
                     update(done)
@@ -77,6 +78,8 @@ class Validation:
             return []
         finally:
             self.transformer.train(was_training)
+        if self.folder is None:
+            return []
         folder = self.folder / f"step-{step}"
         folder.mkdir(parents=True, exist_ok=True)
         files = [folder / f"{place}.png" for place in range(len(strips))]
@@ -84,7 +87,8 @@ class Validation:
             content = io.BytesIO()
             strip.save(content, "PNG")
             write_atomic(file, content.getvalue())
-        self.trackers.pictures("samples", strips, step)
+        if self.trackers is not None:
+            self.trackers.pictures("samples", strips, step)
         return files
 
     def _draw(self, predictor: Predictor, index: int, cancelled: Callable[[], bool]) -> Image.Image:

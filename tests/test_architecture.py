@@ -30,7 +30,7 @@ FLOORS: tuple[frozenset[str], ...] = tuple(
         "preparation loading",
         "toy",
         "families levers data",
-        "flow store checkpoint runs optim trackers",
+        "flow store checkpoint runs optim processes trackers",
         "config records files locks signals out_of_memory console __init__",
     )
 )

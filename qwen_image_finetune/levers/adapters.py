@@ -267,8 +267,11 @@ def _initialise(layer: LoraLayer, name: str, initialisation: bool | str) -> tupl
         return _initialise_from_base(layer, name, initialisation)
     pair = factors(layer, name)
     device = pair[0].weight.device
+    without_memory = device.type == "meta"  # a base that is filled later, once it is cut; the adapter is there now
+    if without_memory:
+        device = torch.device("cpu")
     for factor in pair:
-        factor.to("cpu")
+        factor.to_empty(device="cpu") if without_memory else factor.to("cpu")
         factor.reset_parameters()  # all that `false` does: both factors random
     if initialisation == "orthogonal":
         layer.orthogonal_init(name)

@@ -12,20 +12,25 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qwen_image_finetune.config import ModelConfig
-from qwen_image_finetune.levers import adapters, lora_files
+from qwen_image_finetune.levers import adapters, lora_files, parallel
 from qwen_image_finetune.runs import LORA_WEIGHTS
 
 TRANSFORMER = "transformer"  # folder of a fully tuned transformer, in diffusers layout
 ADAPTER = "adapter.safetensors"  # for an exact resume; LORA_WEIGHTS beside it is the file for users
 
 
-def snapshot(transformer: ModelMixin, config: ModelConfig) -> dict[str, Tensor]:
-    """Copies on the CPU of everything that training changes."""
+def snapshot(transformer: ModelMixin, config: ModelConfig, keep: bool = True) -> dict[str, Tensor]:
+    """Copies on the CPU of everything that training changes.
+
+    Args:
+        keep: False where another process keeps them: this one only gives its part of a model that is shared.
+    """
     if config.lora is None:
         state = transformer.state_dict()
     else:
         state = adapters.trainable_state(transformer, config.lora.adapter_name)
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
+    whole = parallel.gathered(state, keep)
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in whole.items() if tensor is not None}
 
 
 def save(
@@ -55,12 +60,21 @@ def load(folder: Path, transformer: ModelMixin, config: ModelConfig) -> None:
     if config.lora is not None:
         if not (folder / ADAPTER).is_file():
             raise ValueError(f"{folder} is a checkpoint of full fine-tuning, but model.lora asks for an adapter")
-        adapters.load_trainable_state(transformer, load_file(folder / ADAPTER), config.lora.adapter_name)
+        state = load_file(folder / ADAPTER)
+        pattern = adapters.trainable_state(transformer, config.lora.adapter_name)
+        cut = {
+            name: parallel.cut_like(value, pattern[name]) if name in pattern else value for name, value in state.items()
+        }
+        adapters.load_trainable_state(transformer, cut, config.lora.adapter_name)
         return
     if not (folder / TRANSFORMER).is_dir():
         raise ValueError(f"{folder} is a checkpoint of a LoRA, but model.lora=null asks for full fine-tuning")
-    state: dict[str, Tensor] = {}
+    state = {}
     for shard in sorted((folder / TRANSFORMER).glob("*.safetensors")):
         state |= load_file(shard)
+    pattern = transformer.state_dict()
+    state = {
+        name: parallel.cut_like(value, pattern[name]) if name in pattern else value for name, value in state.items()
+    }
     with torch.no_grad():
         transformer.load_state_dict(state, strict=True)

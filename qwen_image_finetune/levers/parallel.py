@@ -1,0 +1,226 @@
+"""One copy of the model shared by all processes: FSDP2 of torch, as accelerate's launch configuration asks for it.
+
+Every block of the transformer is a unit: its weights are cut along their first dimension, 1/n in each process, and
+gathered only while the block runs; gradients come back cut. What is left (embeddings, the last layers) is one more
+unit. Adapters are cut with the blocks they sit in, so optimizer state is cut as well. `fully_shard` is called here and
+not by `Accelerator.prepare`, which does it on cards only: so the same code runs, and is tested, on the CPU.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from qwen_image_finetune.config import Config, ConfigError
+from qwen_image_finetune.levers.quantized_linear import QuantizedLinear
+
+ASKED = "ACCELERATE_USE_FSDP"
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """What the launch configuration says about FSDP2."""
+
+    blocks: tuple[str, ...] = ()  # classes of the units; empty: those the model names itself
+    reshard_after_forward: bool = True  # gather the weights again in the backward pass
+
+
+@cache
+def requested() -> Sharding | None:
+    """The sharding that accelerate's launch configuration asks for, read once; None for none.
+
+    accelerate is not left to see it: it would cut modules itself, on cards only, and transformers would load the
+    encoders without weights.
+
+    Raises:
+        ConfigError: it asks for something that is not done here.
+    """
+    if os.environ.pop(ASKED, "").lower() != "true":
+        return None
+    from accelerate import FullyShardedDataParallelPlugin
+
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise ConfigError("fsdp_config.fsdp_version: 1 is not used here; write 2, as in configs/accelerate/fsdp2.yaml")
+    plugin = FullyShardedDataParallelPlugin()
+    refused = {
+        "fsdp_offload_params: true": (
+            os.environ.get("FSDP_OFFLOAD_PARAMS", "").lower() == "true",
+            "shards stay on their devices; more processes make them smaller",
+        ),
+        "fsdp_activation_checkpointing: true": (
+            bool(plugin.activation_checkpointing),
+            "train.gradient_checkpointing=true does that",
+        ),
+        "fsdp_auto_wrap_policy: SIZE_BASED_WRAP": (
+            bool(plugin.min_num_params),
+            "the blocks of the model are the units: write TRANSFORMER_BASED_WRAP",
+        ),
+    }
+    problems = [f"fsdp_config.{key} is refused: {why}" for key, (is_so, why) in refused.items() if is_so]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return Sharding(tuple(plugin.transformer_cls_names_to_wrap or ()), bool(plugin.reshard_after_forward))
+
+
+def check(sharding: Sharding | None, config: Config, processes: int) -> None:
+    """Refuse what cannot be shared, before anything is loaded.
+
+    Raises:
+        ConfigError: says what, and what to do.
+    """
+    if sharding is None:
+        return
+    if processes == 1:
+        raise ConfigError(
+            "the launch configuration asks for FSDP, but one process runs, which has nobody to share the model with: "
+            "start several, or take configs/accelerate/one_card.yaml"
+        )
+    if config.model.quantize:
+        raise ConfigError(
+            "model.quantize with FSDP: the bytes of a quantised layer and its scales cannot be cut apart; a quantised "
+            "base is 1/2 to 1/4 as large: train it with configs/accelerate/ddp.yaml, or set model.quantize=false"
+        )
+    if config.train.mixed_precision == "fp16":
+        raise ConfigError("train.mixed_precision=fp16 with FSDP: loss scaling needs whole gradients; use bf16")
+    if not config.optimizer.class_path.startswith("torch.optim."):
+        raise ConfigError(
+            f"optimizer.class_path={config.optimizer.class_path} with FSDP: it reads the bytes of whole weights, of "
+            "which a process has a part; use one of torch.optim, such as torch.optim.AdamW"
+        )
+    lora = config.model.lora
+    start = "" if lora is None or lora.pretrained_weight is not None else str(lora.init_lora_weights)
+    if start.startswith(("pissa", "olora")):
+        raise ConfigError(
+            f"model.lora.init_lora_weights={start!r} with FSDP takes the base apart, of which a "
+            'process has a part; use true, "gaussian" or "orthogonal"'
+        )
+
+
+def shard(transformer: nn.Module, sharding: Sharding, device: torch.device) -> None:
+    """Cut every weight of the transformer over all processes, in place. The last of the levers.
+
+    Weights may be without memory (on the device "meta"): they stay so, cut; `fill` then reads each process its part.
+
+    Raises:
+        ConfigError: a layer is quantised, or the classes of blocks are not in the model.
+    """
+    quantised = [name for name, module in transformer.named_modules() if isinstance(module, QuantizedLinear)]
+    if quantised:
+        raise ConfigError(
+            f"the checkpoint is quantised ({quantised[0]} and {len(quantised) - 1} more), and quantised layers cannot "
+            "be cut for FSDP: start with configs/accelerate/ddp.yaml, or take a checkpoint that is not quantised"
+        )
+    named = sharding.blocks or tuple(cast(Any, transformer)._no_split_modules or ())
+    blocks = [module for module in transformer.modules() if type(module).__name__ in named]
+    if not blocks:
+        raise ConfigError(
+            f"fsdp_config.fsdp_transformer_layer_cls_to_wrap={','.join(sharding.blocks)!r} is in no module of "
+            f"{type(transformer).__name__}; leave it out: the model says which blocks are its units"
+        )
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    for block in blocks:
+        fully_shard(block, mesh=mesh, reshard_after_forward=sharding.reshard_after_forward)
+    fully_shard(transformer, mesh=mesh)
+
+
+def is_sharded(transformer: nn.Module) -> bool:
+    return isinstance(transformer, FSDPModule)
+
+
+def fill(transformer: nn.Module, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+    """Give cut weights without memory their values: each process reads its own part of each tensor of the files.
+
+    Adapters must have their values already; they are small and made alike in every process.
+
+    Args:
+        dtype: that the unshared model would be loaded in; values are rounded to it, whatever they are kept in.
+
+    Raises:
+        ConfigError: files are missing or broken, or a tensor is missing or of another shape.
+    """
+    from qwen_image_finetune.levers.weights import opened
+
+    filled: dict[str, Tensor] = {}
+    with opened(folder) as checkpoint:
+        for name, parameter in transformer.named_parameters():
+            if not parameter.is_meta:
+                continue
+            key = name.replace(".base_layer.", ".")
+            if key not in checkpoint.tensors or checkpoint.tensors[key].shape != tuple(parameter.shape):
+                raise ConfigError(f"{folder}: {key} is missing or not {tuple(parameter.shape)}, as config.json has it")
+            assert isinstance(parameter, DTensor)
+            begin, rows = _own_rows(parameter)
+            part = checkpoint.read(key)[begin : begin + rows].to(device, dtype).to(parameter.dtype, copy=True)
+            filled[name] = DTensor.from_local(
+                part, parameter.device_mesh, parameter.placements, run_check=False, shape=parameter.shape,
+                stride=parameter.stride(),
+            )  # fmt: skip
+    transformer.load_state_dict(filled, strict=False, assign=True)  # FSDP takes notice of what is assigned
+    whole = [name for name, parameter in transformer.named_parameters() if not isinstance(parameter, DTensor)]
+    if whole:
+        raise RuntimeError(f"{len(whole)} weights, such as {whole[0]}, are not shared by the processes")
+
+
+def _own_rows(parameter: DTensor) -> tuple[int, int]:
+    """(first row, number of rows) of this process's part, cut along the first dimension."""
+    rank, size = parameter.device_mesh.get_local_rank(), parameter.device_mesh.size()
+    longest = -(-parameter.shape[0] // size)  # as torch.chunk cuts: full parts first, the last ones short or empty
+    return min(rank * longest, parameter.shape[0]), parameter.to_local().shape[0]
+
+
+# State of cut tensors, as files keep it
+
+
+def gathered(state: Any, keep: bool) -> Any:
+    """`state` with every cut tensor whole, in host memory; all processes call it, `keep` says who gets the values.
+
+    One tensor after the other: no process holds more of them at once than it keeps. Without cut tensors it is `state`.
+    """
+    if isinstance(state, DTensor):
+        whole = cast(DTensor, state.detach()).full_tensor()
+        return whole.cpu() if keep else None
+    if isinstance(state, Mapping):
+        return {key: gathered(value, keep) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        values = [gathered(value, keep) for value in state]
+        return values if isinstance(state, list) else tuple(values)
+    return state
+
+
+def cut_like(value: Tensor, pattern: Tensor) -> Tensor:
+    """A whole tensor as this process's part, where `pattern` is cut; all processes have the same `value`."""
+    if not isinstance(pattern, DTensor) or isinstance(value, DTensor):
+        return value
+    value = value.to(pattern.device)
+    return distribute_tensor(value, pattern.device_mesh, pattern.placements, src_data_rank=None)
+
+
+def cut_state(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The state_dict of an optimizer, its whole tensors cut like the parameters that they belong to."""
+    parameters = [tensor for group in optimizer.param_groups for tensor in group["params"]]
+    cut = {
+        index: {
+            name: cut_like(value, parameters[index])
+            if isinstance(value, Tensor) and value.shape == parameters[index].shape
+            else value
+            for name, value in entry.items()
+        }
+        for index, entry in state["state"].items()
+    }
+    return {**state, "state": cut}
+
+
+def local_bytes(transformer: nn.Module) -> int:
+    """Bytes of parameters that this process holds."""
+    tensors = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in transformer.parameters()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

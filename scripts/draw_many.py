@@ -11,6 +11,7 @@ from PIL import Image
 from qwen_image_finetune import loading
 from qwen_image_finetune.data.images import resize
 from qwen_image_finetune.families import get_family
+from qwen_image_finetune.levers import lora_files
 from qwen_image_finetune.predict import Conditions, Guidance, Predictor
 from qwen_image_finetune.records import collate
 
@@ -44,3 +45,8 @@ def through_vae(predictor: Predictor, pictures: Sequence[Image.Image]) -> list[I
     sized = [resize(picture, predictor.size(picture)) for picture in pictures]
     latents = torch.stack([predictor.family.encode_image(predictor.pipe, picture) for picture in sized])
     return predictor.family.decode(predictor.pipe, latents)
+
+
+def add_lora(predictor: Predictor, lora: Path) -> None:
+    """Draw with a LoRA from now on."""
+    lora_files.load_lora(predictor.transformer, lora, predictor.family.pipeline, None)

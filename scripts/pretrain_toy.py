@@ -41,8 +41,13 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILD, LOG = ROOT / "build/toy", ROOT / "toy/pretraining.log"
 SIZE = 64  # pixels
 SEED = 0
-PAIRS, VAE_PAIRS, POSTERS = 2000, 850, 250
-VAE_STEPS, POLISH_STEPS = 1400, 1200
+PAIRS = 2000
+# Steps, pairs and posters of each round of an autoencoder; the learning rate starts anew in each.
+VAE_ROUNDS = {
+    "flux_kontext": ((1400, 850, 250), (1000, 2000, 700)),
+    "qwen_image_edit": ((1400, 850, 250),),
+}
+POLISH = (1200, 2000, 700)
 HELD_OUT = 8  # pairs of each instruction
 SAMPLING_STEPS = 8
 
@@ -70,12 +75,12 @@ def draw() -> None:
         (targets / f"{stem}.txt").write_text(pair.prompt + "\n", encoding="utf-8")
 
 
-def pictures() -> NDArray[np.uint8]:
+def pictures(pairs: int, posters: int) -> NDArray[np.uint8]:
     """What an autoencoder learns from, (n, SIZE, SIZE, 3): both sides of pairs, and posters."""
     folders = [BUILD / "pairs" / name for name in ("control_images", "training_images")]
-    files = [file for folder in folders for file in sorted(folder.glob("*.png"))[:VAE_PAIRS]]
-    posters = [edits.draw_poster(np.random.default_rng([5, index]), SIZE) for index in range(POSTERS)]
-    return np.stack([np.asarray(Image.open(file)) for file in files] + [np.asarray(poster) for poster in posters])
+    files = [file for folder in folders for file in sorted(folder.glob("*.png"))[:pairs]]
+    drawn = [edits.draw_poster(np.random.default_rng([5, index]), SIZE) for index in range(posters)]
+    return np.stack([np.asarray(Image.open(file)) for file in files] + [np.asarray(poster) for poster in drawn])
 
 
 def train_vae(family: str) -> None:
@@ -83,9 +88,10 @@ def train_vae(family: str) -> None:
     if folder.exists():
         return
     model = vae.new_vae(family)
-    say(f"{family}: autoencoder of {sum(p.numel() for p in model.parameters()):,} weights, {VAE_STEPS} steps")
-    vae.train_vae(model, pictures(), VAE_STEPS, report=say)
-    say(f"{family}: autoencoder, {reconstruction_words(model)}")
+    say(f"{family}: autoencoder of {sum(p.numel() for p in model.parameters()):,} weights")
+    for seed, (steps, pairs, posters) in enumerate(VAE_ROUNDS[family]):
+        vae.train_vae(model, pictures(pairs, posters), steps, seed=seed, report=say)
+        say(f"{family}: autoencoder, {reconstruction_words(model)}")
     model.save_pretrained(folder)
 
 
@@ -123,7 +129,8 @@ def polish(family: str) -> None:
     if folder.exists():
         return
     model = load_vae(family, BUILD / family / "vae")
-    vae.train_vae(model, pictures(), POLISH_STEPS, learning_rate=2e-3, seed=1, only_decoder=True, report=say)
+    steps, pairs, posters = POLISH
+    vae.train_vae(model, pictures(pairs, posters), steps, learning_rate=2e-3, seed=9, only_decoder=True, report=say)
     say(f"{family}: decoder polished, {reconstruction_words(model)}")
     model.save_pretrained(folder)
 

@@ -61,17 +61,18 @@ def cache(options: argparse.Namespace) -> None:
 
 def run_training(config_file: Path, overrides: Sequence[str], dry_run: bool = False, only_cache: bool = False) -> None:
     """What `qif train`, `qif cache` and `python -m src.main` share."""
-    from qwen_image_finetune.config import load_config
     from qwen_image_finetune.signals import StopSignals
 
-    config = load_config(config_file, overrides)
-    tell(config.notes)
-    if dry_run:
-        from qwen_image_finetune.dry_run import describe
+    with StopSignals():  # from the first moment: packages alone take seconds to load
+        from qwen_image_finetune.config import load_config
 
-        print(describe(config))
-        return
-    with StopSignals():  # also while packages load, which takes seconds
+        config = load_config(config_file, overrides)
+        tell(config.notes)
+        if dry_run:
+            from qwen_image_finetune.dry_run import describe
+
+            print(describe(config))
+            return
         check_folders(config, only_cache)
         if only_cache:
             from qwen_image_finetune.preparation import encode_dataset

@@ -198,7 +198,7 @@ class Lab:
         assert code == expect, f"exit code {code} instead of {expect}:\n{trial.said()}"
         return trial
 
-    def run_together(self, config: Path, *overrides: str, processes: int = 2, sabotage: str | None = None) -> list[Trial]:
+    def run_together(self, config: Path, *overrides: str, processes: int = 2, **options: Any) -> list[Trial]:
         """Start one run of several processes that talk over gloo, as torchrun would."""
         self._count += 1
         port = 20_000 + (os.getpid() * 37 + self._count) % 10_000
@@ -206,8 +206,7 @@ class Lab:
                   "MASTER_PORT": str(port)}  # fmt: skip
         return [
             self.start(
-                config, *overrides, sabotage=sabotage,
-                environment={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                config, *overrides, environment={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, **options
             )
             for rank in range(processes)
         ]  # fmt: skip

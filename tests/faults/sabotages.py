@@ -12,7 +12,7 @@ import torch
 
 def report_phases(pipe: Connection) -> None:
     """Say when the run begins to load, to cache an entry, to train a step, to save and to draw."""
-    from qwen_image_finetune import cache, checkpoint, loading, runs, store, validate
+    from qwen_image_finetune import cache, checkpoint, loading, runs, signals, store, validate
 
     def announced(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def announce(*arguments: Any, **options: Any) -> Any:
@@ -28,6 +28,13 @@ def report_phases(pipe: Connection) -> None:
     runs.remove_folder = announced("removing", runs.remove_folder)
     validate.Validation.__call__ = announced("drawing", validate.Validation.__call__)  # type: ignore[method-assign]
     cache.fill = announced("filling", cache.fill)
+    handle = signals.StopSignals.__init__
+
+    def installed(self: signals.StopSignals) -> None:
+        handle(self)
+        pipe.send("begun")
+
+    signals.StopSignals.__init__ = installed  # type: ignore[method-assign]
 
 
 def clock(offset: str) -> None:

@@ -132,6 +132,8 @@ def _train(config: Config, stopping: StopSignals) -> Path | None:
         schedule = build_scheduler(config.lr_scheduler, optimizer, total_steps)
         team.meet("loading the transformer")
         optimizer = accelerator.prepare(optimizer)
+        # The wrapper is there for fp16's gradient scaler; it searches for an optional package at every call.
+        stepped = optimizer.optimizer if accelerator.scaler is None else optimizer
         model = accelerator.prepare(transformer) if sharding is None else transformer
         state = State(config, family, transformer, optimizer, schedule, progress, accelerator)
         if resume is not None:
@@ -189,7 +191,7 @@ def _train(config: Config, stopping: StopSignals) -> Path | None:
                 sound = math.isfinite(mean_loss) and (math.isfinite(gradient_norm) or overflow)
                 learning_rate = optimizer.param_groups[0]["lr"]
                 if sound:
-                    optimizer.step()
+                    stepped.step()
                 optimizer.zero_grad(set_to_none=True)
                 schedule.step()
                 progress.step += 1

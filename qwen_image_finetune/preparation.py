@@ -126,6 +126,8 @@ def open_dataset(config: Config, family: Family, decode: bool = False) -> ImageD
         arguments, family.size, family.side_multiple, family.max_references, config.train.seed
     )
     problems = dataset.check(decode)
+    if problems and not decode:  # nothing will be trained now: report what lies behind the headers as well
+        problems = dataset.check(decode=True)
     if problems:
         raise DataError(problems)
     if os.environ.get("RANK", "0") == "0":

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,27 +95,36 @@ def bare_loop(config: Any, family_name: str, steps: int) -> Callable[[], None]:
 
 
 def bench_loop(folder: Path, rounds: int) -> dict[str, Any]:
+    results = {}
+    for family in FAMILY_NAMES:
+        steps, ratios = time_loop(folder, family, rounds)
+        results[family] = {"bare_step_ms": statistics.median(steps), "loop_over_bare": statistics.median(ratios)}
+        print(
+            f"loop     {family:14} bare step {statistics.median(steps):.1f} ms of CPU; the loop costs "
+            f"{statistics.median(ratios):.3f} times that ({min(ratios):.3f} to {max(ratios):.3f})"
+        )
+    return results
+
+
+def time_loop(folder: Path, family: str, rounds: int) -> tuple[list[float], list[float]]:
+    """Milliseconds of a bare step and the ratio of ours to it, for each round."""
     from qwen_image_finetune.train import train
 
     few, many = 10, 60
-    results = {}
-    for family in FAMILY_NAMES:
-        quietly(lambda family=family: train(configuration(folder, family, "train.max_train_steps=1")))
-        bare = bare_loop(configuration(folder, family), family, many - few)
-        bare()
-        ratios, steps = [], []
-        for _ in range(rounds):
-            short = cpu_seconds(lambda: train(configuration(folder, family, f"train.max_train_steps={few}")))
-            long = cpu_seconds(lambda: train(configuration(folder, family, f"train.max_train_steps={many}")))
-            floor = cpu_seconds(bare)
-            ratios.append((long - short) / floor)
-            steps.append(1000 * floor / (many - few))
-        results[family] = {"bare_step_ms": statistics.median(steps), "loop_over_bare": statistics.median(ratios)}
-        print(
-            f"loop     {family:14} bare step {statistics.median(steps):.1f} ms of CPU; "
-            f"the loop costs {statistics.median(ratios):.3f} times that ({min(ratios):.3f} to {max(ratios):.3f})"
-        )
-    return results
+
+    def ours(steps: int) -> float:
+        config = configuration(folder, family, f"train.max_train_steps={steps}")
+        return cpu_seconds(lambda: train(config))
+
+    ours(1)  # fills the cache
+    bare = bare_loop(configuration(folder, family), family, many - few)
+    bare()
+    steps, ratios = [], []
+    for _ in range(rounds):
+        short, long, floor = ours(few), ours(many), cpu_seconds(bare)
+        ratios.append((long - short) / floor)
+        steps.append(1000 * floor / (many - few))
+    return steps, ratios
 
 
 def bench_reading(folder: Path, rounds: int) -> dict[str, Any]:
@@ -158,34 +168,35 @@ print("RESULT", time.process_time() - began, resource.getrusage(resource.RUSAGE_
 
 def bench_cache(folder: Path, rounds: int) -> dict[str, Any]:
     """Each variant in a process of its own, for its peak memory; the difference of two lengths is the step."""
+    from qwen_image_finetune.preparation import encode_dataset
+
     results = {}
     for family in FAMILY_NAMES:
-        quietly(
-            lambda family=family: __import__("qwen_image_finetune.preparation", fromlist=["x"]).encode_dataset(
-                configuration(folder, family)
-            )
-        )
+        config = configuration(folder, family)
+        quietly(partial(encode_dataset, config))
         ratios, memory = [], []
         for _ in range(rounds):
-            step = {}
-            for cached in (True, False):
-                seconds = []
-                for steps in (5, 25):
-                    options = [f"train.max_train_steps={steps}", f"cache.use_cache={str(cached).lower()}"]
-                    configuration(folder, family)
-                    command = [sys.executable, "-c", MEMORY_PROBE, str(folder / "config.yaml"), *options]
-                    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-                    _, cpu, peak = out.strip().splitlines()[-1].split()
-                    seconds.append(float(cpu))
-                step[cached] = (seconds[1] - seconds[0]) / 20, float(peak)
-            ratios.append(step[False][0] / step[True][0])
-            memory.append(step[True][1] / step[False][1])
+            cached, uncached = (time_steps(folder, use_cache) for use_cache in (True, False))
+            ratios.append(uncached[0] / cached[0])
+            memory.append(cached[1] / uncached[1])
         results[family] = {"speedup": statistics.median(ratios), "memory": statistics.median(memory)}
         print(
             f"cache    {family:14} {statistics.median(ratios):.2f} times the steps a second of encoding on the way, "
-            f"{statistics.median(memory):.2f} times its peak memory (process, interpreter and libraries included)"
+            f"{statistics.median(memory):.2f} times its peak memory (of the process, libraries included)"
         )
     return results
+
+
+def time_steps(folder: Path, use_cache: bool) -> tuple[float, float]:
+    """CPU seconds of a step, and peak memory of the process in MiB."""
+    seconds, peak = [], "0"
+    for steps in (5, 25):
+        options = [f"train.max_train_steps={steps}", f"cache.use_cache={str(use_cache).lower()}"]
+        command = [sys.executable, "-c", MEMORY_PROBE, str(folder / "config.yaml"), *options]
+        out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        _, cpu, peak = out.strip().splitlines()[-1].split()
+        seconds.append(float(cpu))
+    return (seconds[1] - seconds[0]) / 20, float(peak)
 
 
 def bench_startup(folder: Path, rounds: int) -> dict[str, Any]:

@@ -183,7 +183,7 @@ def _train(config: Config, stopping: StopSignals) -> Path | None:
                     total_loss += loss.detach().sum() / samples
                     sigmas.append(sigma)
 
-                norm = accelerator.clip_grad_norm_(parameters, config.train.max_grad_norm)
+                norm = accelerator.clip_grad_norm_(parameters, config.train.max_grad_norm or math.inf)
                 gradient_norm = float(parallel.gathered(norm, keep=True))
                 mean_loss, stop = agree(accelerator, total_loss, stopping.received)
                 # fp16 gradients overflow now and then by design; the gradient scaler skips those steps itself.

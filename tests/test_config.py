@@ -343,6 +343,10 @@ NOTED: dict[str, Any] = {
     "train.vae_encoder_device": ("cpu", {"cache.use_cache": True}, {}),
     "train.text_encoder_device": ("cpu", {"cache.use_cache": True}, {}),
     "train.text_encoder_2_device": ("cuda:1", {"cache.use_cache": True}, {}),
+    "train.keep_activations": (0.5, {}, {"train.gradient_checkpointing": True}),
+    "train.gradient_checkpointing": (True, {"train.memory": "auto"}, {}),
+    "train.offload_activations": (True, {"train.memory": "auto"}, {}),
+    "train.blocks_to_swap": (2, {"train.memory": "auto"}, {"train.gradient_checkpointing": True}),
     "lr_scheduler.warmup_steps": (100, {}, {"lr_scheduler.scheduler_type": "constant_with_warmup"}),
     "lr_scheduler.num_cycles": (
         2,

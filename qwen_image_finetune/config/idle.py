@@ -41,6 +41,10 @@ IDLE: tuple[tuple[str, Condition, str], ...] = (
     *((f"train.{key}_device", lambda c: c.cache.use_cache,
        f"cache.use_cache is true, and cache.{key}_device says where the encoder lives while caching")
       for key in ("vae_encoder", "text_encoder", "text_encoder_2")),
+    ("train.keep_activations", lambda c: not c.train.gradient_checkpointing or c.train.memory == "auto",
+     "train.gradient_checkpointing is false, or train.memory chooses"),
+    *((f"train.{key}", lambda c: c.train.memory == "auto", "train.memory is 'auto', which chooses it")
+      for key in ("gradient_checkpointing", "offload_activations", "blocks_to_swap")),
     ("lr_scheduler.warmup_steps", lambda c: c.lr_scheduler.scheduler_type == "constant",
      "lr_scheduler.scheduler_type is 'constant'; 'constant_with_warmup' warms up"),
     ("lr_scheduler.num_cycles", _schedule_is_not("cosine", "cosine_with_restarts"),

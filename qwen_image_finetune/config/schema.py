@@ -15,6 +15,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from omegaconf import OmegaConf
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 
+from qwen_image_finetune.config.exclusions import contradictions
+
 OUR_DATASETS = ("src.data.dataset.ImageDataset", "qwen_image_finetune.data.dataset.ImageDataset")
 
 
@@ -228,10 +230,30 @@ class TrainConfig(Section):
     )
     gradient_accumulation_steps: Count = Field(1, description="forward passes per optimizer step and process")
     gradient_checkpointing: Switch = Field(False, description="recompute activations in the backward pass")
+    keep_activations: Literal["none", "auto"] | Rate = Field(
+        0.0,
+        description="what recomputation spares: attention outputs and this share of those of the other products, most "
+        'time for its memory first; "none": nothing; "auto": as much as the card has room for',
+    )
+    offload_activations: Switch = Field(False, description="activations wait for the backward pass in host memory")
+    blocks_to_swap: Natural | Literal["auto"] = Field(
+        0,
+        description="blocks whose frozen weights wait in host memory and visit the card when they are needed; "
+        '"auto": as few as the card allows',
+    )
+    release_gradients: Switch = Field(
+        False, description="full fine-tuning: each weight is updated, its gradient freed, as soon as that is known"
+    )
+    compile: Switch = Field(False, description="compile the blocks, once for each size of batch and pictures")
+    memory: Literal["as_written", "auto"] = Field(
+        "as_written",
+        description='"auto": gradient_checkpointing, keep_activations, offload_activations and blocks_to_swap are '
+        "chosen, the fastest that fits the card",
+    )
     mixed_precision: Annotated[Literal["no", "fp16", "bf16"], BeforeValidator(_no_is_a_word)] = Field(
         "bf16", description="precision of the forward pass"
     )
-    max_grad_norm: Positive = Field(1.0, description="gradients are clipped to this norm")
+    max_grad_norm: Positive | None = Field(1.0, description="gradients are clipped to this norm; null: they are not")
     checkpointing_steps: Count = Field(500, description="optimizer steps between checkpoints; one more at the end")
     checkpoints_total_limit: Count | None = Field(None, description="checkpoints kept; the oldest beyond it go")
     resume_from_checkpoint: Text | None = Field(
@@ -390,7 +412,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
-        problems = []
+        problems = contradictions(self)
         if self.loss.mask_loss and not self.data.init_args.use_edit_mask:
             problems.append("loss.mask_loss=true needs data.init_args.use_edit_mask=true, which reads the masks")
         if self.loss.mask_loss and self.loss.foreground_weight == self.loss.background_weight == 0:

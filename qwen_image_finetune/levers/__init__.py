@@ -40,5 +40,8 @@ def prepare(transformer: nn.Module, config: Config) -> nn.Module:
         adapters.add_adapter(transformer, config.model.lora, config.train.seed)
     keep_timestep_exact(cast(Any, transformer))
     if config.train.gradient_checkpointing:
-        cast(Any, transformer).enable_gradient_checkpointing()
+        from qwen_image_finetune.levers.recompute import recompute
+
+        keep = config.train.keep_activations
+        recompute(transformer, 0.0 if keep == "auto" else keep)
     return transformer

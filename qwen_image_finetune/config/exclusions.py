@@ -1,0 +1,109 @@
+"""Settings of a run that exclude each other: one table, which the configuration check reads and a test walks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qwen_image_finetune.config.schema import Config
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One side of a pair."""
+
+    key: str
+    applies: Callable[[Config], bool]
+    example: tuple[str, ...]  # overrides that make it apply, for the test that walks the table
+
+
+@dataclass(frozen=True)
+class Exclusion:
+    """Two settings that no run has both of, why, and what to do instead."""
+
+    first: Setting
+    second: Setting
+    why: str
+
+
+# Optimizers whose step treats each weight by itself.
+ALONE = ("torch.optim.", "bitsandbytes.optim.")
+
+SWAP = Setting(
+    "train.blocks_to_swap",
+    lambda c: c.train.blocks_to_swap != 0 and c.train.memory != "auto",
+    ("train.blocks_to_swap=1",),
+)
+RELEASE = Setting("train.release_gradients", lambda c: c.train.release_gradients, ("train.release_gradients=true",))
+COMPILE = Setting("train.compile", lambda c: c.train.compile, ("train.compile=true",))
+FULL = Setting("model.lora", lambda c: c.model.lora is None, ("model.lora=null",))
+
+EXCLUSIONS: tuple[Exclusion, ...] = (
+    Exclusion(
+        SWAP,
+        Setting(
+            "train.gradient_checkpointing",
+            lambda c: not c.train.gradient_checkpointing,
+            ("train.gradient_checkpointing=false",),
+        ),
+        "without recomputation every block keeps its weights on the card for its backward pass; set "
+        "train.gradient_checkpointing=true",
+    ),
+    Exclusion(SWAP, FULL, "swapped weights are never written back, so they cannot be trained; give model.lora"),
+    Exclusion(
+        SWAP, COMPILE, "a compiled block keeps its weights on the card for its backward pass; set train.compile=false"
+    ),
+    Exclusion(
+        RELEASE,
+        Setting("model.lora", lambda c: c.model.lora is not None, ("model.lora={r: 4}",)),
+        "the gradients of an adapter are too small to be worth it; set train.release_gradients=false",
+    ),
+    Exclusion(
+        RELEASE,
+        Setting(
+            "train.gradient_accumulation_steps",
+            lambda c: c.train.gradient_accumulation_steps > 1,
+            ("train.gradient_accumulation_steps=2",),
+        ),
+        "a gradient that is gone after one backward pass cannot be summed over several; use data.batch_size",
+    ),
+    Exclusion(
+        RELEASE,
+        Setting("train.max_grad_norm", lambda c: c.train.max_grad_norm is not None, ("train.max_grad_norm=1.0",)),
+        "the norm of all gradients is known when most of them are already used; set train.max_grad_norm=null",
+    ),
+    Exclusion(
+        RELEASE,
+        Setting("train.mixed_precision", lambda c: c.train.mixed_precision == "fp16", ("train.mixed_precision=fp16",)),
+        "loss scaling looks at all gradients before it uses one; use bf16",
+    ),
+    Exclusion(
+        RELEASE,
+        Setting(
+            "optimizer.class_path",
+            lambda c: not c.optimizer.class_path.startswith(ALONE) or c.optimizer.class_path.endswith("LBFGS"),
+            ("optimizer.class_path=prodigyopt.Prodigy",),
+        ),
+        "it may look at all gradients together; use one of torch.optim (not LBFGS) or bitsandbytes.optim",
+    ),
+)
+
+
+def contradictions(config: Config) -> list[str]:
+    """One line for each pair of the table that this run has both of."""
+    values: dict[str, Any] = config.model_dump()
+    return [
+        f"{_shown(values, pair.first.key)} and {_shown(values, pair.second.key)} exclude each other: {pair.why}"
+        for pair in EXCLUSIONS
+        if pair.first.applies(config) and pair.second.applies(config)
+    ]
+
+
+def _shown(values: dict[str, Any], key: str) -> str:
+    from qwen_image_finetune.config.schema import shown
+    from qwen_image_finetune.config.tree import find
+
+    value = find(values, key)
+    return key if isinstance(value, dict) else f"{key}={shown(value)}"

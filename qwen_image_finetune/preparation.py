@@ -54,6 +54,7 @@ def build_accelerator(config: Config) -> Accelerator:
     if config.train.mixed_precision == "fp16" and not torch.accelerator.is_available():
         raise ConfigError("train.mixed_precision='fp16' needs a GPU; this machine has none: use 'bf16' or 'no'")
     sharding = parallel.requested()  # before accelerate sees the request
+    launched = dict(os.environ)
     if os.environ.get("WORLD_SIZE") == "1":
         # A launcher started one process: DDP around it would copy gradients and refuse weights that wait on the host.
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
@@ -69,7 +70,7 @@ def build_accelerator(config: Config) -> Accelerator:
         InitProcessGroupKwargs(timeout=processes.START_TIMEOUT),
     ]
     accelerator = Accelerator(cpu=on_cpu, mixed_precision=config.train.mixed_precision, kwargs_handlers=handlers)
-    processes.check_start(accelerator.num_processes)
+    processes.check_start(accelerator.num_processes, launched)
     atexit.unregister(processes.leave)
     atexit.register(processes.leave)
     processes.set_timeout(processes.START_TIMEOUT)  # a former run of this process set a shorter one

@@ -108,12 +108,13 @@ def check(options: argparse.Namespace) -> None:
     """Check configuration and data, decoding every picture, and load nothing else."""
     from qwen_image_finetune.config import load_config, resolve_family
     from qwen_image_finetune.families import get_family
-    from qwen_image_finetune.preparation import open_dataset
+    from qwen_image_finetune.held_out import open_pairs
 
     config = load_config(options.config, options.overrides)
     tell(config.notes)
-    dataset = open_dataset(config, get_family(resolve_family(config)[0]), decode=True)
-    print(f"{len(dataset)} pairs, all readable")
+    pairs = open_pairs(config, get_family(resolve_family(config)[0]), decode=True)
+    beside = "" if pairs.held_out is None else f" to train on, {len(pairs.held_out)} to validate on"
+    print(f"{len(pairs.training)} pairs{beside}, all readable")
 
 
 def export(options: argparse.Namespace) -> None:

@@ -258,17 +258,30 @@ def prepare_embeddings(
     return loading.load_encoders(rows.family, rows.checkpoint, loading.encoder_dtype(train.mixed_precision), homes)
 
 
+def prepare_held_out(config: Config, rows: EncodedDataset, accelerator: Accelerator, say: Say) -> None:
+    """The same for pairs that are only validated on; without the cache the encoders are there already."""
+    if config.cache.use_cache:
+        fill_cache(config, rows, accelerator, say)
+    elif accelerator.is_main_process:
+        check_pictures(rows.dataset, range(len(rows.dataset)))
+
+
 def encode_dataset(config: Config) -> None:
     """Complete the cache of a configuration, whether or not it trains from it (`--cache`)."""
+    from qwen_image_finetune.held_out import open_pairs, training_config  # which opens data sets with `open_dataset`
+
     accelerator = build_accelerator(config)
     say: Say = console.say if accelerator.is_main_process else lambda message: None
     family = get_family(resolve_family(config, download=True)[0])
     check_drop_keys(config, family)
-    dataset = open_dataset(config, family)
+    pairs = open_pairs(config, family)
     dtype = loading.encoder_dtype(config.train.mixed_precision)
-    rows = EncodedDataset(config, family, dataset, loading.checkpoint_folder(config, family), dtype)
+    folder = loading.checkpoint_folder(config, family)
     with out_of_memory.explained(config, "encoding the data set"):
-        fill_cache(config, rows, accelerator, say)
+        fill_cache(config, EncodedDataset(training_config(config, pairs), family, pairs.training, folder, dtype),
+                   accelerator, say)  # fmt: skip
+        if pairs.held_out is not None:
+            fill_cache(config, EncodedDataset(config, family, pairs.held_out, folder, dtype), accelerator, say)
 
 
 def build_predictor(config: Config) -> Predictor:

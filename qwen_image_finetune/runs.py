@@ -34,6 +34,7 @@ VERSION = re.compile(r"^v(0|[1-9]\d*)$")
 CHECKPOINT = re.compile(r"^checkpoint-(\d+)-(\d+)$")
 MIN_STEPS = 5  # ended versions with fewer optimizer steps are removed when a new run starts
 LOCK, STATE, METRICS, SUPERSEDED = "run.lock", "run.json", "metrics.jsonl", "superseded"
+BEST = "best.json"  # which checkpoint is best on held-out pairs
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 State = Literal["running", "finished", "failed", "interrupted"]
 
@@ -93,6 +94,8 @@ class Run:
         them for the newest of the run that now continues.
         """
         self.truncate_metrics(step)
+        if any(line["step"] > step for line in _lines(self.path / BEST)):
+            (self.path / BEST).unlink()
         for folder in _checkpoint_folders(self.path):
             if _step(folder) > step:
                 aside = self.path / SUPERSEDED
@@ -232,16 +235,23 @@ def find_checkpoint(project_dir: Path, spec: str, warn: Callable[[str], None]) -
 def retention(run: Run, limit: int | None) -> None:
     """Delete the oldest complete checkpoints beyond `limit`; call it once the new one is complete.
 
-    Only sound checkpoints count towards the limit: a damaged one never pushes a good one out.
+    Only sound checkpoints count towards the limit: a damaged one never pushes a good one out. The best one on held-out
+    pairs stays, beyond the limit if need be.
     """
     if limit is None:
         return
-    sound = 0
+    sound, best = 0, best_checkpoint(run.path)
     for folder in reversed(run.checkpoints()):
         if sound < limit:
             sound += run.is_sound(folder)
-        else:
+        elif folder != best:
             remove_folder(folder)
+
+
+def best_checkpoint(version: Path) -> Path | None:
+    """The checkpoint that best.json points to; None where no held-out pairs were measured."""
+    lines = _lines(version / BEST)
+    return version / str(lines[0]["checkpoint"]) if lines else None
 
 
 def steps_of(version: Path) -> int:

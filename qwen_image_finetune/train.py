@@ -25,6 +25,7 @@ from qwen_image_finetune.data.dataset import ImageDataset
 from qwen_image_finetune.families import get_family
 from qwen_image_finetune.families.base import Family
 from qwen_image_finetune.files import DiskFull, is_disk_full, write_atomic
+from qwen_image_finetune.held_out import HeldOutLoss, open_pairs, training_config
 from qwen_image_finetune.levers import lora_files, parallel, trained
 from qwen_image_finetune.levers.stored_precision import base_precision
 from qwen_image_finetune.optim import build_optimizer, build_scheduler, optimizer_state, restore_optimizer
@@ -33,9 +34,9 @@ from qwen_image_finetune.preparation import (
     build_accelerator,
     build_team,
     check_run,
-    open_dataset,
     plan_batches,
     prepare_embeddings,
+    prepare_held_out,
 )
 from qwen_image_finetune.processes import Team
 from qwen_image_finetune.records import Batch, Encoded, Example, collate
@@ -92,10 +93,15 @@ def _train(config: Config, stopping: StopSignals) -> Path | None:
     check_run(config, family)
 
     # The pairs, and how long the run is
-    dataset = open_dataset(config, family)
+    pairs = open_pairs(config, family)
+    dataset = pairs.training
     folder = loading.checkpoint_folder(config, family)
     base_precision(folder / "transformer", config.model)  # a contradiction is refused before embeddings are computed
-    rows = EncodedDataset(config, family, dataset, folder, loading.encoder_dtype(config.train.mixed_precision))
+    encoder_dtype = loading.encoder_dtype(config.train.mixed_precision)
+    rows = EncodedDataset(training_config(config, pairs), family, dataset, folder, encoder_dtype)
+    held_out = None
+    if pairs.held_out is not None:
+        held_out = EncodedDataset(config, family, pairs.held_out, folder, encoder_dtype)
     batches = plan_batches(config, dataset, accelerator.num_processes)
     total_steps = num_steps(config, batches)
 
@@ -110,6 +116,8 @@ def _train(config: Config, stopping: StopSignals) -> Path | None:
     try:
         # Embeddings: from the cache, which is completed first, or from encoders that stay
         pipe = prepare_embeddings(config, rows, accelerator, say)
+        if held_out is not None:
+            prepare_held_out(config, held_out, accelerator, say)
 
         # The model, its optimizer, and their state
         doing = "loading the transformer"
@@ -154,8 +162,12 @@ def _train(config: Config, stopping: StopSignals) -> Path | None:
         save = partial(save_checkpoint, config, run, writer, state, batches, team)
         validation = None
         if config.validation.enabled and (main or sharding):  # a model that is shared runs in all processes at once
-            folder_of_samples = None if run is None else run.path
-            validation = Validation(config, rows, pipe, transformer, accelerator.device, folder_of_samples, trackers)
+            shown = rows if held_out is None else held_out
+            plain = Objective(config, family, partial(family.velocity, transformer, guidance=guidance),
+                              objective.scheduler_config, accelerator)  # fmt: skip
+            measure = HeldOutLoss(plain, config.validation) if held_out is not None else None
+            validation = Validation(config, shown, pipe, transformer, accelerator.device, run, trackers, measure)
+            validation.start(progress.step)
         team.meet("preparing to train")
 
         # The loop
@@ -225,12 +237,16 @@ def _train(config: Config, stopping: StopSignals) -> Path | None:
                     say(f"stopped by {signal.Signals(stop).name} after step {progress.step}, which is saved; "
                         "continue with train.resume_from_checkpoint=latest")  # fmt: skip
                     raise SystemExit(INTERRUPTED if stop == signal.SIGINT else TERMINATED)
-                if progress.step % config.train.checkpointing_steps == 0 or progress.step == total_steps:
+                saved = progress.step % config.train.checkpointing_steps == 0 or progress.step == total_steps
+                if saved:
                     save(wait=progress.step == total_steps)
-                if config.validation.enabled and progress.step % config.validation.steps == 0:
+                draws = config.validation.enabled and progress.step % config.validation.steps == 0
+                if draws or (saved and held_out is not None):
                     doing = "drawing samples"
                     if validation is not None:  # processes that draw together are not cancelled one by one
-                        validation(progress.step, cancelled=lambda: stopping.received != 0 and sharding is None)
+                        at = run.checkpoint_path(batches.epoch_of(progress.step - 1), progress.step) if run else None
+                        validation(progress.step, lambda: stopping.received != 0 and sharding is None,
+                                   draws, at if saved else None)  # fmt: skip
                     team.meet(doing)
                     doing = "training"
         writer.wait()

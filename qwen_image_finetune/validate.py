@@ -1,34 +1,52 @@
-"""Samples during training, drawn as prediction would, without touching the run: its weights, mode or random state."""
+"""Validation while training: samples and the held-out loss, without touching the run's weights, mode or random state.
+
+Everything random has generators of its own, gradients are not asked for, and the base is the trained model with its
+adapter at strength 0: so the trained weights are the same to the bit with and without validation.
+"""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 
-from qwen_image_finetune import console, loading
-from qwen_image_finetune.cache import EncodedDataset, TextVariant
+from qwen_image_finetune import console, runs, samples
+from qwen_image_finetune.cache import EncodedDataset
 from qwen_image_finetune.config import Config
-from qwen_image_finetune.data.images import resize
+from qwen_image_finetune.data.part import spread
 from qwen_image_finetune.files import clean_leftovers, write_atomic
-from qwen_image_finetune.predict import Conditions, Predictor
-from qwen_image_finetune.records import Batch, collate
+from qwen_image_finetune.held_out import HeldOutLoss
+from qwen_image_finetune.levers import adapters, parallel
 from qwen_image_finetune.trackers import Trackers
+from qwen_image_finetune.verdict import Best, Measured, constant, verdict
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
+
+BASE = "base"  # folder of what the base draws, and file of its losses
 
 
 class _Cancelled(Exception):
     """Somebody waits for the process to end."""
 
 
+@dataclass(frozen=True)
+class Base:
+    """What the model did before anything was learnt."""
+
+    losses: list[float]  # of the held-out pairs
+    pictures: list[Image.Image]
+
+
 class Validation:
-    """Draws the same pairs with the same noise every time."""
+    """Draws the same pairs with the same noise every time, and measures the same losses."""
 
     def __init__(
         self,
@@ -37,92 +55,166 @@ class Validation:
         pipe: DiffusionPipeline | None,
         transformer: ModelMixin,
         device: torch.device,
-        run: Path | None,
+        run: runs.Run | None,
         trackers: Trackers | None,
+        loss: HeldOutLoss | None,
     ) -> None:
         """
         Args:
+            rows: the held-out pairs, or the training's own where none are held out.
             pipe: encoders that are loaded anyway; None reads the cache and loads the VAE for each round.
             transformer: the one that is trained, without the wrappers of several processes.
-            run: version folder; None keeps nothing, and draws only because others need its part of the model.
+            run: the version; None keeps nothing, and works only because others need its part of the model.
+            loss: None where no pairs are held out: on the training's own it would say nothing.
         """
-        self.settings, self.rows, self.pipe, self.transformer = config.validation, rows, pipe, transformer
-        self.device, self.folder, self.trackers = device, None if run is None else run / "samples", trackers
-        for killed in [] if self.folder is None else self.folder.glob("step-*"):
-            clean_leftovers(killed)
-        self.dtype = loading.encoder_dtype(config.train.mixed_precision)
-        self.precision = config.train.mixed_precision
-        number = min(self.settings.num_validation_samples, len(rows.dataset))
-        self.chosen = [round(place * (len(rows.dataset) - 1) / max(number - 1, 1)) for place in range(number)]
+        self.config, self.rows, self.transformer, self.run, self.trackers = config, rows, transformer, run, trackers
+        self.sampler = samples.Sampler(config, rows, pipe, transformer, device)
+        number = config.validation.num_loss_pairs if loss else 0
+        self.loss, self.measured_rows = loss, spread(number, len(rows.dataset)) if number else []
+        self.folder = None if run is None else run.path / "samples"
+        for killed in [] if self.folder is None else [self.folder, *self.folder.glob("*/")]:
+            if killed.is_dir():
+                clean_leftovers(killed)
+        self.best = Best(run) if run is not None and self.measured_rows else None
+        self.base: Base | None = None
+        self.last: Measured | None = None
 
-    def __call__(self, step: int, cancelled: Callable[[], bool] = lambda: False) -> list[Path]:
-        """Draw, save beside reference and truth, and report; returns the files.
+    @property
+    def measures(self) -> bool:
+        """Whether there are held-out pairs to measure."""
+        return bool(self.measured_rows)
+
+    def start(self, step: int) -> None:
+        """Find out what the base does: from the run's folder if it stands there, else now.
+
+        A fully tuned model is its own base only before its first step; resumed without that folder, it is compared with
+        nothing, and that is said.
+        """
+        # Processes that share the model must do the same, and only the first can see the folder.
+        known = None if parallel.is_sharded(self.transformer) else self._known_base()
+        if known is not None:
+            self.base = known
+            return
+        if self.config.model.lora is None and step > 0:
+            if self.folder is not None:
+                console.say("note: what the base did was not kept with this run, and the model is tuned as a whole: "
+                            "held-out losses and samples are shown without it")  # fmt: skip
+            return
+        with self._at_rest(strength=0.0):
+            losses = self._losses("held-out loss of the base", lambda: None)
+            pictures = self.sampler.draw("samples of the base", self.folder is not None, lambda: None)
+        self.base = Base(losses, pictures)
+        if self.folder is not None:
+            samples.save(self.folder / BASE, pictures)
+            kept = {"of": self._identity(), "losses": losses}
+            write_atomic(self.folder / f"{BASE}.json", json.dumps(kept) + "\n")
+
+    def __call__(
+        self,
+        step: int,
+        cancelled: Callable[[], bool] = lambda: False,
+        draw: bool = True,
+        checkpoint: Path | None = None,
+    ) -> list[Path]:
+        """Measure, draw, save beside references, base and truth, and report; returns the files of the samples.
 
         Args:
             cancelled: asked between sampler steps; once it says so, this round is given up and nothing is saved.
+            draw: also draw samples.
+            checkpoint: where this step is saved, if it is; only then can it be pointed to as the best.
         """
-        pipe = self.pipe or loading.load_encoders(
-            self.rows.family, self.rows.checkpoint, self.dtype, {"default": self.device}, text=False
-        )
-        scheduler = loading.load_scheduler(self.rows.checkpoint)
-        predictor = Predictor(self.rows.family, pipe, self.transformer, scheduler)
-        was_training = self.transformer.training
-        self.transformer.eval()
-        strips = []
-        try:
-            with console.progress(f"samples of step {step}", len(self.chosen), shown=self.folder is not None) as update:
-                for done, index in enumerate(self.chosen, start=1):
-                    strips.append(self._strip(index, self._draw(predictor, index, cancelled)))
-                    update(done)
-        except _Cancelled:
-            return []
-        finally:
-            self.transformer.train(was_training)
-        if self.folder is None:
-            return []
-        folder = self.folder / f"step-{step}"
-        folder.mkdir(parents=True, exist_ok=True)
-        files = [folder / f"{place}.png" for place in range(len(strips))]
-        for strip, file in zip(strips, files, strict=True):
-            content = io.BytesIO()
-            strip.save(content, "PNG")
-            write_atomic(file, content.getvalue())
-        if self.trackers is not None:
-            self.trackers.pictures("samples", strips, step)
-        return files
 
-    def _draw(self, predictor: Predictor, index: int, cancelled: Callable[[], bool]) -> Image.Image:
-        def go_on(step: int) -> None:
+        def check() -> None:
             if cancelled():
                 raise _Cancelled
 
-        guidance = predictor.guidance(self.settings.guidance_scale)
-        wanted = self._batch(index, None)
-        negative = None if guidance.prompt == 1.0 else self._batch(index, self.rows.family.negative_prompt)
-        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            latents = predictor.sample(
-                Conditions(wanted, negative), guidance, [self.settings.seed + index], self.dtype,
-                self.settings.num_inference_steps, go_on,
-            )  # fmt: skip
-        return self.rows.family.decode(predictor.pipe, latents)[0]
+        drawn: list[Image.Image] = []
+        try:
+            with self._at_rest():
+                losses = self._losses(f"held-out loss of step {step}", check)
+                if draw:
+                    drawn = self.sampler.draw(f"samples of step {step}", self.folder is not None, check)
+        except _Cancelled:
+            return []
+        if self.run is None or self.folder is None:
+            return []
+        if losses:
+            self._report(Measured(step, losses), checkpoint)
+        return self._keep(step, drawn) if drawn else []
 
-    def _batch(self, index: int, prompt: str | None) -> Batch:
-        variant = TextVariant(prompt)
-        if self.pipe is None:
-            row = self.rows.read(index, variant)
-        else:
-            row = self.rows.encode(self.pipe, self.rows.dataset.load(index), variant)
-        return collate([row]).to(self.device, loading.weight_dtype(self.precision))
+    def _losses(self, title: str, check: Callable[[], None]) -> list[float]:
+        if self.loss is None or not self.measured_rows:
+            return []
+        losses = []
+        with console.progress(title, len(self.measured_rows), shown=self.folder is not None) as update:
+            for done, index in enumerate(self.measured_rows, start=1):
+                losses.append(self.loss(self.sampler.row(index), check))
+                update(done)
+        return losses
 
-    def _strip(self, index: int, drawn: Image.Image) -> Image.Image:
-        """References, what was drawn, and the truth, side by side at the height of the drawn picture."""
-        example = self.rows.dataset.load(index)
-        pictures = [*example.references, drawn, example.target]
-        scaled = [resize(picture, (max(round(picture.width * drawn.height / picture.height), 1), drawn.height))
-                  for picture in pictures]  # fmt: skip
-        strip = Image.new("RGB", (sum(picture.width for picture in scaled), drawn.height))
-        left = 0
-        for picture in scaled:
-            strip.paste(picture, (left, 0))
-            left += picture.width
-        return strip
+    def _report(self, now: Measured, checkpoint: Path | None) -> None:
+        assert self.run is not None and self.best is not None
+        base = None if self.base is None else Measured(0, self.base.losses)
+        values = now.values(base)
+        self.run.record(now.step, values)
+        if self.trackers is not None:
+            self.trackers.scalars(values, now.step)
+        for line in verdict(now, base, self.last, self.best.measured):
+            console.say(line)
+        self.best.offer(now, base, checkpoint)
+        self.last = now
+
+    def _keep(self, step: int, drawn: list[Image.Image]) -> list[Path]:
+        assert self.folder is not None
+        strips, layout = self.sampler.strips(drawn, None if self.base is None else self.base.pictures)
+        files = samples.save(self.folder / f"step-{step}", strips)
+        samples.save_layout(self.folder / f"step-{step}", layout)
+        if self.trackers is not None:
+            self.trackers.pictures("samples", strips, step)
+        truths = [self.rows.dataset.load(index).target for index in self.sampler.chosen]
+        if line := constant(step, drawn, truths):
+            console.say(line)
+        return files
+
+    def _known_base(self) -> Base | None:
+        if self.folder is None or not (self.folder / f"{BASE}.json").is_file():
+            return None
+        kept = json.loads((self.folder / f"{BASE}.json").read_text(encoding="utf-8"))
+        files = [self.folder / BASE / f"{place}.png" for place in range(len(self.sampler.chosen))]
+        if kept["of"] != self._identity() or not all(file.is_file() for file in files):
+            return None
+        return Base([float(loss) for loss in kept["losses"]], [Image.open(file).convert("RGB") for file in files])
+
+    def _identity(self) -> str:
+        """Changes with whatever decides what the base draws and loses."""
+        config = self.config
+        validation = config.validation.model_dump(exclude={"steps", "enabled", "share", "dataset_path"})
+        train = config.train.model_dump(
+            include={"mixed_precision", "sigma_distribution", "sigma_shift", "guidance_scale"}
+        )
+        model = config.model.model_dump(include={"pretrained_model_name_or_path", "revision", "quantize"})
+        keys = [row.key for row in self.rows.dataset.rows]
+        parts: list[Any] = [
+            validation,
+            train,
+            model,
+            config.loss.model_dump(),
+            config.data.model_dump(mode="json"),
+            keys,
+        ]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    @contextmanager
+    def _at_rest(self, strength: float = 1.0) -> Iterator[None]:
+        """The transformer as prediction has it: no dropout, no gradients, the adapter at `strength`."""
+        was_training, has_adapter = self.transformer.training, self.config.model.lora is not None
+        self.transformer.eval()
+        if has_adapter:
+            adapters.set_strength(self.transformer, strength)
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            if has_adapter:
+                adapters.set_strength(self.transformer, 1.0)
+            self.transformer.train(was_training)

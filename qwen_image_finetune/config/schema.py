@@ -356,14 +356,31 @@ class LoggingConfig(Section):
 
 
 class ValidationConfig(Section):
-    """Samples drawn while training."""
+    """Samples drawn, and the loss on held-out pairs measured, while training."""
 
-    enabled: Switch = Field(False, description="draw samples during training")
+    enabled: Switch = Field(False, description="draw samples during training, and measure the held-out loss")
     steps: Count = Field(500, description="optimizer steps between rounds of samples")
-    num_validation_samples: Count = Field(4, description="pairs drawn, spread over the dataset")
+    dataset_path: Text | Annotated[list[Text], Field(min_length=1)] | None = Field(
+        None, description="folder, or list of folders, of held-out pairs"
+    )
+    share: Annotated[float, Field(ge=0.0, lt=1.0), Allowed("number from 0 to below 1")] = Field(
+        0.0, description="share of the dataset to hold out instead, chosen by content; it is not trained on"
+    )
+    num_loss_pairs: Natural = Field(32, description="held-out pairs whose loss is measured; 0 for none")
+    num_loss_sigmas: Count = Field(4, description="fixed noise levels of each of them")
+    num_validation_samples: Count = Field(4, description="pairs drawn, spread over the held-out ones, or over all")
     num_inference_steps: Count | None = Field(None, description="sampler steps; default: the model's own")
     guidance_scale: Number | None = Field(None, description="default: the model's own")
-    seed: Natural = Field(0, description="noise of the samples")
+    seed: Natural = Field(0, description="noise of the samples and of the held-out loss")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ValidationConfig:
+        if self.dataset_path is not None and self.share > 0:
+            raise ValueError(
+                f"validation.dataset_path={shown(self.dataset_path)} and validation.share={self.share} exclude each "
+                "other: give one of them"
+            )
+        return self
 
 
 class LossConfig(Section):

@@ -1,0 +1,45 @@
+"""Some rows of a data set, as a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from qwen_image_finetune.data.dataset import ImageDataset, Plan
+from qwen_image_finetune.data.geometry import Extent
+from qwen_image_finetune.records import Example
+
+
+class Part(ImageDataset):
+    """The chosen rows of another data set, which does the work: so it may be of a class of the user's own."""
+
+    def __init__(self, whole: ImageDataset, indices: Sequence[int]) -> None:
+        self.whole, self.indices = whole, list(indices)
+        self.notes = []  # the whole has said them
+        self.rows = [whole.rows[index] for index in self.indices]
+
+    def check(
+        self,
+        decode: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+        rows: Sequence[int] | None = None,
+    ) -> list[str]:
+        chosen = self.indices if rows is None else [self.indices[row] for row in rows]
+        return self.whole.check(decode, progress, chosen)
+
+    def plan(self, index: int, visit: int = 0) -> Plan:
+        return self.whole.plan(self.indices[index], visit)
+
+    def geometry(self, index: int, with_references: bool = True) -> tuple[Extent, ...]:
+        return self.whole.geometry(self.indices[index], with_references)
+
+    def prompt(self, index: int) -> str:
+        return self.whole.prompt(self.indices[index])
+
+    def load(self, index: int, visit: int = 0) -> Example:
+        return self.whole.load(self.indices[index], visit)
+
+
+def spread(number: int, total: int) -> list[int]:
+    """`number` places (or all, if there are fewer) spread evenly over `total`, first and last included."""
+    number = min(number, total)
+    return [round(place * (total - 1) / max(number - 1, 1)) for place in range(number)]

@@ -1,0 +1,193 @@
+"""Validation sees what training does not, and training does not see validation."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from qwen_image_finetune import runs
+from qwen_image_finetune.config import Config, ConfigError
+from qwen_image_finetune.data.images import DataError
+from qwen_image_finetune.families import FAMILIES, get_family
+from qwen_image_finetune.held_out import open_pairs
+from qwen_image_finetune.train import train
+
+FAMILY_NAMES = sorted(FAMILIES)
+Configure = Callable[..., Config]
+
+
+@pytest.fixture(scope="session")
+def held_out(build_once: Callable[[str, Callable[[Path], object]], Path], write_pairs: Callable[..., Path]) -> Path:
+    """Three pairs like those of training, of other pictures."""
+    return build_once("held-out-pairs", lambda folder: write_pairs(folder, [(64, 64), (96, 64), (64, 64)], seed=9))
+
+
+def weights(run: Path | None) -> dict[str, Tensor]:
+    assert run is not None
+    folder = max(run.glob("checkpoint-*-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]))
+    lora = folder / "adapter.safetensors"
+    return load_file(lora if lora.exists() else folder / "transformer" / "diffusion_pytorch_model.safetensors")
+
+
+def lines(run: Path | None, name: str) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl that have the value `name`."""
+    assert run is not None
+    text = (run / "metrics.jsonl").read_text().splitlines()
+    return [line for line in map(json.loads, text) if name in line]
+
+
+def assert_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    assert not [name for name in first if not torch.equal(first[name], second[name])]
+
+
+def rounds(folder: Path | None, **more: object) -> str:
+    settings = {"enabled": True, "steps": 2, "num_validation_samples": 1, "num_inference_steps": 1, **more}
+    return f"validation={json.dumps(settings if folder is None else {**settings, 'dataset_path': str(folder)})}"
+
+
+MODES = [(name, "cached") for name in FAMILY_NAMES] + [
+    ("FluxKontext", mode) for mode in ("uncached", "workers", "full")
+]
+
+
+@pytest.mark.parametrize(("name", "mode"), MODES)
+def test_weights_are_the_same_with_and_without(name: str, mode: str, configure: Configure, held_out: Path) -> None:
+    """Rounds in the middle of an epoch (7 rows, batches of 2), with dropout of everything that can be dropped."""
+    options = [
+        "train.max_train_steps=7",
+        "data.batch_size=2",
+        "data.init_args.caption_dropout_rate=0.3",
+        "data.init_args.prompt_image_dropout_rate=0.3",
+        f"cache.use_cache={json.dumps(mode != 'uncached')}",
+        "model.lora=null" if mode == "full" else "model.lora.lora_dropout=0.2",
+    ]
+    if mode == "workers":
+        options += ["data.num_workers=2", "data.persistent_workers=true"]
+    if mode == "full":
+        options += ["optimizer.init_args.lr=0.001"]
+    plain = train(configure(name, *options))
+    validated = train(configure(name, *options, rounds(held_out)))
+    assert_equal(weights(plain), weights(validated))
+    assert lines(plain, "loss") != [] and [line["loss"] for line in lines(plain, "loss")] == [
+        line["loss"] for line in lines(validated, "loss")
+    ]
+    assert [line["step"] for line in lines(validated, "held_out_loss")] == [2, 4, 6, 7]
+    assert lines(validated, "held_out_difference")[-1]["held_out_difference"] != 0
+
+
+def test_a_share_is_not_trained_on(configure: Configure, pairs: Path, tmp_path: Path) -> None:
+    """Training with a share held out equals training on a folder that never had those rows."""
+    options = ("train.max_train_steps=6", "data.batch_size=2")
+    config = configure("FluxKontext", *options, rounds(None, share=0.3))
+    split = open_pairs(config, get_family("FluxKontext"))
+    assert split.held_out is not None
+    keys = {row.key for row in split.held_out.rows}
+    assert len(keys) == 2 and len(split.training) == 5 and keys.isdisjoint(row.key for row in split.training.rows)
+    rest = Path(shutil.copytree(pairs, tmp_path / "rest"))
+    for key in keys:
+        for file in [*rest.rglob(f"{key}.png"), *rest.rglob(f"{key}.txt")]:
+            file.unlink()
+    validated = train(config)
+    alone = train(configure("FluxKontext", *options, f"data.init_args.dataset_path={rest}"))
+    assert_equal(weights(validated), weights(alone))
+
+
+def test_pairs_that_are_trained_on_are_not_held_out(
+    configure: Configure, pairs: Path, held_out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mixed = Path(shutil.copytree(held_out, tmp_path / "mixed"))
+    for part in ("control_images", "training_images"):
+        shutil.copy(pairs / part / "0.png", mixed / part / "known.png")
+    (mixed / "training_images" / "known.txt").write_text("an edit that is trained on")
+    family = get_family("FluxKontext")
+    split = open_pairs(configure("FluxKontext", rounds(mixed)), family)
+    assert split.held_out is not None and {row.key for row in split.held_out.rows} == {"0", "1", "2"}
+    assert "1 of 4 held-out pairs are left out" in capsys.readouterr().out
+    with pytest.raises(DataError, match="every input of it is also trained on"):
+        open_pairs(configure("FluxKontext", rounds(pairs)), family)
+    with pytest.raises(ConfigError, match="exclude each other"):
+        configure("FluxKontext", rounds(pairs, share=0.5))
+
+
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+def test_the_loss_of_the_base_is_that_of_the_untouched_model(name: str, configure: Configure, held_out: Path) -> None:
+    """A LoRA at strength 0, after a start from trained values, and a model tuned as a whole, before its first step."""
+    options = ("train.max_train_steps=5", rounds(held_out))
+    first = train(configure(name, *options, "logging.tracker_project_name=first"))
+    assert first is not None
+    lora = next(first.glob("checkpoint-*-5")) / "pytorch_lora_weights.safetensors"
+    again = train(configure(name, *options, f"model.lora.pretrained_weight={lora}", "optimizer.init_args.lr=0.0"))
+    whole = train(configure(name, *options, "model.lora=null", "optimizer.init_args.lr=0.0"))
+    assert again is not None and whole is not None
+    base = [json.loads((run / "samples" / "base.json").read_text())["losses"] for run in (first, again, whole)]
+    assert base[0] == base[1]
+    assert base[0] == pytest.approx(base[2], rel=1e-6)
+    assert [line["held_out_difference"] for line in lines(whole, "held_out_loss")] == [0, 0, 0]
+    trained = lines(first, "held_out_loss")[-1]["held_out_loss"]
+    assert lines(again, "held_out_loss")[-1]["held_out_loss"] == pytest.approx(trained, rel=1e-4)
+    pictures = [(run / "samples" / "base" / "0.png").read_bytes() for run in (first, again)]
+    assert pictures[0] == pictures[1]
+
+
+def test_a_resumed_run_goes_on_with_its_base_and_its_best(configure: Configure, held_out: Path) -> None:
+    tuned = ("model.lora=null", "optimizer.init_args.lr=0.0001")
+    options = ("train.checkpointing_steps=2", "train.resume_from_checkpoint=latest", rounds(held_out), *tuned)
+    stopped = train(configure("FluxKontext", *options, "train.max_train_steps=5"))
+    resumed = train(configure("FluxKontext", *options, "train.max_train_steps=7"))
+    whole = train(configure("FluxKontext", *options, "train.max_train_steps=7", "logging.tracker_project_name=whole"))
+    assert stopped == resumed and resumed is not None and whole is not None
+    same = [line for line in lines(resumed, "held_out_loss") if line["step"] != 5]  # its last step was saved as well
+    assert same == lines(whole, "held_out_loss")
+    assert (resumed / runs.BEST).read_text() == (whole / runs.BEST).read_text()
+    best = json.loads((whole / runs.BEST).read_text())
+    assert best["held_out_loss"] == min(line["held_out_loss"] for line in lines(whole, "held_out_loss"))
+    assert (whole / best["checkpoint"]).is_dir()
+
+
+def test_strips_say_what_is_where(configure: Configure, held_out: Path) -> None:
+    run = train(configure("QwenImageEdit", "train.max_train_steps=5", rounds(held_out)))
+    assert run is not None
+    (strip,) = json.loads((run / "samples" / "step-4" / "layout.json").read_text())
+    assert [part["name"] for part in strip["parts"]] == ["reference", "base", "drawn", "truth"]
+    assert strip["prompt"] == "edit number 0"
+    from PIL import Image
+
+    picture = Image.open(run / "samples" / "step-4" / "0.png")
+    base = strip["parts"][1]
+    cut = picture.crop((base["left"], 0, base["left"] + base["width"], picture.height))
+    assert cut.tobytes() == Image.open(run / "samples" / "base" / "0.png").tobytes()
+
+
+def test_levels_are_stratified_and_noise_is_fixed(configure: Configure, held_out: Path) -> None:
+    from dataclasses import dataclass
+
+    from qwen_image_finetune.held_out import HeldOutLoss
+    from qwen_image_finetune.records import Encoded
+
+    @dataclass
+    class Flat:
+        """The two things that the levels depend on."""
+
+        train = configure("FluxKontext", "train.sigma_distribution=uniform").train
+
+        def shift(self, shape: object) -> float:
+            return 1.0
+
+    settings = configure("FluxKontext", rounds(held_out, num_loss_sigmas=5)).validation
+    measure = HeldOutLoss(Flat(), settings)  # type: ignore[arg-type]
+
+    def row(key: str) -> Encoded:
+        return Encoded(key, torch.zeros(4, 2, 2), (), {})
+
+    levels, noise = measure.draw(row("a"))
+    assert [int(level * 5) for level in levels] == [0, 1, 2, 3, 4]
+    assert all(torch.equal(one, other) for one, other in zip(measure.draw(row("a")), (levels, noise), strict=True))
+    assert not torch.equal(measure.draw(row("b"))[0], levels) and not torch.equal(noise[0], noise[1])

@@ -29,5 +29,6 @@ def lab(
     made = laboratory.Lab(tmp_path_factory.mktemp("lab"), checkpoints, pairs)
     # The server inherits the environment, not sys.path.
     os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parents[1])])
+    os.environ["QIF_LAB_CHECKPOINTS"] = os.pathsep.join(f"{name}={folder}" for name, folder in checkpoints.items())
     made.context.set_forkserver_preload(["warm"])
     return made

@@ -97,3 +97,44 @@ def no_memory(place: str) -> None:
         return call(*arguments, **options)
 
     setattr(owner, name, fail)
+
+
+def no_model(place: str) -> None:
+    """Fail where any model is loaded."""
+    from qwen_image_finetune import loading
+
+    def fail(*arguments: Any, **options: Any) -> Any:
+        raise AssertionError("a model was loaded")
+
+    loading.load_encoders = loading.load_transformer = fail
+
+
+def not_finite(places: str) -> None:
+    """NaN or Inf in the loss, or in the gradient of one parameter: "loss|gradient,nan|inf,first call,last call"."""
+    from qwen_image_finetune import flow
+    from qwen_image_finetune.train import Objective
+
+    where, value, first, last = places.split(",")
+    calls = {"count": 0}
+
+    def now() -> bool:
+        return int(first) <= calls["count"] <= int(last)
+
+    loss = flow.loss
+
+    def poisoned_loss(*arguments: Any, **options: Any) -> Any:
+        calls["count"] += 1
+        found = loss(*arguments, **options)
+        return found * float(value) if where == "loss" and now() else found
+
+    flow.loss = poisoned_loss
+    call, hooked = Objective.__call__, []
+
+    def hook_once(self: Objective, *arguments: Any) -> Any:
+        if where == "gradient" and not hooked:
+            model = self.velocity.args[0]
+            parameter = [parameter for parameter in model.parameters() if parameter.requires_grad][-1]
+            hooked.append(parameter.register_hook(lambda grad: grad * float(value) if now() else grad))
+        return call(self, *arguments)
+
+    Objective.__call__ = hook_once  # type: ignore[method-assign]

@@ -28,6 +28,7 @@ from qwen_image_finetune.data.images import DataError
 from qwen_image_finetune.families import get_family
 from qwen_image_finetune.families.base import Family
 from qwen_image_finetune.levers import lora_files, parallel
+from qwen_image_finetune.levers.attention import use_attention
 from qwen_image_finetune.optim import build_optimizer, build_scheduler
 from qwen_image_finetune.predict import Predictor
 from qwen_image_finetune.processes import LaunchError, Team
@@ -301,4 +302,5 @@ def build_predictor(config: Config) -> Predictor:
     dtype = loading.weight_dtype(config.train.mixed_precision)
     transformer = loading.load_transformer(family, folder, dtype, config.model, homes["transformer"], console.say)
     transformer.eval().to(homes["transformer"])
+    use_attention(transformer, "auto", config.train.mixed_precision)  # what training used may not run here
     return Predictor(family, pipe, transformer, loading.load_scheduler(folder), config.data.init_args.area)

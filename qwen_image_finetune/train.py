@@ -27,6 +27,7 @@ from qwen_image_finetune.families.base import Family
 from qwen_image_finetune.files import DiskFull, is_disk_full, write_atomic
 from qwen_image_finetune.held_out import HeldOutLoss, open_pairs, training_config
 from qwen_image_finetune.levers import lora_files, parallel, trained
+from qwen_image_finetune.levers.attention import attention_of
 from qwen_image_finetune.levers.stored_precision import base_precision
 from qwen_image_finetune.optim import build_optimizer, build_scheduler, optimizer_state, restore_optimizer
 from qwen_image_finetune.preparation import (
@@ -127,6 +128,7 @@ def _train(config: Config, stopping: StopSignals) -> Path | None:
         else:
             transformer = loading.empty_transformer(family, folder, dtype)  # filled once it is cut
         levers.prepare(transformer, config)
+        say(f"attention: {attention_of(transformer)}")
         if config.model.lora and config.model.lora.pretrained_weight and resume is None:
             lora_files.load_lora(transformer, config.model.lora.pretrained_weight, family.pipeline, config.model.lora)
         if sharding is None:

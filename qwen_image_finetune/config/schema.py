@@ -267,6 +267,9 @@ class TrainConfig(Section):
         "model", description='"model": the checkpoint\'s own resolution-dependent shift; or a constant factor'
     )
     guidance_scale: Positive = Field(1.0, description="value of the guidance embedding, for models that have one")
+    attention: Literal["auto", "flash4", "flash", "efficient", "math"] = Field(
+        "auto", description="which attention runs (docs/attention.md); auto: the fastest on this machine"
+    )
     low_memory: Switch = Field(False, description="load and run part by part")
     collective_timeout: Count = Field(
         25, description="seconds that processes wait for one that hangs, from the second step on, before the run ends"

@@ -29,9 +29,10 @@ def prepare(transformer: nn.Module, config: Config) -> nn.Module:
     A LoRA to start from (model.lora.pretrained_weight) is not read here: `lora_files.load_lora` fills the adapter.
 
     Raises:
-        ConfigError: model.lora does not fit the transformer.
+        ConfigError: model.lora does not fit the transformer, or train.attention does not run on this machine.
     """
     from qwen_image_finetune.levers import adapters
+    from qwen_image_finetune.levers.attention import use_attention
     from qwen_image_finetune.levers.timestep import keep_timestep_exact
 
     if config.model.lora is None:
@@ -39,6 +40,7 @@ def prepare(transformer: nn.Module, config: Config) -> nn.Module:
     else:
         adapters.add_adapter(transformer, config.model.lora, config.train.seed)
     keep_timestep_exact(cast(Any, transformer))
+    use_attention(transformer, config.train.attention, config.train.mixed_precision)
     if config.train.gradient_checkpointing:
         from qwen_image_finetune.levers.recompute import recompute
 

@@ -65,6 +65,38 @@ class Trainer:
         if self._lora is not None:
             self._apply_lora()
 
+    @property
+    def predictor(self) -> Predictor:
+        """The loaded parts, set up on first use."""
+        if self._predictor is None:
+            self.setup_predict()
+        assert self._predictor is not None
+        return self._predictor
+
+    def unload_lora(self) -> None:
+        """Predict with the base again."""
+        from qwen_image_finetune.levers import adapters
+
+        self._lora = None
+        if self._predictor is not None and adapters.adapter_names(self._predictor.transformer):
+            self._predictor.transformer.unload_lora()
+
+    def load_transformer(self, checkpoint: Path) -> None:
+        """Predict with a transformer that was tuned as a whole, from here on in place of the base.
+
+        Args:
+            checkpoint: a folder that holds `transformer/`.
+        """
+        from qwen_image_finetune import loading
+
+        self.unload_lora()
+        home, dtype = self.predictor.transformer.device, loading.weight_dtype(self.config.train.mixed_precision)
+        transformer = loading.load_transformer(
+            self.predictor.family, checkpoint, dtype, self.config.model, home, console.say
+        )
+        transformer.eval().to(home)
+        self.predictor.transformer = transformer
+
     def predict(
         self,
         prompt_image: Image | Sequence[Image] | None,
@@ -74,13 +106,10 @@ class Trainer:
         **options: Any,
     ) -> list[Image]:
         """Draw pictures; loads the model first if that has not happened. Options: see `Predictor.predict`."""
-        if self._predictor is None:
-            self.setup_predict()
-        assert self._predictor is not None
-        steps = num_inference_steps or self._predictor.family.num_inference_steps
+        steps = num_inference_steps or self.predictor.family.num_inference_steps
         with console.progress("drawing", steps) as update:
             report: Callable[[int], None] = update
-            return self._predictor.predict(prompt_image, prompt, steps, guidance_scale, progress=report, **options)
+            return self.predictor.predict(prompt_image, prompt, steps, guidance_scale, progress=report, **options)
 
     def _apply_lora(self) -> None:
         from qwen_image_finetune.levers import adapters, lora_files

@@ -1,0 +1,330 @@
+"""`qif evaluate`: is an edit any good, on pairs that were not trained on?
+
+The base, LoRAs at several strengths, and the input as it is draw or stand for the same rows with the same noise; every
+picture is measured against its truth.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL.Image import Image
+
+from qwen_image_finetune import console, loading, metrics, runs, samples
+from qwen_image_finetune.cache import EncodedDataset, TextVariant
+from qwen_image_finetune.config import Config, load_config, resolve_family
+from qwen_image_finetune.data.images import resize
+from qwen_image_finetune.data.part import Part, spread
+from qwen_image_finetune.families import get_family
+from qwen_image_finetune.files import write_atomic
+from qwen_image_finetune.intervals import Interval, bootstrap
+from qwen_image_finetune.levers.lora_files import find_lora, inspect_lora
+from qwen_image_finetune.predict import Conditions
+from qwen_image_finetune.preparation import open_dataset
+from qwen_image_finetune.records import Batch, Encoded, Example, collate
+from qwen_image_finetune.trainer import Trainer
+
+if TYPE_CHECKING:
+    from qwen_image_finetune.predict import Predictor
+
+BASE, COPY = "base", "copy of the input"
+RESULTS = "evaluation.json"
+
+
+class EvaluationError(ValueError):
+    """Something that cannot be evaluated as asked."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for."""
+
+    config: Path  # a configuration, or the folder of a run
+    dataset: Path
+    lora: tuple[str, ...] = ()
+    checkpoints: tuple[str, ...] = ()  # "all", "best", "latest" or steps, of the run
+    strength: tuple[float, ...] = (1.0,)
+    output: Path | None = None
+    count: int | None = None
+    seed: int = 0
+    steps: int | None = None
+    guidance: float | None = None
+    overrides: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Something that draws."""
+
+    name: str
+    source: Path | str | None = None  # LoRA, or a checkpoint folder with a whole transformer
+    strength: float = 0.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """A pair, encoded once for all candidates."""
+
+    example: Example
+    wanted: Encoded
+    negative: Encoded | None
+
+    @property
+    def source(self) -> Image | None:
+        """The (first) reference at the size of the truth."""
+        return resize(self.example.references[0], self.example.target.size) if self.example.references else None
+
+
+def evaluate(request: Request) -> dict[str, Any]:
+    """Draw, measure and write; returns what evaluation.json holds.
+
+    Raises:
+        EvaluationError: no checkpoints where some are asked for, or numbers that mean nothing.
+        ConfigError, DataError, LoraFileError: before the model loads, as far as files show.
+    """
+    run, config = open_request(request)
+    found = candidates(request, run, config)
+    for candidate in found:  # a LoRA that cannot be read is refused before the model loads
+        if candidate.source is not None and not is_whole(candidate):
+            inspect_lora(find_lora(candidate.source))
+    output = request.output or (run / "evaluation" if run else Path("evaluation"))
+    family = get_family(resolve_family(config, download=True)[0])
+    dataset = open_dataset(config, family, decode=True)
+    if request.count is not None:
+        dataset = Part(dataset, spread(request.count, len(dataset)))
+
+    trainer = Trainer(config)
+    predictor = trainer.predictor
+    rows = list(encode(config, predictor, dataset, request))
+    lpips = metrics.find_lpips()
+    if isinstance(lpips, str):
+        console.say(f"note: {lpips}")
+    results = []
+    for candidate in found:
+        drawn = draw(trainer, candidate, rows, request)
+        files = samples.save(output / slug(candidate.name), drawn)
+        results.append(result(candidate, rows, drawn, lpips, [str(file.relative_to(output)) for file in files]))
+    compare(results)
+    save_inputs(output, rows)
+    evaluation = {
+        "model": config.model.pretrained_model_name_or_path,
+        "dataset": str(request.dataset),
+        "run": None if run is None else str(run),
+        "pictures": len(rows),
+        "seed": request.seed,
+        "num_inference_steps": request.steps or family.num_inference_steps,
+        "guidance_scale": family.guidance_scale if request.guidance is None else request.guidance,
+        "metrics": {name: asdict(metric) for name, metric in metrics.METRICS.items()},
+        "notes": [lpips] if isinstance(lpips, str) else [],
+        "candidates": results,
+    }
+    write_atomic(output / RESULTS, json.dumps(evaluation, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_atomic(output / "evaluation.csv", table(results))
+    console.say(summary(results))
+    console.say(f"{output / RESULTS}, {output / 'evaluation.csv'}")
+    return evaluation
+
+
+def open_request(request: Request) -> tuple[Path | None, Config]:
+    """(the run, where one is named; the configuration, reading the pairs to evaluate on).
+
+    Raises:
+        EvaluationError: the folder is no run, or a number means nothing.
+    """
+    if find_spec("skimage") is None:
+        raise EvaluationError("measures need scikit-image: pip install 'qwen-image-finetune[evaluate]'")
+    run = request.config if request.config.is_dir() else None
+    if run is not None and not (run / "config.yaml").is_file():
+        raise EvaluationError(f"{run} holds no config.yaml: give a configuration, or the version folder of a run")
+    if request.count is not None and request.count < 1:
+        raise EvaluationError(f"--count {request.count}: at least one picture")
+    if request.checkpoints and run is None:
+        raise EvaluationError("--checkpoints are those of a run: give its version folder in place of the configuration")
+    file = request.config / "config.yaml" if run else request.config
+    path = f"data.init_args.dataset_path={json.dumps(str(request.dataset))}"
+    return run, load_config(file, [*request.overrides, path])
+
+
+def candidates(request: Request, run: Path | None, config: Config) -> list[Candidate]:
+    """Base, copy, and every LoRA or checkpoint at every strength."""
+    sources: dict[str, Path | str] = {lora: lora for lora in request.lora}
+    wanted = request.checkpoints or (("best",) if run is not None and not request.lora else ())
+    if run is not None:
+        sources |= {folder.name: folder for word in wanted for folder in checkpoints(run, word)}
+    found = [Candidate(BASE), Candidate(COPY)]
+    for name, source in sources.items():
+        if is_whole(whole := Candidate(name, source, 1.0)):  # it has no strength
+            found.append(whole)
+        else:
+            found += [Candidate(f"{name} x {strength:g}", source, strength) for strength in request.strength]
+    return found
+
+
+def is_whole(candidate: Candidate) -> bool:
+    """Whether it is a checkpoint of a transformer tuned as a whole, not a LoRA."""
+    return candidate.source is not None and Path(candidate.source, "transformer").is_dir()
+
+
+def checkpoints(run: Path, word: str) -> list[Path]:
+    """The complete checkpoints of a run that "all", "best", "latest" or a step means; best is latest without a best.
+
+    Raises:
+        EvaluationError: there are none.
+    """
+    folders = {int(path.name.rpartition("-")[2]): path for path in run.glob("checkpoint-*-*") if path.is_dir()}
+    ordered = [folders[step] for step in sorted(folders)]
+    best = runs.best_checkpoint(run)
+    if word == "all" and ordered:
+        return ordered
+    if word == "best" and best is not None and best.is_dir():
+        return [best]
+    if word in ("best", "latest") and ordered:
+        return ordered[-1:]
+    if word.isdecimal() and int(word) in folders:
+        return [folders[int(word)]]
+    raise EvaluationError(
+        f"{run} has no checkpoint {word!r}: there are those of the steps {sorted(folders)}; 'all', 'best' and 'latest' "
+        "choose among them"
+    )
+
+
+def encode(config: Config, predictor: Predictor, dataset: Any, request: Request) -> Iterator[Row]:
+    """The rows as training would see them, on the CPU."""
+    folder = loading.checkpoint_folder(config, predictor.family)
+    encoder = EncodedDataset(config, predictor.family, dataset, folder, predictor.pipe.vae.dtype)
+    guided_twice = predictor.guidance(request.guidance).prompt != 1.0
+    with console.progress("encoding the pairs", len(dataset)) as update:
+        for index in range(len(dataset)):
+            example = dataset.load(index)
+            other = TextVariant(predictor.family.negative_prompt)
+            negative = encoder.encode(predictor.pipe, example, other) if guided_twice else None
+            yield Row(example, encoder.encode(predictor.pipe, example), negative)
+            update(index + 1)
+
+
+def draw(trainer: Trainer, candidate: Candidate, rows: Sequence[Row], request: Request) -> list[Image]:
+    """What a candidate makes of every row; each row has its own noise, the same for all candidates."""
+    if candidate.name == COPY:
+        return [row.source or row.example.target.copy() for row in rows]
+    use(trainer, candidate)
+    predictor = trainer.predictor
+    device = predictor.transformer.device
+    dtype = loading.weight_dtype(trainer.config.train.mixed_precision)
+
+    def batch(row: Encoded | None) -> Batch | None:
+        return None if row is None else collate([row]).to(device, dtype)
+
+    drawn = []
+    with console.progress(f"drawing: {candidate.name}", len(rows)) as update, torch.no_grad():
+        for place, row in enumerate(rows):
+            wanted = batch(row.wanted)
+            assert wanted is not None
+            latents = predictor.sample(
+                Conditions(wanted, batch(row.negative)), predictor.guidance(request.guidance), [request.seed + place],
+                predictor.pipe.vae.dtype, request.steps,
+            )  # fmt: skip
+            drawn += predictor.family.decode(predictor.pipe, latents)
+            update(place + 1)
+    return drawn
+
+
+def use(trainer: Trainer, candidate: Candidate) -> None:
+    """Make the trainer's predictor draw as the candidate does."""
+    if candidate.source is None:
+        trainer.unload_lora()
+    elif is_whole(candidate):
+        trainer.load_transformer(Path(candidate.source))
+    else:
+        trainer.load_lora(candidate.source, candidate.strength)
+
+
+def result(
+    candidate: Candidate, rows: Sequence[Row], drawn: Sequence[Image], lpips: metrics.Lpips | str, files: Sequence[str]
+) -> dict[str, Any]:
+    """Measures of every picture, and their means."""
+    pictures: list[dict[str, Any]] = []
+    for row, picture, file in zip(rows, drawn, files, strict=True):
+        ours, truth = metrics.pixels(picture), metrics.pixels(row.example.target)
+        source = None if row.source is None else metrics.pixels(row.source)
+        edited = None if row.example.mask is None else np.asarray(row.example.mask) > 127
+        values = metrics.measure(ours, truth, source, edited)
+        values["lpips"] = None if isinstance(lpips, str) else lpips(ours, truth)
+        pictures.append({"key": row.example.key, "prompt": row.example.prompt, "file": file, **values})
+    return {
+        "name": candidate.name,
+        "source": None if candidate.source is None else str(candidate.source),
+        "strength": candidate.strength,
+        "means": {name: mean([picture[name] for picture in pictures]) for name in metrics.METRICS},
+        "pictures": pictures,
+    }
+
+
+def mean(values: Sequence[float | None]) -> dict[str, float | int | None] | None:
+    """Mean and bootstrap interval of the pictures that have a value; None if none has."""
+    present = [value for value in values if value is not None]
+    if not present:
+        return None
+    interval: Interval = bootstrap(present)
+    ends = [end if math.isfinite(end) else None for end in interval[1:]]
+    return {"mean": interval.mean, "low": ends[0], "high": ends[1], "pictures": len(present)}
+
+
+def compare(results: Sequence[dict[str, Any]]) -> None:
+    """Add to each result the mean difference of its pictures from the base's: the pairs' own spread cancels."""
+    base = next(one for one in results if one["name"] == BASE)
+    for one in results:
+        pairs = list(zip(one["pictures"], base["pictures"], strict=True))
+        one["difference_from_base"] = {
+            name: mean([a[name] - b[name] if a[name] is not None and b[name] is not None else None for a, b in pairs])
+            for name in metrics.METRICS
+        }
+
+
+def save_inputs(output: Path, rows: Sequence[Row]) -> None:
+    """What the pictures of the candidates are to be looked at beside."""
+    samples.save(output / "truth", [row.example.target for row in rows])
+    if all(row.source is not None for row in rows):
+        samples.save(output / "input", [row.source for row in rows if row.source is not None])
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """One line a candidate and picture, as CSV."""
+    text = io.StringIO()
+    names = ["candidate", "strength", "key", "file", *metrics.METRICS]
+    writer = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    for one in results:
+        for picture in one["pictures"]:
+            writer.writerow({"candidate": one["name"], "strength": one["strength"], **picture})
+    return text.getvalue()
+
+
+def summary(results: Sequence[dict[str, Any]]) -> str:
+    """Means with intervals, for the terminal."""
+    shown = [name for name in metrics.METRICS if any(one["means"][name] for one in results)]
+    width = max(len(one["name"]) for one in results)
+    lines = [" " * width + "".join(f"{name:>26}" for name in shown)]
+    for one in results:
+        cells = []
+        for name in shown:
+            value = one["means"][name]
+            ends = "" if value is None or value["low"] is None else f" [{value['low']:.3g}, {value['high']:.3g}]"
+            cells.append("-" if value is None else f"{value['mean']:.4g}{ends}")
+        lines.append(one["name"].ljust(width) + "".join(f"{cell:>26}" for cell in cells))
+    return "\n".join(lines)
+
+
+def slug(name: str) -> str:
+    """A folder name of a candidate's name."""
+    return re.sub(r"[^\w.]+", "-", name).strip("-.") or "candidate"

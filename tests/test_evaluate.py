@@ -1,0 +1,103 @@
+"""Evaluation: every candidate draws as prediction would, and every number is that of the pictures it wrote."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from qwen_image_finetune import metrics
+from qwen_image_finetune.cli import main
+from qwen_image_finetune.config import Config
+from qwen_image_finetune.evaluate import EvaluationError, Request, evaluate
+from qwen_image_finetune.families import FAMILIES
+from qwen_image_finetune.levers.lora_files import LoraFileError
+from qwen_image_finetune.train import train
+from qwen_image_finetune.trainer import Trainer
+
+Configure = Callable[..., Config]
+
+
+@pytest.fixture
+def squares(tmp_path: Path, write_pairs: Callable[..., Path]) -> Path:
+    return write_pairs(tmp_path / "squares", [(64, 64)] * 3, seed=5)
+
+
+def opened(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_a_sweep_over_checkpoints_and_strengths(name: str, configure: Configure, squares: Path, tmp_path: Path) -> None:
+    config = configure(name, "train.max_train_steps=6", "train.checkpointing_steps=3")
+    run = train(config)
+    assert run is not None
+    words = ["--checkpoints", "all", "--strength", "0", "1", "--steps", "2", "--guidance", "1", "--count", "2"]
+    assert main(["evaluate", str(run), str(squares), *words]) == 0
+    written = json.loads((run / "evaluation" / "evaluation.json").read_text())
+    by_name = {one["name"]: one for one in written["candidates"]}
+    checkpoints = sorted(path.name for path in run.glob("checkpoint-*"))
+    sweep = [f"{each} x {strength}" for each in checkpoints for strength in (0, 1)]
+    assert list(by_name) == ["base", "copy of the input", *sweep]
+
+    def picture(candidate: str, place: int) -> np.ndarray:
+        return opened(run / "evaluation" / by_name[candidate]["pictures"][place]["file"])
+
+    for each in checkpoints:
+        assert np.array_equal(picture(f"{each} x 0", 0), picture("base", 0)), "strength 0 is the base"
+        assert not np.array_equal(picture(f"{each} x 1", 0), picture("base", 0))
+    trainer = Trainer(config)
+    trainer.load_lora(run / checkpoints[-1])
+    for place, row in enumerate(by_name["base"]["pictures"]):
+        reference = Image.open(squares / "control_images" / f"{row['key']}.png")
+        predicted = trainer.predict(reference, row["prompt"], 2, guidance_scale=1.0, seed=place)[0]
+        difference = np.abs(np.asarray(predicted).astype(int) - picture(sweep[-1], place))
+        assert difference.max() <= 1, "drawn as prediction draws"
+        assert np.array_equal(picture("copy of the input", place), np.asarray(reference))
+
+    row = by_name["base"]["pictures"][1]
+    truth = metrics.pixels(Image.open(squares / "training_images" / f"{row['key']}.png"))
+    assert row["psnr"] == pytest.approx(metrics.psnr(picture("base", 1) / 255, truth))
+    values = [one["psnr"] for one in by_name["base"]["pictures"]]
+    assert by_name["base"]["means"]["psnr"]["mean"] == pytest.approx(np.mean(values))
+    assert by_name["base"]["difference_from_base"]["ssim"]["mean"] == 0
+    difference = by_name[sweep[-1]]["difference_from_base"]["psnr"]["mean"]
+    assert difference == pytest.approx(by_name[sweep[-1]]["means"]["psnr"]["mean"] - np.mean(values))
+    with open(run / "evaluation" / "evaluation.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == 2 * len(by_name)
+    assert float(lines[1]["psnr"]) == row["psnr"] and lines[1]["key"] == row["key"]
+
+
+def test_a_transformer_tuned_as_a_whole(configure: Configure, squares: Path, tmp_path: Path) -> None:
+    options = ("train.max_train_steps=5", "model.lora=null", "optimizer.init_args.lr=0.001")
+    run = train(configure("FluxKontext", *options))
+    assert run is not None
+    found = evaluate(Request(run, squares, steps=1, guidance=1.0, count=1))
+    names = [one["name"] for one in found["candidates"]]
+    assert names == ["base", "copy of the input", next(run.glob("checkpoint-*")).name]
+    assert found["candidates"][0]["means"]["psnr"] != found["candidates"][2]["means"]["psnr"]
+
+
+def test_what_cannot_be_evaluated_is_said(configure: Configure, squares: Path, tmp_path: Path) -> None:
+    configure("FluxKontext")
+    file = tmp_path / "config.yaml"
+    for words, given in {
+        "give its version folder": {"checkpoints": ("all",)},
+        "at least one picture": {"count": 0},
+    }.items():
+        with pytest.raises(EvaluationError, match=words):
+            evaluate(Request(file, squares, **given))  # type: ignore[arg-type]
+    with pytest.raises(EvaluationError, match=r"holds no config\.yaml"):
+        evaluate(Request(squares, squares))
+    with pytest.raises(LoraFileError, match="does not exist"):
+        evaluate(Request(file, squares, lora=("nowhere.safetensors",)))
+    (tmp_path / "v7").mkdir()
+    (tmp_path / "v7" / "config.yaml").write_text(file.read_text())
+    with pytest.raises(EvaluationError, match="no checkpoint 'best'"):
+        evaluate(Request(tmp_path / "v7", squares))

@@ -58,7 +58,7 @@ def build_accelerator(config: Config) -> Accelerator:
     launched = dict(os.environ)
     if os.environ.get("WORLD_SIZE") == "1":
         # A launcher started one process: DDP around it would copy gradients and refuse weights that wait on the host.
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             os.environ.pop(name, None)
     processes.check_cards(os.environ, torch.accelerator.device_count())
     # Without a card accelerate joins processes only if told that the CPU is meant; else each would train for itself.

@@ -16,6 +16,7 @@ batches. Batches without padding, such as all of one sample, have no mask and lo
 from __future__ import annotations
 
 import functools
+import importlib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -175,10 +176,9 @@ def _routed(theirs: Callable[..., Any]) -> Callable[..., Any]:
 def _flash_4_interface() -> Any:
     """Its forward and backward functions, None where the package is not installed."""
     try:
-        from flash_attn.cute import interface
+        return importlib.import_module("flash_attn.cute.interface")
     except ImportError:
         return None
-    return interface
 
 
 @functools.cache

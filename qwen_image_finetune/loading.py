@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
 from diffusers.utils.logging import disable_progress_bar as disable_diffusers_bars
+from safetensors import SafetensorError
 from torch import nn
 from transformers.utils.logging import disable_progress_bar as disable_transformers_bars
 
@@ -69,20 +71,57 @@ def load_encoders(
         devices: where each component goes, by its name in the pipeline; "default" for the others.
 
     Raises:
-        ConfigError: a part is stored in a precision that its library would read wrongly.
+        ConfigError: a part is stored in a precision that its library would read wrongly, cannot be read, or is not of
+            diffusers or transformers.
     """
     absent = {"transformer"} | (set() if vae else {"vae"})
     if not text:
         absent |= set(family.text_components)
     for part in sorted({"vae", *family.text_components} - absent):
         refuse_scaled_fp8(folder / part)
-    pipe = family.pipeline.from_pretrained(
-        folder, dtype=dtype, use_safetensors=True, local_files_only=True, **dict.fromkeys(absent)
-    )
+    check_components(folder)
+    with readable(folder):
+        pipe = family.pipeline.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, local_files_only=True, **dict.fromkeys(absent)
+        )
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module):
             part.requires_grad_(False).eval().to(devices.get(name) or devices["default"])
     return pipe
+
+
+@contextmanager
+def readable(folder: Path) -> Iterator[None]:
+    """Around loading from `folder`: what the libraries raise on missing or broken files, as one message.
+
+    Raises:
+        ConfigError: in place of their errors.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(
+            f"model.pretrained_model_name_or_path: {folder} cannot be loaded: {reason} (only safetensors are read, and "
+            "no code of a checkpoint runs)"
+        ) from error
+
+
+def check_components(folder: Path) -> None:
+    """Refuse a pipeline with parts of other packages: diffusers would import whatever module model_index.json names.
+
+    Raises:
+        ConfigError: names the part.
+    """
+    index = json.loads((folder / "model_index.json").read_text())
+    for name, component in index.items():
+        if isinstance(component, list) and component and component[0] not in ("diffusers", "transformers", None):
+            raise ConfigError(
+                f"model.pretrained_model_name_or_path: {folder / 'model_index.json'} takes {name} from "
+                f"{component[0]!r}; parts of diffusers and transformers are loaded, no other code runs"
+            )
 
 
 def load_transformer(
@@ -116,7 +155,8 @@ def load_transformer(
             f"{place / 'config.json'} has keys {unknown} that {family.transformer.__name__} of the "
             "installed diffusers does not know; upgrade diffusers"
         )
-    transformer, report = weights.load(family.transformer, place, base_precision(place, model), dtype, device)
+    with readable(place):
+        transformer, report = weights.load(family.transformer, place, base_precision(place, model), dtype, device)
     if report is not None:
         say(report.words())
     return cast(ModelMixin, transformer)

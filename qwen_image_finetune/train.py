@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from qwen_image_finetune import cache, checkpoint, console, flow, levers, loading, out_of_memory, processes, runs
@@ -437,7 +438,10 @@ class State:
 
     def load(self, folder: Path) -> None:
         """Continue from a checkpoint folder, which was verified when it was found."""
-        trained.load(folder, self.transformer, self.config.model)
+        try:
+            trained.load(folder, self.transformer, self.config.model)
+        except SafetensorError as error:
+            raise checkpoint.CheckpointError(f"{folder}: its weights cannot be read: {error}") from error
         progress = checkpoint.load_state(folder, "progress")
         if progress["seed"] != self.config.train.seed:
             raise ConfigError(

@@ -168,11 +168,11 @@ def _parser() -> argparse.ArgumentParser:
     drawing.add_argument("--prompt", required=True, help="the instruction")
     source = drawing.add_argument_group("what is edited")
     source.add_argument(
-        "--image", dest="images", type=Path, action="append", default=[],
+        "--image", dest="images", metavar="PICTURE", type=Path, action="append", default=[],
         help="reference; given repeatedly, the references of one picture",
     )  # fmt: skip
     source.add_argument("--folder", type=Path, help="instead: edit each picture of this folder on its own")
-    drawing.add_argument("--lora", help="LoRA file, checkpoint folder or hub id")
+    drawing.add_argument("--lora", help="LoRA file, checkpoint or version folder, or hub id")
     drawing.add_argument("--strength", type=float, default=1.0, help="of the LoRA; 0 is the base")
     drawing.add_argument(
         "--output", type=Path, default=Path("output.png"), help="file of the picture, or a folder for several"
@@ -190,7 +190,7 @@ def _parser() -> argparse.ArgumentParser:
     overridable(drawing)
 
     exporting = verb(export, configured=False)
-    exporting.add_argument("lora", type=Path, help="LoRA file in diffusers format")
+    exporting.add_argument("lora", type=Path, help="LoRA file, or the checkpoint or version folder it is in")
     exporting.add_argument("output", type=Path, help="file to write")
     exporting.add_argument("--format", choices=("diffusers", "comfy", "kohya"), default="comfy", help="key dialect")
     exporting.add_argument("--family", choices=sorted(FAMILIES), required=True, help="whose LoRA it is")

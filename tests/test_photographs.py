@@ -19,7 +19,7 @@ from qwen_image_finetune.trainer import Trainer
 
 Configure = Callable[..., Config]
 RESOLUTION = 96
-# Parts of photographs that scikit-image carries, nothing is downloaded: left, top, right, bottom. Ratios 1 : 2 to 3 : 1.
+# Parts (left, top, right, bottom) of photographs that scikit-image carries; ratios from 1 : 2 to 3 : 1.
 CUTS = {
     "astronaut": (0, 0, 512, 512),
     "astronaut_tall": (120, 0, 376, 512),

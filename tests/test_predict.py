@@ -80,7 +80,7 @@ def test_a_lora_before_or_after_the_setup(trainer: Trainer, lora: Path) -> None:
     assert same(draw(before), draw(trainer)) and not same(draw(before), base)
     trainer.load_lora(lora, strength=0.0)
     assert same(draw(trainer), base)
-    trainer.load_lora(lora, strength=1.0)
+    trainer.load_lora(lora.parent.parent, strength=1.0)  # a version stands for its newest checkpoint
     assert same(draw(trainer), draw(before))
 
 
@@ -239,3 +239,15 @@ def test_one_step_draws_a_picture(trainer: Trainer) -> None:
     """Schedules that stretch to a last noise level have none for a single step, which starts at pure noise."""
     pixels = np.asarray(trainer.predict(photograph(), "add a hat", 1)[0])
     assert pixels.std() > 1
+
+
+def test_a_version_stands_for_its_newest_checkpoint(tmp_path: Path) -> None:
+    from qwen_image_finetune.levers.lora_files import find_lora
+
+    for name in ("checkpoint-0-9", "checkpoint-1-10", "checkpoint-2-11"):
+        (tmp_path / name).mkdir()
+        if name != "checkpoint-2-11":  # one without a LoRA does not count
+            (tmp_path / name / "pytorch_lora_weights.safetensors").touch()
+    assert find_lora(tmp_path) == tmp_path / "checkpoint-1-10" / "pytorch_lora_weights.safetensors"
+    with pytest.raises(LoraFileError, match="has no pytorch_lora_weights"):
+        find_lora(tmp_path / "checkpoint-2-11")

@@ -25,7 +25,7 @@ def lab(
         )
         for family in laboratory.FAMILIES
     }
-    pairs = build_once("small-pairs", lambda folder: laboratory.write_pairs(folder))
+    pairs = build_once("small-pairs", laboratory.write_pairs)
     made = laboratory.Lab(tmp_path_factory.mktemp("lab"), checkpoints, pairs)
     # The server inherits the environment, not sys.path.
     os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parents[1])])

@@ -28,6 +28,7 @@ from PIL import Image
 FULL = os.environ.get("QIF_FAULTS") == "full"
 FAMILIES = ("FluxKontext", "QwenImageEdit")
 KILLED = -signal.SIGKILL
+MEASURED = ("step_seconds", "memory_gib")  # differ from one run to the next
 STATE_FILES = ("adapter.safetensors", "optimizer.json", "optimizer.safetensors", "schedule.json", "progress.json")
 
 
@@ -63,7 +64,9 @@ def write_small_checkpoint(family: str, folder: Path) -> None:
         "joint_attention_dim": 64, "axes_dims_rope": (4, 6, 6),
     }  # fmt: skip
     if family == "FluxKontext":
-        transformer = FluxTransformer2DModel(num_single_layers=1, pooled_projection_dim=32, guidance_embeds=True, **same)
+        transformer = FluxTransformer2DModel(
+            num_single_layers=1, pooled_projection_dim=32, guidance_embeds=True, **same
+        )
     else:
         transformer = QwenImageTransformer2DModel(out_channels=16, **same)
     shutil.rmtree(folder / "transformer")
@@ -225,7 +228,8 @@ def _run(
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    sys.stdout, sys.stderr = open(1, "w", buffering=1, closefd=False), open(2, "w", buffering=1, closefd=False)
+    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     os.environ.update(environment)
     import sabotages
 
@@ -264,9 +268,9 @@ def state_of(checkpoint: Path) -> dict[str, bytes]:
 
 
 def curve(version: Path) -> list[dict[str, Any]]:
-    """The logged values of every step, without the time it took."""
+    """The logged values of every step, without the time and the memory it took."""
     lines = [json.loads(line) for line in (version / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "step_seconds"} for line in lines]
+    return [{name: value for name, value in line.items() if name not in MEASURED} for line in lines]
 
 
 def outcome(version: Path) -> tuple[dict[str, bytes], list[dict[str, Any]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -79,21 +80,23 @@ def slow_save(seconds: str) -> None:
 
 
 def no_memory(place: str) -> None:
-    """Raise what torch or Python raise when memory runs out, in one phase: "module.function[:call number]"."""
-    import importlib
-
-    path, _, count = place.partition("@")
-    module_name, _, name = path.rpartition(".")
-    owner: Any = importlib.import_module(f"qwen_image_finetune.{module_name.split('/')[0]}")
-    for part in module_name.split("/")[1:]:
+    """Raise what torch or Python raise when memory runs out: "cuda|cpu|host,module:attribute.path,call number"."""
+    kind, path, count = place.split(",")
+    module_name, _, names = path.partition(":")
+    owner: Any = importlib.import_module(module_name)
+    *parts, name = names.split(".")
+    for part in parts:
         owner = getattr(owner, part)
-    call, calls = getattr(owner, name), {"left": int(count or 1)}
-    errors = {"cuda": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "host": MemoryError()}
+    call, left = getattr(owner, name), [int(count)]
 
     def fail(*arguments: Any, **options: Any) -> Any:
-        calls["left"] -= 1
-        if calls["left"] == 0:
-            raise errors["host" if "host" in path else "cuda"]
+        left[0] -= 1
+        if left[0] == 0:
+            raise {
+                "cuda": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+                "cpu": RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate"),
+                "host": MemoryError(),
+            }[kind]
         return call(*arguments, **options)
 
     setattr(owner, name, fail)
@@ -138,3 +141,22 @@ def not_finite(places: str) -> None:
         return call(self, *arguments)
 
     Objective.__call__ = hook_once  # type: ignore[method-assign]
+
+
+def time_saving(unused: str) -> None:
+    """Print how long each checkpoint held the loop up, how long the copy in it took, and how long it took to write."""
+    from qwen_image_finetune import checkpoint, train
+
+    def timed(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def measure(*arguments: Any, **options: Any) -> Any:
+            began = time.perf_counter()
+            result = call(*arguments, **options)
+            print(f"{name} took {time.perf_counter() - began:.6f} s", flush=True)
+            return result
+
+        return measure
+
+    train.State.snapshot = timed("copying", train.State.snapshot)  # type: ignore[method-assign]
+    train.State.write = timed("writing", train.State.write)  # type: ignore[method-assign]
+    train.save_checkpoint = timed("blocking", train.save_checkpoint)
+    checkpoint.CheckpointWriter.wait = timed("waiting", checkpoint.CheckpointWriter.wait)  # type: ignore[method-assign]

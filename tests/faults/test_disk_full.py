@@ -45,7 +45,9 @@ def test_a_disk_that_fills_up_at_any_write(lab: Lab, disk: Path) -> None:
     expected = {}
     places = {}
     for family in FAMILIES:
-        config = lab.config(f"roomy-{family}", family, logging={"report_to": "tensorboard"}, validation=drawing, **settings)
+        config = lab.config(
+            f"roomy-{family}", family, logging={"report_to": "tensorboard"}, validation=drawing, **settings
+        )
         lab.run(config)
         expected[family] = outcome(versions(config)[0])
         used = sum(-(-path.stat().st_size // PAGE) * PAGE for path in config.parent.rglob("*") if path.is_file())
@@ -53,7 +55,7 @@ def test_a_disk_that_fills_up_at_any_write(lab: Lab, disk: Path) -> None:
 
     tried, lost, failures = 0, [], 0
     for family in FAMILIES:
-        pages = range(0, places[family]) if full_or(1, 0) else range(1, places[family], places[family] // 6)
+        pages = range(places[family]) if full_or(1, 0) else range(1, places[family], places[family] // 6)
         for page in pages:
             tried += 1
             place = disk / f"{family}-{page}"

@@ -32,7 +32,9 @@ def bomb(width: int, height: int) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
+    )
 
 
 def animated(kind: str) -> bytes:
@@ -57,7 +59,12 @@ def bad_files() -> list[tuple[str, bytes]]:
     png = encoded("PNG")
     damaged = bytearray(png)
     damaged[len(png) // 2] ^= 0xFF
-    files += [(".png", bytes(damaged)), (".png", png[:8] + png[40:]), (".png", b"\x89PNG\r\n\x1a\n"), (".jpg", b"GIF89a")]
+    files += [
+        (".png", bytes(damaged)),
+        (".png", png[:8] + png[40:]),
+        (".png", b"\x89PNG\r\n\x1a\n"),
+        (".jpg", b"GIF89a"),
+    ]
     files += [(".webp", b"RIFF\xff\xff\xff\x7fWEBPVP8 "), (".png", b"BM" + bytes(60))]
     files += [(".jpg", b"%PDF-1.7\n"), (".png", b'<svg xmlns="http://www.w3.org/2000/svg"/>')]
     return files
@@ -69,8 +76,8 @@ def fine_files() -> list[tuple[str, bytes]]:
     deep = io.BytesIO()
     Image.fromarray(rng.integers(0, 65536, (48, 48), dtype=np.uint16)).save(deep, "PNG")
     modes = [(".png", encoded("PNG", mode)) for mode in ("1", "L", "LA", "P", "RGBA")]
-    return [*modes, (".png", deep.getvalue()), (".jpg", encoded("JPEG", "CMYK")), (".jpg", encoded("JPEG", progressive=True)),
-            (".jpg", encoded("JPEG", "L")), (".webp", encoded("WEBP", "RGBA", lossless=True))]  # fmt: skip
+    return [*modes, (".png", deep.getvalue()), (".jpg", encoded("JPEG", "CMYK")),
+            (".jpg", encoded("JPEG", progressive=True)), (".jpg", encoded("JPEG", "L")), (".webp", encoded("WEBP", "RGBA", lossless=True))]  # fmt: skip
 
 
 @pytest.mark.timeout(900)

@@ -60,4 +60,6 @@ def test_resumed_at_every_step_of_two_epochs(lab: Lab, tmp_path: Path) -> None:
             same = state_of(checkpoints(resumed)[last]) == state_of(saved[last])
             if not same or curve(resumed) != curve(whole)[step:]:
                 lost.append((optimizer, mode, accumulation, processes, step))
-    record("resume at every step", tried, lost, f"{len(chosen)} combinations of optimizer, mode, accumulation, processes")
+    record(
+        "resume at every step", tried, lost, f"{len(chosen)} combinations of optimizer, mode, accumulation, processes"
+    )

@@ -44,7 +44,7 @@ def test_a_signal_at_any_moment(lab: Lab) -> None:
         seen[moment] = seen.get(moment, 0) + 1
         problem = None if finished or code == CODES[kind] else f"exit code {code}"
         for version in versions(config):
-            steps = len(curve(version)) if (version / "metrics.jsonl").exists() else 0
+            steps = curve(version)[-1]["step"] if (version / "metrics.jsonl").exists() else 0
             saved = checkpoints(version)
             if steps and (steps not in saved or verify_folder(saved[steps]) is not None):
                 problem = f"step {steps} is lost, saved are {list(saved)}"

@@ -1,25 +1,21 @@
 """Imported once by the server that forks the runs: everything a run imports or builds once, so that none need do it."""
 
+import importlib
 import os
 from pathlib import Path
 
-import bitsandbytes  # noqa: F401
-import diffusers.guiders  # noqa: F401
-import peft.tuners.lora.bnb  # noqa: F401
-import prodigyopt  # noqa: F401
 import torch
-import torch.utils.tensorboard  # noqa: F401
-from diffusers import optimization  # noqa: F401
 from PIL import Image
-from tensorboard.compat.proto import summary_pb2  # noqa: F401
-from torchvision.transforms.v2 import functional  # noqa: F401
 
-import qwen_image_finetune.preparation
-import qwen_image_finetune.train
-import sabotages  # noqa: F401
 from qwen_image_finetune import loading
 from qwen_image_finetune.families import get_family
 
+for module in (
+    "bitsandbytes", "diffusers.guiders", "diffusers.optimization", "peft.tuners.lora.bnb", "prodigyopt", "sabotages",
+    "tensorboard.compat.proto.summary_pb2", "torch.utils.tensorboard", "torchvision.transforms.v2.functional",
+    "qwen_image_finetune.preparation", "qwen_image_finetune.train",
+):  # fmt: skip
+    importlib.import_module(module)
 torch.set_num_threads(1)
 Image.init()
 # transformers compiles a thousand patterns when the first model loads. Nothing is run here: no threads, no state.

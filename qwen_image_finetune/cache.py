@@ -297,7 +297,8 @@ def cropped(picture: Picture, background: str = "white") -> Image:
 def latent_mask(mask: Image, latent: Tensor) -> Tensor:
     """Share of foreground under each latent cell, (H, W) float32 in [0, 1]; `mask` is mode L, of the target's size."""
     pixels = torch.from_numpy(np.asarray(mask, dtype=np.float32) / 255)
-    pooled: Tensor = torch.nn.functional.adaptive_avg_pool2d(pixels[None], tuple(latent.shape[-2:]))[0]
+    height, width = latent.shape[-2:]
+    pooled: Tensor = torch.nn.functional.adaptive_avg_pool2d(pixels[None], (height, width))[0]
     return pooled
 
 

@@ -113,6 +113,7 @@ class Trainer:
 
     def _apply_lora(self) -> None:
         from qwen_image_finetune.levers import adapters, lora_files
+        from qwen_image_finetune.levers.targets import lora_layers
         from qwen_image_finetune.loading import weight_dtype
 
         assert self._predictor is not None
@@ -123,7 +124,7 @@ class Trainer:
         lora_files.load_lora(transformer, self._lora, pipeline, None)
         # As diffusers and ComfyUI run it: in the precision of the base, not of training.
         dtype = weight_dtype(self.config.train.mixed_precision)
-        for _, layer in adapters.lora_layers(transformer):
+        for _, layer in lora_layers(transformer):
             layer.lora_A.to(dtype)
             layer.lora_B.to(dtype)
         adapters.set_strength(transformer, self._strength)

@@ -197,7 +197,7 @@ def test_a_data_set_class_of_ones_own_takes_its_own_arguments(load: Load) -> Non
         ({"train": 3}, "train=3 is refused; allowed: a section with keys of trainer, num_epochs"),
         (
             {"train.trainer": "FluxKontxt"},
-            "train.trainer='FluxKontxt' is not one of ['FluxKontext', 'QwenImageEdit']; did you mean 'Flux",
+            "train.trainer='FluxKontxt' is not one of ['FluxKontext', 'QwenImageEdit', 'QwenImageEditPlus']; did you mean 'Flux",
         ),
         (
             {"train.vae_encoder_device": "gpu:0"},

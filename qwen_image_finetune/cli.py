@@ -117,6 +117,28 @@ def check(options: argparse.Namespace) -> None:
     print(f"{len(pairs.training)} pairs{beside}, all readable")
 
 
+def evaluate(options: argparse.Namespace) -> None:
+    """Measure base, LoRAs and a copy of the input on pairs that were not trained on."""
+    from qwen_image_finetune.evaluate import Request, evaluate
+
+    given = {field.name: getattr(options, field.name) for field in fields(Request)}
+    evaluate(Request(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}))
+
+
+def report(options: argparse.Namespace) -> None:
+    """Write one page about a run: data, settings, curves, samples, metrics, files."""
+    from qwen_image_finetune.report import report
+
+    print(report(options.version, options.output))
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Write one page that shows runs side by side, with the difference of their settings."""
+    from qwen_image_finetune.compare import compare
+
+    print(compare(options.versions, options.output))
+
+
 def export(options: argparse.Namespace) -> None:
     """Write a LoRA file in the key dialect of another program."""
     from qwen_image_finetune.families import get_family
@@ -188,6 +210,32 @@ def _parser() -> argparse.ArgumentParser:
     )
     drawing.add_argument("--height", type=int, help="the same for its height")
     overridable(drawing)
+
+    evaluating = verb(evaluate, configured=False)
+    evaluating.add_argument("config", type=Path, help="the configuration, or the version folder of a run")
+    evaluating.add_argument("dataset", type=Path, help="folder of pairs that were not trained on")
+    overridable(evaluating)
+    evaluating.add_argument("--lora", nargs="+", default=[], help="LoRA files, checkpoint folders or hub ids")
+    evaluating.add_argument(
+        "--checkpoints", nargs="+", default=[], metavar="WHICH",
+        help="of the run: all, best, latest, or steps; default: best, else latest",
+    )  # fmt: skip
+    evaluating.add_argument("--strength", type=float, nargs="+", default=[1.0], help="strengths of every LoRA")
+    evaluating.add_argument("--output", type=Path, help="folder; default: evaluation, in the run where one is given")
+    evaluating.add_argument("--count", type=int, help="pairs, spread over the folder; default: all")
+    evaluating.add_argument("--seed", type=int, default=0, help="of the noise of the first pair; the next has the next")
+    evaluating.add_argument("--steps", type=int, help="sampler steps; default: the model's own")
+    evaluating.add_argument("--guidance", type=float, help="guidance scale; default: the model's own")
+
+    reporting = verb(report, configured=False)
+    reporting.add_argument("version", type=Path, help="version folder of a run")
+    reporting.add_argument("--output", type=Path, help="file; default: report.html in the run")
+
+    comparing = verb(compare, configured=False)
+    comparing.add_argument(
+        "versions", type=Path, nargs="+", help="version folders of runs, the first the one compared with"
+    )
+    comparing.add_argument("--output", type=Path, default=Path("compare.html"), help="file")
 
     exporting = verb(export, configured=False)
     exporting.add_argument("lora", type=Path, help="LoRA file, or the checkpoint or version folder it is in")

@@ -311,17 +311,17 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 
 def summary(results: Sequence[dict[str, Any]]) -> str:
-    """Means with intervals, for the terminal."""
+    """Means with half the width of their intervals, for the terminal."""
     shown = [name for name in metrics.METRICS if any(one["means"][name] for one in results)]
     width = max(len(one["name"]) for one in results)
-    lines = [" " * width + "".join(f"{name:>26}" for name in shown)]
+    lines = [" " * width + "".join(f"{name:>16}" for name in shown)]
     for one in results:
         cells = []
         for name in shown:
             value = one["means"][name]
-            ends = "" if value is None or value["low"] is None else f" [{value['low']:.3g}, {value['high']:.3g}]"
-            cells.append("-" if value is None else f"{value['mean']:.4g}{ends}")
-        lines.append(one["name"].ljust(width) + "".join(f"{cell:>26}" for cell in cells))
+            half = "" if value is None or value["low"] is None else f" ±{(value['high'] - value['low']) / 2:.2g}"
+            cells.append("-" if value is None else f"{value['mean']:.4g}{half}")
+        lines.append(one["name"].ljust(width) + "".join(f"{cell:>16}" for cell in cells))
     return "\n".join(lines)
 
 

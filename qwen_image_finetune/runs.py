@@ -34,6 +34,7 @@ VERSION = re.compile(r"^v(0|[1-9]\d*)$")
 CHECKPOINT = re.compile(r"^checkpoint-(\d+)-(\d+)$")
 MIN_STEPS = 5  # ended versions with fewer optimizer steps are removed when a new run starts
 LOCK, STATE, METRICS, SUPERSEDED = "run.lock", "run.json", "metrics.jsonl", "superseded"
+ENVIRONMENT = "environment.json"  # versions and device
 BEST = "best.json"  # which checkpoint is best on held-out pairs
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 State = Literal["running", "finished", "failed", "interrupted"]
@@ -76,7 +77,7 @@ class Run:
 
     def metrics(self) -> list[dict[str, float]]:
         """Every whole line of metrics.jsonl: `step`, then the values; non-finite ones are floats again."""
-        return [{name: float(value) for name, value in line.items()} for line in _lines(self.path / METRICS)]
+        return read_metrics(self.path)
 
     def truncate_metrics(self, step: int) -> None:
         """Drop the lines after `step`, and any torn one, so that a resumed run logs every step once."""
@@ -230,6 +231,11 @@ def find_checkpoint(project_dir: Path, spec: str, warn: Callable[[str], None]) -
     newest = _newest_valid(beside, lambda _: None)
     hint = f"the newest valid checkpoint there is {newest}" if newest else f"{beside} has no valid checkpoint"
     raise RunError(f"train.resume_from_checkpoint={spec}: {problem}; {hint}")
+
+
+def read_metrics(version: Path) -> list[dict[str, float]]:
+    """Every whole line of a version's metrics.jsonl, whether or not its process still writes it."""
+    return [{name: float(value) for name, value in line.items()} for line in _lines(version / METRICS)]
 
 
 def retention(run: Run, limit: int | None) -> None:

@@ -23,6 +23,7 @@ from qwen_image_finetune.cache import EncodedDataset, TextVariant
 from qwen_image_finetune.config import Config, ConfigError, resolve_family
 from qwen_image_finetune.data.batches import Batches, MicroBatch
 from qwen_image_finetune.data.dataset import ImageDataset
+from qwen_image_finetune.environment import environment
 from qwen_image_finetune.families import get_family
 from qwen_image_finetune.families.base import Family
 from qwen_image_finetune.files import DiskFull, is_disk_full, write_atomic
@@ -157,6 +158,8 @@ def _train(config: Config, stopping: StopSignals) -> Path | None:
         if run is not None:
             run.rewind(progress.step)
             write_atomic(run.path / "config.yaml", config.to_yaml())
+            made_with = environment(device_words(accelerator.device), accelerator.num_processes)
+            write_atomic(run.path / runs.ENVIRONMENT, json.dumps(made_with) + "\n")
             trackers = Trackers(config, run.path, progress.step or None)
         guidance = config.train.guidance_scale if family.distilled_guidance(transformer.config) else None
         velocity = partial(family.velocity, model, guidance=guidance)
@@ -222,11 +225,12 @@ def _train(config: Config, stopping: StopSignals) -> Path | None:
                         "learning_rate": learning_rate,
                         "epoch": batches.epoch_of(progress.step - 1),
                         "step_seconds": time.monotonic() - began,
+                        "memory_gib": memory_gib(accelerator.device),
                     }
                     run.record(progress.step, values)
                     trackers.scalars(values, progress.step)
                     trackers.collect("sigma", sigmas, progress.step)
-                    update(progress.step, f"loss {mean_loss:.4f}, {memory_words(accelerator.device)}")
+                    update(progress.step, f"loss {mean_loss:.4f}, {values['memory_gib']:.1f} GiB")
                 if not sound:
                     say(f"step {progress.step}: loss {mean_loss}, gradient norm {gradient_norm}: not learnt from; "
                         f"its samples were {', '.join(sample_keys(dataset, batches, progress.step - 1))}")  # fmt: skip
@@ -570,10 +574,15 @@ def agree(accelerator: Accelerator, loss: Tensor, signal_number: int) -> tuple[f
     return float(gathered[:, 0].sum()), int(gathered[:, 1].max())
 
 
-def memory_words(device: torch.device) -> str:
-    """Peak memory of the accelerator, or of the process on a CPU."""
+def memory_gib(device: torch.device) -> float:
+    """Peak memory of the accelerator, or of the process on a CPU, in GiB."""
     if device.type == "cpu":
         import resource
 
-        return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB"
-    return f"{torch.accelerator.max_memory_allocated(device) / 2**30:.1f} GiB"
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return torch.accelerator.max_memory_allocated(device) / 2**30
+
+
+def device_words(device: torch.device) -> str:
+    """The device as its maker calls it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

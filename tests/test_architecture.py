@@ -26,12 +26,12 @@ FLOORS: tuple[frozenset[str], ...] = tuple(
     for places in (
         "src",
         "cli __main__",
-        "trainer train cache predict validate samples held_out evaluate report compare plan bench check draw dry_run "
+        "trainer train cache predict validate samples held_out evaluate report compare pages plan bench check draw dry_run "
         "preparation loading",
         "toy",
         "families levers data",
         "flow store checkpoint runs optim processes trackers verdict intervals metrics",
-        "config records files locks signals out_of_memory console __init__",
+        "config records files locks signals out_of_memory console environment __init__",
     )
 )
 STRANGERS = frozenset({"families", "levers", "data"})  # axes that multiply: none of them knows another

@@ -19,7 +19,7 @@ from qwen_image_finetune.families import FAMILIES
 ROOT = Path(__file__).parent.parent
 FAMILY_NAMES = sorted(FAMILIES)
 Configure = Callable[..., Config]
-VERBS = ("train", "cache", "check", "predict", "export", "tiny")
+VERBS = ("train", "cache", "check", "predict", "evaluate", "report", "compare", "export", "tiny")
 
 # Every connection fails, and packages that a person without a GPU machine may not even have are as good as absent.
 OFFLINE = """

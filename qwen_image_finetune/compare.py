@@ -1,0 +1,134 @@
+"""`qif compare`: runs side by side, and what was set differently."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qwen_image_finetune.files import write_atomic
+from qwen_image_finetune.pages.curves import Series, curve
+from qwen_image_finetune.pages.html import document, escape, picture, section, table
+from qwen_image_finetune.pages.reading import ReportError, Version, said
+from qwen_image_finetune.report import headline
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+HEIGHT = 256
+CURVES = {
+    "loss": "training loss",
+    "held_out_loss": "held-out loss",
+    "held_out_difference": "held-out loss minus the base's",
+    "learning_rate": "learning rate",
+    "grad_norm": "gradient norm before clipping",
+    "step_seconds": "seconds a step",
+    "memory_gib": "peak memory, GiB",
+}
+
+
+def compare(paths: Sequence[Path], output: Path) -> Path:
+    """Write the page; returns its file.
+
+    Raises:
+        ReportError: a folder is no run, or there is only one.
+    """
+    if len(paths) < 2:
+        raise ReportError(f"{len(paths)} run to compare: give two or more version folders")
+    found = [Version(path) for path in paths]
+    names = labels(found)
+    parts = (
+        section("runs", "Runs", summary(found, names)),
+        section("difference", "Difference of the settings", difference(found, names)),
+        section("curves", "Curves", curves(found, names)),
+        section("samples", "Last samples", samples(found, names)),
+        section("metrics", "Evaluation", evaluation(found, names)),
+    )
+    write_atomic(output, document("Runs side by side", ", ".join(names), parts))
+    return output
+
+
+def labels(found: Sequence[Version]) -> list[str]:
+    """A name for each run; numbered where two are called alike."""
+    names = [version.name for version in found]
+    return [name if names.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(names, start=1)]
+
+
+def summary(found: Sequence[Version], names: Sequence[str]) -> str:
+    """The headlines of the runs, one a column."""
+    values = [dict(headline(version)) for version in found]
+    keys = list(dict.fromkeys(key for each in values for key in each))
+    return table(["", *names], [[key, *(each.get(key, "-") for each in values)] for key in keys])
+
+
+def difference(found: Sequence[Version], names: Sequence[str]) -> str:
+    """Settings and versions that are not the same in all runs."""
+    trees = [{**version.settings, **_packages(version)} for version in found]
+    keys = list(dict.fromkeys(key for tree in trees for key in tree))
+    rows = [[key, *(said(tree[key]) if key in tree else "-" for tree in trees)] for key in keys]
+    rows = [row for row in rows if len(set(row[1:])) > 1]
+    if not rows:
+        return '<p class="note">None: all were set alike.</p>'
+    return table(["setting", *names], rows)
+
+
+def _packages(version: Version) -> dict[str, str]:
+    return {f"version of {name}": said(value) for name, value in version.environment.get("packages", {}).items()}
+
+
+def curves(found: Sequence[Version], names: Sequence[str]) -> str:
+    """The same curve of all runs in one figure."""
+    key = "".join(
+        f'<span><i style="background: var(--c{place % 6})"></i>{escape(name)}</span>'
+        for place, name in enumerate(names)
+    )
+    figures = "".join(
+        curve(title, [
+            Series(name, version.points(metric), place, smooth=metric in ("loss", "grad_norm", "step_seconds"))
+            for place, (version, name) in enumerate(zip(found, names, strict=True))
+        ])
+        for metric, title in CURVES.items()
+    )  # fmt: skip
+    return f'<div class="legend">{key}</div><div class="curves">{figures}</div>'
+
+
+def samples(found: Sequence[Version], names: Sequence[str]) -> str:
+    """The newest sample of every pair in every run, beside its truth."""
+    keys = list(dict.fromkeys(sample.key for version in found for sample in version.samples))
+    if not keys:
+        return '<p class="note">None of the runs drew samples.</p>'
+    blocks = []
+    for key in keys:
+        figures, about = list[str](), ""
+        for version, name in zip(found, names, strict=True):
+            sample = next((each for each in version.samples if each.key == key), None)
+            if sample is None:
+                continue
+            if not figures:
+                about = sample.prompt
+                figures += [_figure(sample.pictures[part], part, "") for part in sample.pictures]
+            step = max(sample.drawn)
+            figures.append(_figure(sample.drawn[step], name, f"step {step}"))
+        blocks.append(f'<h3>{escape(key)}: {escape(about)}</h3><div class="grid small">{"".join(figures)}</div>')
+    return "".join(blocks)
+
+
+def _figure(image: Image, name: str, note: str) -> str:
+    return (
+        f"<figure>{picture(image, name, HEIGHT)}<figcaption><b>{escape(name)}</b> {escape(note)}</figcaption></figure>"
+    )
+
+
+def evaluation(found: Sequence[Version], names: Sequence[str]) -> str:
+    """Every candidate of every evaluated run; only those on the same pairs are comparable, so the pairs are named."""
+    rows: list[list[str]] = []
+    metrics: list[str] = []
+    for version, name in zip(found, names, strict=True):
+        for candidate in version.evaluation.get("candidates", []):
+            metrics = list(version.evaluation["metrics"])
+            values = [candidate["means"][metric] for metric in metrics]
+            shown = ["-" if value is None else f"{value['mean']:.4g}" for value in values]
+            rows.append([f"{name}: {candidate['name']}", version.evaluation["dataset"], *shown])
+    if not rows:
+        return '<p class="note">None of the runs is evaluated yet: <code>qif evaluate RUN DATASET</code>.</p>'
+    return table(["", "pairs", *metrics], rows)

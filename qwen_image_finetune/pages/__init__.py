@@ -1,0 +1,1 @@
+"""Pages of one file about runs: what stands in a run's folder, drawn as HTML and SVG without any network."""

@@ -1,0 +1,116 @@
+"""What stands in the folder of a run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+from PIL import Image
+
+from qwen_image_finetune import runs
+from qwen_image_finetune.data.sources import Row, read_folder
+
+
+class ReportError(ValueError):
+    """A folder about which nothing can be written."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A pair that was drawn while training."""
+
+    key: str
+    prompt: str
+    pictures: dict[str, Image.Image]  # references, base and truth, by name
+    drawn: dict[int, Image.Image]  # by step
+
+
+class Version:
+    """The folder of a run, read; a run that still goes on can be read as well."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises ReportError where `path` is no run."""
+        if not (path / "config.yaml").is_file():
+            raise ReportError(f"{path} holds no config.yaml: give the version folder of a run, OUTPUT_DIR/PROJECT/vN")
+        self.path = path
+        self.name = f"{path.resolve().parent.name}/{path.resolve().name}"
+        self.yaml = (path / "config.yaml").read_text(encoding="utf-8")
+        self.settings: dict[str, Any] = flat(yaml.safe_load(self.yaml))
+        self.metrics = runs.read_metrics(path)
+        self.environment: dict[str, Any] = self._json(runs.ENVIRONMENT)
+        self.best: dict[str, Any] = self._json(runs.BEST)
+        self.evaluation: dict[str, Any] = self._json("evaluation/evaluation.json")
+        self.state = str(self._json(runs.STATE).get("state", "unknown"))
+
+    def _json(self, name: str) -> dict[str, Any]:
+        file = self.path / name
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+    def points(self, name: str) -> list[tuple[float, float]]:
+        """(step, value) of one of the metrics."""
+        return [(line["step"], line[name]) for line in self.metrics if name in line]
+
+    @property
+    def steps(self) -> int:
+        return int(self.metrics[-1]["step"]) if self.metrics else 0
+
+    @cached_property
+    def checkpoints(self) -> list[Path]:
+        """Checkpoint folders by step."""
+        found = [path for path in self.path.glob("checkpoint-*-*") if runs.CHECKPOINT.match(path.name)]
+        return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """Pairs of the data set; none where it is not on this machine."""
+        paths = self.settings["data.init_args.dataset_path"]
+        folders = [Path(path).expanduser() for path in ([paths] if isinstance(paths, str) else paths)]
+        return [row for folder in folders if folder.is_dir() for row in read_folder(folder, masks=False)[0]]
+
+    @cached_property
+    def samples(self) -> list[Sample]:
+        """What was drawn while training, pair by pair."""
+        found: dict[str, Sample] = {}
+        folders = sorted(self.path.glob("samples/step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+        for folder in folders:
+            layout = folder / "layout.json"
+            for place, strip in enumerate(json.loads(layout.read_text(encoding="utf-8")) if layout.is_file() else []):
+                with Image.open(folder / f"{place}.png") as image:
+                    parts = _cut(image.convert("RGB"), strip["parts"])
+                drawn = parts.pop("drawn")
+                sample = found.setdefault(strip["key"], Sample(strip["key"], strip["prompt"], parts, {}))
+                sample.pictures.update(parts)
+                sample.drawn[int(folder.name.removeprefix("step-"))] = drawn
+        return list(found.values())
+
+
+def _cut(strip: Image.Image, parts: list[dict[str, Any]]) -> dict[str, Image.Image]:
+    """The pictures of a strip by name; a second reference is called "reference 2"."""
+    found: dict[str, Image.Image] = {}
+    for part in parts:
+        name, number = part["name"], 1
+        while name in found:
+            number += 1
+            name = f"{part['name']} {number}"
+        found[name] = strip.crop((part["left"], 0, part["left"] + part["width"], strip.height))
+    return found
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted keys; what an optimizer or a dataset takes counts as well."""
+    values: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            values |= flat(value, f"{prefix}{name}.")
+        else:
+            values[f"{prefix}{name}"] = value
+    return values
+
+
+def said(value: Any) -> str:
+    """A value as a configuration would say it."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

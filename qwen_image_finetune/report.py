@@ -1,0 +1,242 @@
+"""`qif report`: one page about a run, in one file that opens anywhere."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qwen_image_finetune.config import Config
+from qwen_image_finetune.data.images import DataError, open_upright
+from qwen_image_finetune.files import write_atomic
+from qwen_image_finetune.pages.curves import Series, curve
+from qwen_image_finetune.pages.html import cards, details, document, escape, picture, section, table
+from qwen_image_finetune.pages.reading import Sample, Version, flat, said
+from qwen_image_finetune.runs import LORA_WEIGHTS
+
+THUMBNAILS, THUMBNAIL_HEIGHT, SAMPLE_HEIGHT = 12, 128, 384
+REQUIRED = "model.pretrained_model_name_or_path"  # has no default
+MOST_STEPS = 24  # of the samples; spread over the run where there are more
+
+
+def report(path: Path, output: Path | None = None) -> Path:
+    """Write the page; returns its file, by default report.html in the run.
+
+    Raises:
+        ReportError: the folder is no run.
+    """
+    version = Version(path)
+    file = output or path / "report.html"
+    settings, steps = version.settings, version.steps
+    subtitle = f"{settings['model.pretrained_model_name_or_path']}, {version.state} at step {steps:,}"
+    parts = (
+        cards(headline(version)),
+        section("samples", "Samples", samples(version.samples)),
+        section("curves", "Curves", curves(version)),
+        section("metrics", "Evaluation", evaluation(version.evaluation)),
+        section("data", "Data", data(version)),
+        section("files", "Files to take away", files(version)),
+        section("settings", "Settings", resolved(version)),
+        section("versions", "Versions", versions(version)),
+    )
+    write_atomic(file, document(f"Run {version.name}", subtitle, parts))
+    return file
+
+
+def headline(version: Version) -> list[tuple[str, str]]:
+    """The numbers that matter most."""
+    found = [("state", version.state), ("steps", f"{version.steps:,}")]
+    if version.rows:
+        found.append(("pairs", f"{len(version.rows):,}"))
+    losses = [value for _, value in version.points("loss")]
+    if losses:
+        tail = losses[-max(len(losses) // 10, 1) :]
+        found.append(("loss, last tenth", f"{sum(tail) / len(tail):.4f}"))
+    if held_out := version.points("held_out_difference"):
+        found.append(("held-out loss against the base", f"{held_out[-1][1]:+.4f}"))
+    if version.best:
+        found.append(("best checkpoint", str(version.best["checkpoint"])))
+    seconds = sorted(value for _, value in version.points("step_seconds"))
+    if seconds:
+        found.append(("median step", f"{seconds[len(seconds) // 2]:.2f} s"))
+    return found
+
+
+def data(version: Version) -> str:
+    """A few pairs, references left of their target."""
+    rows = version.rows
+    if not rows:
+        where = said(version.settings["data.init_args.dataset_path"])
+        return f'<p class="note">The pairs in {escape(where)} are not on this machine.</p>'
+    number = min(THUMBNAILS, len(rows))
+    figures = []
+    for place in range(number):
+        row = rows[place * len(rows) // number]
+        try:
+            pictures = [open_upright(path) for path in (*row.references, row.target)]
+        except DataError as error:
+            figures.append(f"<figure><figcaption>{escape(str(error))}</figcaption></figure>")
+            continue
+        caption = row.prompt if row.caption is None else row.caption.read_text(encoding="utf-8-sig", errors="replace")
+        names = [f"reference of {row.key}"] * len(row.reference_names) + [f"target of {row.key}"]
+        images = "".join(picture(*each, THUMBNAIL_HEIGHT) for each in zip(pictures, names, strict=True))
+        figures.append(
+            f'<figure><div class="row">{images}</div><figcaption><b>{escape(row.key)}</b> {escape(caption or "")}'
+            "</figcaption></figure>"
+        )
+    shown = f"{number} of {len(rows):,} pairs, reference left, target right." if number < len(rows) else ""
+    return f'<p class="note">{shown}</p><div class="grid">{"".join(figures)}</div>'
+
+
+def curves(version: Version) -> str:
+    """Loss, held-out loss, learning rate, gradient norm, memory and step time, as far as they were recorded."""
+    if not version.metrics:
+        return '<p class="note">No step was recorded.</p>'
+    band = [
+        (line["step"], line["held_out_low"], line["held_out_high"])
+        for line in version.metrics
+        if "held_out_low" in line
+    ]
+    figures = [
+        curve("training loss", [Series("loss", version.points("loss"), smooth=True)]),
+        curve("held-out loss", [Series("held-out loss", version.points("held_out_loss"), 1)]),
+        curve("held-out loss minus the base's, with 95 % interval (below 0 is better)",
+              [Series("difference", version.points("held_out_difference"), 1, band=band)], zero=True),
+        curve("learning rate", [Series("learning rate", version.points("learning_rate"), 2)]),
+        curve("gradient norm before clipping", [Series("gradient norm", version.points("grad_norm"), 3, smooth=True)]),
+        curve("seconds a step", [Series("seconds", version.points("step_seconds"), 4, smooth=True)], zero=True),
+        curve("peak memory, GiB", [Series("memory", version.points("memory_gib"), 5)], zero=True),
+    ]  # fmt: skip
+    note = (
+        "" if band else '<p class="note">No pairs were held out: validation.share or validation.dataset_path does.</p>'
+    )
+    return f'<div class="curves">{"".join(figures)}</div>{note}'
+
+
+def samples(drawn: Sequence[Sample]) -> str:
+    """Every drawn pair with a slider between what it is compared with and what was drawn, and one for the step."""
+    if not drawn:
+        return '<p class="note">No samples were drawn: validation.enabled=true draws them.</p>'
+    every = sorted({step for sample in drawn for step in sample.drawn})
+    steps = [every[round(place * (len(every) - 1) / max(min(MOST_STEPS, len(every)) - 1, 1))]
+             for place in range(min(MOST_STEPS, len(every)))]  # fmt: skip
+    names = list(dict.fromkeys(name for sample in drawn for name in sample.pictures))
+    options = "".join(f"<option>{escape(name)}</option>" for name in names)
+    controls = (
+        f'<div class="controls"><label>step <input type="range" data-control="step" min="0" max="{len(steps) - 1}" '
+        f'value="{len(steps) - 1}" data-steps="{",".join(map(str, steps))}"> <output>{steps[-1]}</output></label>'
+        f'<label>left side <select data-control="left">{options}</select></label></div>'
+    )
+    figures = "".join(_sides(sample, steps, names[0]) for sample in drawn)
+    return f'<div class="viewer">{controls}<div class="grid">{figures}</div></div>'
+
+
+def _sides(sample: Sample, steps: Sequence[int], left: str) -> str:
+    size = next(iter(sample.drawn.values())).size
+    before = "".join(
+        picture(image.resize(size), f"{name} of {sample.key}", SAMPLE_HEIGHT,
+                f'data-name="{escape(name)}"{" hidden" * (name != left)}')
+        for name, image in sample.pictures.items()
+    )  # fmt: skip
+    after = "".join(
+        picture(sample.drawn[step], f"{sample.key} drawn at step {step}", SAMPLE_HEIGHT,
+                f'data-step="{step}"{" hidden" * (step != steps[-1])}')
+        for step in steps if step in sample.drawn
+    )  # fmt: skip
+    return (
+        f'<figure><div class="sides"><div class="before">{before}</div><div class="after">{after}</div></div>'
+        f'<input class="wipe" type="range" min="0" max="100" value="50" aria-label="where the pictures of '
+        f'{escape(sample.key)} meet">'
+        f"<figcaption><b>{escape(sample.key)}</b> {escape(sample.prompt)}</figcaption></figure>"
+    )
+
+
+def evaluation(found: dict[str, Any]) -> str:
+    """Means with their intervals; the best of each measure is named below."""
+    if not found:
+        return '<p class="note">Not evaluated yet: <code>qif evaluate RUN DATASET</code> adds this part.</p>'
+    names = [name for name in found["metrics"] if any(one["means"][name] for one in found["candidates"])]
+    heads = [f"{name}, {found['metrics'][name]['unit']}" if found["metrics"][name]["unit"] else name for name in names]
+    rows = [[one["name"], *(_mean(one["means"][name]) for name in names)] for one in found["candidates"]]
+    meaning = "".join(
+        f"<li><b>{escape(name)}</b>: {escape(about['words'])}{escape(_better(about['better']))}</li>"
+        for name, about in found["metrics"].items()
+        if name in names
+    )
+    notes = "".join(f'<p class="note">{escape(note)}</p>' for note in found["notes"])
+    about = (
+        f"{found['pictures']} pairs of {found['dataset']}, {found['num_inference_steps']} sampler steps, guidance "
+        f"{found['guidance_scale']}, seed {found['seed']}; means with 95 % bootstrap intervals"
+    )
+    return f"<p>{escape(about)}</p>{table(['', *heads], rows)}{notes}<ul>{meaning}</ul>"
+
+
+def _mean(value: dict[str, Any] | None) -> str:
+    if value is None:
+        return "-"
+    ends = "" if value["low"] is None else f" [{value['low']:.3g}, {value['high']:.3g}]"
+    return f"{value['mean']:.4g}{ends}"
+
+
+def _better(direction: str) -> str:
+    return f" ({direction} is better)" if direction else ""
+
+
+def files(version: Version) -> str:
+    """Weights with their sizes, and how they are used."""
+    rows: list[list[str]] = []
+    marked, best = [], version.best.get("checkpoint")
+    for folder in version.checkpoints:
+        for name in (LORA_WEIGHTS, "transformer"):
+            path = folder / name
+            if path.exists():
+                if folder.name == best:
+                    marked.append(len(rows))
+                held = path.rglob("*") if path.is_dir() else [path]
+                size = sum(file.stat().st_size for file in held if file.is_file())
+                kind = "LoRA" if name == LORA_WEIGHTS else "whole transformer"
+                note = "best on held-out pairs" if folder.name == best else ""
+                rows.append([str(path.relative_to(version.path)), kind, f"{size / 2**20:.1f} MiB", note])
+    if not rows:
+        return '<p class="note">No checkpoint was saved.</p>'
+    chosen = version.path / rows[marked[0] if marked else -1][0]
+    return table(["file", "what", "size", ""], rows, marked) + "".join(usage(version, chosen))
+
+
+def usage(version: Version, chosen: Path) -> list[str]:
+    """The commands that draw with the weights."""
+    if chosen.name != LORA_WEIGHTS:
+        text = f"transformer = TheModel.from_pretrained({str(chosen)!r})  # in place of the base's, in diffusers"
+        return [f"<h3>In diffusers</h3><pre>{escape(text)}</pre>"]
+    prompt = version.samples[0].prompt if version.samples else "what to do"
+    command = shlex.join([
+        "qif", "predict", str(version.path / "config.yaml"), "--image", "picture.png", "--prompt", prompt,
+        "--lora", str(chosen),
+    ])  # fmt: skip
+    python = (
+        "pipe = diffusers.DiffusionPipeline.from_pretrained("
+        f"{version.settings['model.pretrained_model_name_or_path']!r})\npipe.load_lora_weights({str(chosen)!r})"
+    )
+    return [
+        f"<h3>On the command line</h3><pre>{escape(command)}</pre>",
+        f"<h3>In diffusers</h3><pre>{escape(python)}</pre>",
+    ]
+
+
+def resolved(version: Version) -> str:
+    """The settings away from their defaults, and all of them."""
+    defaults = flat(Config.model_validate({"model": {"pretrained_model_name_or_path": "x"}}).model_dump(mode="json"))
+    own = {key: value for key, value in version.settings.items() if key not in defaults or defaults[key] != value}
+    rows = [
+        [key, said(value), said(defaults[key]) if key in defaults and key != REQUIRED else ""]
+        for key, value in own.items()
+    ]
+    return table(["setting away from its default", "value", "default"], rows) + details("All settings", version.yaml)
+
+
+def versions(version: Version) -> str:
+    """What the run was made with."""
+    if not version.environment:
+        return '<p class="note">This run did not record them.</p>'
+    return table(["", ""], [[name, said(value)] for name, value in flat(version.environment).items()])

@@ -30,6 +30,8 @@ from qwen_image_finetune.files import DiskFull, is_disk_full, write_atomic
 from qwen_image_finetune.held_out import HeldOutLoss, open_pairs, training_config
 from qwen_image_finetune.levers import lora_files, parallel, trained
 from qwen_image_finetune.levers.attention import attention_of
+from qwen_image_finetune.levers.compile import compilation_of
+from qwen_image_finetune.levers.release import GradientRelease
 from qwen_image_finetune.levers.stored_precision import base_precision
 from qwen_image_finetune.optim import build_optimizer, build_scheduler, optimizer_state, restore_optimizer
 from qwen_image_finetune.preparation import (
@@ -57,6 +59,12 @@ BAD_STEPS_IN_A_ROW = 3
 NOT_FINITE = (
     "the loss or the gradients were not finite for three steps in a row; the weights of step {} are saved. Lower "
     "optimizer.init_args.lr, use train.mixed_precision=bf16, and look at the samples named above"
+)
+
+
+RELEASED_NOT_FINITE = (
+    "the loss or the gradients of step {} were not finite, and train.release_gradients has used them already: continue "
+    "from the last checkpoint, with a lower optimizer.init_args.lr or without train.release_gradients"
 )
 
 
@@ -94,6 +102,7 @@ def _train(config: Config, stopping: StopSignals) -> Path | None:
     say: Say = console.say if main else lambda message: None
     family = get_family(resolve_family(config, download=True)[0])
     check_run(config, family)
+    check_sharing(config, team.size, shared=sharding is not None)
 
     # The pairs, and how long the run is
     pairs = open_pairs(config, family)
@@ -126,14 +135,16 @@ def _train(config: Config, stopping: StopSignals) -> Path | None:
         doing = "loading the transformer"
         dtype = loading.weight_dtype(config.train.mixed_precision)
         if sharding is None:
-            transformer = loading.load_transformer(family, folder, dtype, config.model, accelerator.device, say)
+            # Swapped blocks must not pass through the card: it has no room for all of them.
+            home = accelerator.device if config.train.blocks_to_swap == 0 else torch.device("cpu")
+            transformer = loading.load_transformer(family, folder, dtype, config.model, home, say)
         else:
             transformer = loading.empty_transformer(family, folder, dtype)  # filled once it is cut
         levers.prepare(transformer, config)
         say(f"attention: {attention_of(transformer)}")
         if config.model.lora and config.model.lora.pretrained_weight and resume is None:
             lora_files.load_lora(transformer, config.model.lora.pretrained_weight, family.pipeline, config.model.lora)
-        if sharding is None:
+        if sharding is None and config.train.blocks_to_swap == 0:
             transformer.to(accelerator.device)
         else:
             parallel.shard(transformer, sharding, accelerator.device)
@@ -146,11 +157,12 @@ def _train(config: Config, stopping: StopSignals) -> Path | None:
         optimizer = accelerator.prepare(optimizer)
         # The wrapper is there for fp16's gradient scaler; it searches for an optional package at every call.
         stepped = optimizer.optimizer if accelerator.scaler is None else optimizer
-        model = accelerator.prepare(transformer) if sharding is None else transformer
+        model = accelerator.prepare_model(transformer, device_placement=False) if sharding is None else transformer
         state = State(config, family, transformer, optimizer, schedule, progress, accelerator)
         if resume is not None:
             state.load(resume)
             say(f"continuing {resume} at step {progress.step}")
+        released = GradientRelease(optimizer.optimizer, parameters) if config.train.release_gradients else None
         say(f"{family.name}, {sum(p.numel() for p in parameters):,} trained weights, {len(dataset)} pairs, "
             f"{total_steps} steps" + (f" -> {run.path}" if run else ""))  # fmt: skip
 
@@ -181,6 +193,7 @@ def _train(config: Config, stopping: StopSignals) -> Path | None:
         stopping.defer()
         doing = "training"
         first_step = progress.step
+        compilation, compiled = (compilation_of(transformer) if config.train.compile else None), 0
         with (
             console.progress("training", total_steps, progress.step, shown=main) as update,
             team.watched(config.train.collective_timeout),
@@ -201,13 +214,18 @@ def _train(config: Config, stopping: StopSignals) -> Path | None:
                     total_loss += loss.detach().sum() / samples
                     sigmas.append(sigma)
 
-                norm = accelerator.clip_grad_norm_(parameters, config.train.max_grad_norm or math.inf)
+                if released is not None:
+                    norm = released.take_norm()
+                else:
+                    norm = accelerator.clip_grad_norm_(parameters, config.train.max_grad_norm or math.inf)
                 gradient_norm = float(parallel.gathered(norm, keep=True))
                 mean_loss, stop = agree(accelerator, total_loss, stopping.received)
                 # fp16 gradients overflow now and then by design; the gradient scaler skips those steps itself.
                 overflow = accelerator.scaler is not None and not math.isfinite(gradient_norm)
                 sound = math.isfinite(mean_loss) and (math.isfinite(gradient_norm) or overflow)
                 learning_rate = optimizer.param_groups[0]["lr"]
+                if not sound and released is not None:
+                    raise TrainingStopped(RELEASED_NOT_FINITE.format(progress.step + 1))
                 if sound:
                     stepped.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -215,6 +233,9 @@ def _train(config: Config, stopping: StopSignals) -> Path | None:
                 progress.step += 1
                 progress.bad_steps = 0 if sound else progress.bad_steps + 1
                 writer.raise_if_failed()
+                if compilation is not None and compilation.num_graphs > compiled:
+                    compiled = compilation.num_graphs
+                    say(f"step {progress.step}: {compilation.words()}")
                 if progress.step == first_step + 1:  # kernels are built, connections made: now nobody should be late
                     processes.set_timeout(timedelta(seconds=config.train.collective_timeout))
 
@@ -292,6 +313,23 @@ def finish(run: runs.Run, outcome: runs.State, step: int) -> None:
 
 
 # What is set up
+
+
+def check_sharing(config: Config, processes: int, shared: bool) -> None:
+    """Raise ConfigError for levers that several processes, or a model that they share, exclude."""
+    train = config.train
+    if train.release_gradients and processes > 1:
+        raise ConfigError(
+            f"train.release_gradients=true with {processes} processes: gradients are used before they are averaged; "
+            "train in one process, or share the model (configs/accelerate/fsdp2.yaml) without releasing gradients"
+        )
+    swaps = train.blocks_to_swap != 0 or train.memory == "auto"
+    if shared and swaps:
+        key = "train.blocks_to_swap" if train.blocks_to_swap != 0 else "train.memory"
+        raise ConfigError(
+            f"{key} with FSDP: the weights of blocks are already shared by all processes; set train.blocks_to_swap=0 "
+            "and train.memory=as_written"
+        )
 
 
 def num_steps(config: Config, batches: Batches) -> int:

@@ -4,13 +4,16 @@ The written order, which `prepare` keeps:
 
 1. frozen weights, quantised while they are loaded
 2. adapters, or everything unfrozen; the timestep exact
-3. attention backend
-4. recomputation of activations, and offload
-5. compile
-6. shard
+3. block swap: which weights are on the card
+4. attention backend
+5. recomputation of activations, inside of what is compiled
+6. offload of activations
+7. shard
+8. gradient release, once there is an optimizer
 
 Each step sees what the ones before it left: adapters must wrap the quantised layers, recomputation and compile must see
-the adapters, and sharding comes last because it replaces the parameters themselves.
+the adapters, and sharding comes after them because it replaces the parameters themselves. Pairs that exclude each other
+stand in `config.exclusions`.
 """
 
 from __future__ import annotations
@@ -18,13 +21,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from qwen_image_finetune.config import Config
 
 
-def prepare(transformer: nn.Module, config: Config) -> nn.Module:
+def prepare(transformer: nn.Module, config: Config, device: torch.device | None = None) -> nn.Module:
     """Make a freshly loaded transformer ready for training; changes it in place and returns it.
+
+    Args:
+        device: where it will run, if it is not there yet; with train.blocks_to_swap, all but those blocks moves there.
 
     A LoRA to start from (model.lora.pretrained_weight) is not read here: `lora_files.load_lora` fills the adapter.
 
@@ -35,15 +42,29 @@ def prepare(transformer: nn.Module, config: Config) -> nn.Module:
     from qwen_image_finetune.levers.attention import use_attention
     from qwen_image_finetune.levers.timestep import keep_timestep_exact
 
+    train = config.train
     if config.model.lora is None:
         adapters.make_everything_trainable(transformer)
     else:
         adapters.add_adapter(transformer, config.model.lora, config.train.seed)
     keep_timestep_exact(cast(Any, transformer))
-    use_attention(transformer, config.train.attention, config.train.mixed_precision)
-    if config.train.gradient_checkpointing:
+    if isinstance(train.blocks_to_swap, int) and train.blocks_to_swap > 0:
+        from qwen_image_finetune.levers.swap import swap_blocks
+
+        swap_blocks(transformer, train.blocks_to_swap, device or next(transformer.parameters()).device)
+    use_attention(transformer, train.attention, train.mixed_precision)
+    keep = None if not train.gradient_checkpointing else train.keep_activations
+    keep = 0.0 if keep == "auto" else keep
+    if train.compile:
+        from qwen_image_finetune.levers.compile import compile_transformer
+
+        compile_transformer(transformer, keep)
+    elif keep is not None:
         from qwen_image_finetune.levers.recompute import recompute
 
-        keep = config.train.keep_activations
-        recompute(transformer, 0.0 if keep == "auto" else keep)
+        recompute(transformer, keep)
+    if train.offload_activations:
+        from qwen_image_finetune.levers.offload import Offload
+
+        Offload(transformer)
     return transformer

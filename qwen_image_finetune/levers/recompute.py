@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, cast
@@ -22,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 Keep = float | Literal["none"]
-Runner = Callable[..., Any]  # (block, *arguments) -> the block's result
+Runner = Callable[..., Any]  # (block, numbers of the products kept, *arguments) -> the block's result
 
 _ATEN = torch.ops.aten
 # Which argument of a product is its first factor, (rows, k).
@@ -35,34 +36,27 @@ _OPTIONS: dict[str, Any] = (
 )
 
 
-def recompute(transformer: nn.Module, keep: Keep, compiled: bool = False) -> None:
+def recompute(transformer: nn.Module, keep: Keep, wrap: Callable[[Runner], Runner] = lambda run: run) -> None:
     """Let every block of a diffusers transformer keep little of what its backward pass needs.
 
     Args:
         keep: share of the outputs of products that is kept besides those of attention; "none" keeps neither.
-        compiled: compile what a block does, recomputation included, so that the compiler sees both passes.
+        wrap: put around the run of a block, recomputation included; the compiler, say, which so sees both passes.
     """
     chosen = Choice(keep) if isinstance(keep, float) else None
 
-    def run(block: nn.Module, *arguments: Any) -> Any:
+    def run(block: nn.Module, kept: frozenset[int], *arguments: Any) -> Any:
         if chosen is None:
             return checkpoint(block, *arguments, use_reentrant=False)
-        contexts = partial(_contexts, chosen.of(block, arguments))
-        return checkpoint(block, *arguments, use_reentrant=False, context_fn=contexts, **_OPTIONS)
+        return checkpoint(block, *arguments, use_reentrant=False, context_fn=partial(_contexts, kept), **_OPTIONS)
 
-    if not compiled:
-        cast(Any, transformer).enable_gradient_checkpointing(run)
-        return
-    modules = {id(block): _Recomputed(block, run) for block in blocks(transformer)}
-    for module in modules.values():
-        module.compile(dynamic=False)
+    wrapped = wrap(run)
 
-    def run_compiled(block: nn.Module, *arguments: Any) -> Any:
-        if chosen is not None:
-            chosen.of(block, arguments)  # looked at outside of the compiler
-        return modules[id(block)](*arguments)
+    def run_block(block: nn.Module, *arguments: Any) -> Any:
+        kept = frozenset[int]() if chosen is None else chosen.of(block, arguments)
+        return wrapped(block, kept, *arguments)
 
-    cast(Any, transformer).enable_gradient_checkpointing(run_compiled)
+    cast(Any, transformer).enable_gradient_checkpointing(run_block)
 
 
 def blocks(transformer: nn.Module) -> list[nn.Module]:
@@ -132,8 +126,14 @@ class _Recorder(TorchDispatchMode):
 
 def products_of(block: nn.Module, arguments: Sequence[Any]) -> list[Product]:
     """The products of one run of a block, seen by running it once; the random state is not moved."""
-    devices = {item.device for item in arguments if isinstance(item, Tensor) and item.device.type == "cuda"}
-    with torch.no_grad(), torch.random.fork_rng(devices=list(devices)), _Recorder() as recorder:
+    devices = {item.device for item in arguments if isinstance(item, Tensor)}
+    cards = [device for device in devices if device.type == "cuda"]
+    with torch.no_grad(), torch.random.fork_rng(devices=cards), ExitStack() as stack:
+        for kind in {device.type for device in devices}:
+            # Weights cast here would be found again by the run that trains them, cut off from their gradients.
+            dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+            stack.enter_context(torch.autocast(kind, dtype, enabled, cache_enabled=False))
+        recorder = stack.enter_context(_Recorder())
         block(*arguments)
     return recorder.products
 
@@ -158,14 +158,3 @@ class Policy:
 
 def _contexts(chosen: frozenset[int]) -> Any:
     return create_selective_checkpoint_contexts(Policy(chosen))
-
-
-class _Recomputed(nn.Module):
-    """A block with its recomputation, as one thing to compile."""
-
-    def __init__(self, block: nn.Module, run: Runner) -> None:
-        super().__init__()
-        self.block, self.run = block, run
-
-    def forward(self, *arguments: Any) -> Any:
-        return self.run(self.block, *arguments)

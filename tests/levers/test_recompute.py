@@ -60,8 +60,8 @@ def test_more_is_kept_where_more_is_asked_for(family: str) -> None:
     for keep in KEPT:
         model = adapted(family)
         recompute(model, keep)
-        kept.append(saved_bytes(lambda model=model: forward(model)))
-    nothing_recomputed = saved_bytes(lambda: forward(adapted(family)))
+        kept.append(saved_bytes(model, forward))
+    nothing_recomputed = saved_bytes(adapted(family), forward)
     assert kept == sorted(kept)
     assert len(set(kept)) == len(kept)
     assert kept[0] < nothing_recomputed / 2

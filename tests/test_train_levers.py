@@ -1,0 +1,67 @@
+"""Levers of memory and speed in whole runs: they change nothing but memory and speed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qwen_image_finetune.config import Config, ConfigError
+from qwen_image_finetune.train import check_sharing, train
+
+Configure = Callable[..., Config]
+STEPS = "train.max_train_steps=5"
+
+
+def weights(run: Path | None) -> dict[str, torch.Tensor]:
+    assert run is not None
+    [folder] = run.glob("checkpoint-*-5")
+    files = [*folder.glob("adapter.safetensors"), *folder.glob("transformer/*.safetensors")]
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+LEVERS = {
+    "recompute": ("train.gradient_checkpointing=true", "train.keep_activations=0.5"),
+    "swap": ("train.gradient_checkpointing=true", "train.blocks_to_swap=3"),
+    "offload": ("train.offload_activations=true",),
+    "together": (
+        "train.gradient_checkpointing=true",
+        "train.keep_activations=none",
+        "train.blocks_to_swap=2",
+        "train.offload_activations=true",
+    ),
+}
+
+
+@pytest.mark.parametrize("levers", LEVERS)
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_run_is_bit_equal_to_one_without(levers: str, precision: str, configure: Configure) -> None:
+    same = (STEPS, f"train.mixed_precision={precision}", "train.seed=3")
+    plain = train(configure("QwenImageEdit", *same))
+    levered = train(configure("QwenImageEdit", *same, *LEVERS[levers]))
+    assert plain != levered
+    expected, found = weights(plain), weights(levered)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_released_gradients_reach_the_same_weights(configure: Configure) -> None:
+    same = (STEPS, "model.lora=null", "train.max_grad_norm=null", "optimizer.init_args.lr=1e-3")
+    plain = train(configure("FluxKontext", *same))
+    released = train(configure("FluxKontext", *same, "train.release_gradients=true"))
+    expected, found = weights(plain), weights(released)
+    assert len(expected) > 20
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_what_several_processes_exclude_is_refused(configure: Configure) -> None:
+    released = ("model.lora=null", "train.max_grad_norm=null", "train.release_gradients=true")
+    with pytest.raises(ConfigError, match=r"train\.release_gradients=true with 2 processes"):
+        check_sharing(configure("FluxKontext", *released), 2, shared=False)
+    swapped = ("train.gradient_checkpointing=true", "train.blocks_to_swap=1")
+    with pytest.raises(ConfigError, match=r"train\.blocks_to_swap with FSDP"):
+        check_sharing(configure("FluxKontext", *swapped), 2, shared=True)
+    check_sharing(configure("FluxKontext", *swapped), 2, shared=False)

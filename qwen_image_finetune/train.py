@@ -140,13 +140,13 @@ def _train(config: Config, stopping: StopSignals) -> Path | None:
             transformer = loading.load_transformer(family, folder, dtype, config.model, home, say)
         else:
             transformer = loading.empty_transformer(family, folder, dtype)  # filled once it is cut
-        levers.prepare(transformer, config)
+        levers.prepare(transformer, config, accelerator.device)
         say(f"attention: {attention_of(transformer)}")
         if config.model.lora and config.model.lora.pretrained_weight and resume is None:
             lora_files.load_lora(transformer, config.model.lora.pretrained_weight, family.pipeline, config.model.lora)
         if sharding is None and config.train.blocks_to_swap == 0:
             transformer.to(accelerator.device)
-        else:
+        elif sharding is not None:
             parallel.shard(transformer, sharding, accelerator.device)
             parallel.fill(transformer, folder / "transformer", dtype, accelerator.device)
         transformer.train()

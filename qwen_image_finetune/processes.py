@@ -240,8 +240,11 @@ class _Watch:
 
     def __init__(self, team: Team, store: Store, limit: float) -> None:
         self.team, self.store, self.limit = team, store, limit
-        self.seen: dict[int, tuple[int, str, int]] = {}  # process -> (places entered, the last, beats of its watch)
-        self.since: dict[int, list[float]] = {}  # process -> when it came to its place, when its last beat was seen
+        now, everybody = time.monotonic(), range(team.size)
+        # process -> (places entered, the last, beats of its watch)
+        self.seen: dict[int, tuple[int, str, int]] = dict.fromkeys(everybody, (-1, "starting", 0))
+        # process -> when it came to its place, when its last beat was seen
+        self.since: dict[int, list[float]] = {rank: [now, now] for rank in everybody}
         self.reported = -1  # places entered when somebody was last reported
 
     def run(self, end: threading.Event) -> None:
@@ -263,20 +266,18 @@ class _Watch:
             name = f"qif/at/{rank}"
             if self.store.check([name]):
                 count, place, beat = json.loads(self.store.get(name))
-                before = self.seen.get(rank)
-                since = self.since.setdefault(rank, [now, now])
-                if before is None or before[0] != count:
-                    since[0] = now
-                if before is None or before[2] != beat:
-                    since[1] = now
+                if self.seen[rank][0] != count:
+                    self.since[rank][0] = now
+                if self.seen[rank][2] != beat:
+                    self.since[rank][1] = now
                 self.seen[rank] = (count, place, beat)
 
     def _report(self) -> str | None:
         """A sentence, once for each place where this process is kept waiting, or keeps others."""
         now, rank = time.monotonic(), self.team.rank
         counts = {other: seen[0] for other, seen in self.seen.items()}
-        waits = now - self.since.get(rank, [now])[0]
-        if rank not in counts or waits < self.limit or self.reported == counts[rank]:
+        waits = now - self.since[rank][0]
+        if waits < self.limit or self.reported == counts[rank]:
             return None
         last = min(counts.values())
         if last == max(counts.values()):
@@ -314,7 +315,9 @@ def leave() -> None:
 def set_timeout(limit: timedelta) -> None:
     """How long torch.distributed lets a collective wait, from now on; nothing where there is one process."""
     import torch.distributed
-    from torch.distributed.distributed_c10d import _set_pg_timeout
+    from torch.distributed import distributed_c10d
 
     if torch.distributed.is_initialized():
-        _set_pg_timeout(limit)
+        # Public since torch 2.14; torch 2.9 to 2.13 have it under its older name, which newer ones warn about.
+        change = vars(torch.distributed).get("set_timeout") or distributed_c10d._set_pg_timeout
+        change(limit)

@@ -272,7 +272,7 @@ class TrainConfig(Section):
     )
     low_memory: Switch = Field(False, description="load and run part by part")
     collective_timeout: Count = Field(
-        25, description="seconds that processes wait for one that hangs, from the second step on, before the run ends"
+        20, description="seconds that processes wait for one that hangs, from the second step on, before the run ends"
     )
     vae_encoder_device: Device | None = Field(None, description="where the VAE lives, training without the cache")
     text_encoder_device: Device | None = Field(None, description="the same for the (first) text encoder")

@@ -9,6 +9,7 @@ not by `Accelerator.prepare`, which does it on cards only: so the same code runs
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -127,6 +128,8 @@ def shard(transformer: nn.Module, sharding: Sharding, device: torch.device) -> N
             f"fsdp_config.fsdp_transformer_layer_cls_to_wrap={','.join(sharding.blocks)!r} is in no module of "
             f"{type(transformer).__name__}; leave it out: the model says which blocks are its units"
         )
+    # Nothing changes the output of a transformer in place: packing, the loss and the sampler make new tensors.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for block in blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=sharding.reshard_after_forward)

@@ -22,7 +22,13 @@ def clean_environment(more: Mapping[str, str]) -> dict[str, str]:
     """That of this process, without what another launcher left in it."""
     strange = ("ACCELERATE_", "FSDP_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_", "SLURM_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(strange)}
-    return {**kept, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", **more}
+    return {
+        **kept,
+        "OMP_NUM_THREADS": "1",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5",
+        **more,
+    }
 
 
 @pytest.fixture

@@ -56,21 +56,33 @@ def advice(config: Config, doing: str) -> list[str]:
         (not config.cache.use_cache, "cache.use_cache=true: the encoders leave before training begins; same result"),
         (encoding, f"{on_another_device}=cpu, and the same for the VAE: slower, same result"),
         (drawing, "validation.enabled=false: the samples can be drawn afterwards with `qif predict`"),
-        (not train.gradient_checkpointing, "train.gradient_checkpointing=true: about a third slower, same result"),
         (
-            batch > 1,
+            not encoding and not train.gradient_checkpointing,
+            "train.gradient_checkpointing=true: about a third slower, same result",
+        ),
+        (
+            not encoding and batch > 1,
             f"data.batch_size=1 with train.gradient_accumulation_steps={batch * accumulation}: slower, same gradients",
         ),
         (not train.low_memory, "train.low_memory=true: weights wait in host memory; slower, same result"),
         (config.data.num_workers > 0, "data.num_workers=0: less host memory; slower, same result"),
         (train.mixed_precision == "no", "train.mixed_precision=bf16: half the memory, rounding of bf16"),
         (
-            "8bit" not in config.optimizer.class_path,
+            not encoding and "8bit" not in config.optimizer.class_path,
             "optimizer.class_path=bitsandbytes.optim.Adam8bit: a quarter of Adam's state, rounded",
         ),
-        (lora is not None and not config.model.quantize, "model.quantize=true: an 8-bit base, rounded"),
+        (
+            not encoding and lora is not None and not config.model.quantize,
+            "model.quantize=true: an 8-bit base, rounded",
+        ),
         (True, "a smaller data.init_args.resolution (or image_size): less detail is learnt"),
-        (lora is not None and lora.r > 4, f"model.lora.r below {lora.r if lora else 0}: less can be learnt"),
-        (lora is None, "model.lora (instead of null): an adapter needs a fraction of the memory of full fine-tuning"),
+        (
+            not encoding and lora is not None and lora.r > 4,
+            f"model.lora.r below {lora.r if lora else 0}: less is learnt",
+        ),
+        (
+            not encoding and lora is None,
+            "model.lora (instead of null): an adapter needs a fraction of the memory of full fine-tuning",
+        ),
     ]
     return [text for fits, text in choices if fits]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
-import time
 from multiprocessing.context import ForkServerProcess
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
@@ -14,16 +14,17 @@ from qwen_image_finetune import runs
 from qwen_image_finetune.files import verify_folder
 
 
-def _claim(project: str, start: float, number: int, release: float) -> None:
-    """In a child: claim a version at a moment, write into it, hold it for a while, see that all is as it was."""
-    time.sleep(max(0, start - time.time()))
+def _claim(project: str, together: Barrier, number: int) -> None:
+    """In a child: claim a version at one moment with all others, write into it, see that it stays as it is."""
+    together.wait(300)
     run = runs.claim_version(Path(project))
     (run.path / "mine").write_text(str(number))
     run.record(1, {"loss": 1.0})
-    time.sleep(max(0, release - time.time()))
+    together.wait(300)  # all have claimed by now, and none has ended
     mine = {path.name for path in run.path.iterdir()} == {"mine", "metrics.jsonl", "run.json", "run.lock"}
     if not mine or (run.path / "mine").read_text() != str(number):
         raise SystemExit(3)
+    together.wait(300)
     run.finish("finished", 1)
     run.close()
 
@@ -50,15 +51,15 @@ def test_many_claims_at_once(lab: Lab, tmp_path: Path) -> None:
         project = tmp_path / f"project-{number}"
         kept = [ended(project, 9, "finished", False), ended(project, 3, "interrupted", True)]
         short = ended(project, 2, "finished", True)
-        start = time.time() + 0.03 * processes + 1
+        together = context.Barrier(processes)
         started: list[ForkServerProcess] = [
-            context.Process(target=_claim, args=(str(project), start, place, start + 2 + 0.1 * processes), daemon=True)
+            context.Process(target=_claim, args=(str(project), together, place), daemon=True)
             for place in range(processes)
         ]
         for process in started:
             process.start()
         for process in started:
-            process.join(200)
+            process.join(400)
         codes = [process.exitcode for process in started]
         names = {path.name for path in project.glob("v*")}
         # All are short and ended now; the next claim would remove them, but none may have removed another.

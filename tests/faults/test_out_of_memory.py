@@ -17,7 +17,7 @@ PHASES = {
     "saving": ("checkpoint:snapshot", 2, "training", 2),
     "drawing": ("predict:Predictor.sample", 2, "drawing samples", 6),
 }
-ORDER = ("same result", "same gradients", "rounding", "rounded", "less ")  # what a change costs, least first
+ORDER = ("same ", "round", "less detail", "less is learnt")  # what a change costs, least first
 
 
 @pytest.mark.timeout(1800)
@@ -40,7 +40,7 @@ def test_memory_runs_out(lab: Lab) -> None:
         problems = [] if f"error: memory ran out while {words} (" in said and "Traceback" not in said else ["unclear"]
         advice = [line for line in said.splitlines() if line.startswith("  - ")]
         costs = [place for line in advice for place, cost in enumerate(ORDER) if cost in line]
-        if costs != sorted(costs) or len(advice) < 4:
+        if costs != sorted(costs) or len(advice) < 3:
             problems.append(f"advice out of order: {advice}")
         (version,) = versions(config)
         found = checkpoints(version)

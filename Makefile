@@ -8,7 +8,7 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 # Processes that the tests are spread over: most of their time is importing torch and building tiny models.
 WORKERS ?= 2
 
-.PHONY: help env demo test check lint format bench lock clean
+.PHONY: help env demo test faults check lint format bench lock clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -28,6 +28,9 @@ demo: env  ## a whole fine-tune in miniature, on any machine
 
 test: env  ## the tests
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+faults: env  ## kills, full disks, damage and hostile input at full counts, one line for each fault
+	$(BIN)/python scripts/faults.py
 
 lint: env  ## formatting, lint and types
 	$(BIN)/ruff format --check .

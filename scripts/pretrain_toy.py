@@ -15,6 +15,7 @@ are appended to toy/pretraining.log.
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -156,8 +157,17 @@ def export(family: str) -> None:
     if family == "flux_kontext":
         bases.settle_guidance(model)
     model.save_pretrained(target / "transformer")
+    forget_places(target)
     size = sum(file.stat().st_size for file in target.rglob("*.safetensors"))
     print(f"{target.relative_to(ROOT)}: step {runs.steps_of(newest.parent)}, {size / 1e6:.1f} MB of weights")
+
+
+def forget_places(folder: Path) -> None:
+    """Remove from the configurations where their weights were loaded from on this machine."""
+    for file in folder.rglob("config.json"):
+        settings = json.loads(file.read_text())
+        if settings.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def report_quality(family: str) -> None:

@@ -21,7 +21,6 @@ from diffusers import (
     QwenImageEditPipeline,
     QwenImageTransformer2DModel,
 )
-from torch import nn
 
 from qwen_image_finetune.families.tiny import HEAD_DIM, HEADS, ROPE, WIDTH, flux_text, qwen_text
 from qwen_image_finetune.families.tiny_tokenizers import SENTENCES
@@ -98,7 +97,7 @@ def _scheduler(**more: Any) -> FlowMatchEulerDiscreteScheduler:
 
 
 @torch.no_grad()
-def settle_guidance(transformer: nn.Module, guidance: float = 1.0) -> None:
+def settle_guidance(transformer: FluxTransformer2DModel, guidance: float = 1.0) -> None:
     """Make every value of the guidance embedding act as `guidance`, the only one that training has seen."""
     embedding = transformer.time_text_embed
     projected = embedding.time_proj(torch.tensor([guidance * 1000.0]))

@@ -22,7 +22,10 @@ NOISE = 0.1  # added to the latents, in their standard deviations: the decoder m
 KL = 1e-5  # keeps the latents near unit variance, no more
 
 
-def new_vae(family: str, seed: int = 0) -> nn.Module:
+Vae = Any  # AutoencoderKL or AutoencoderKLQwenImage, whose types the library does not give
+
+
+def new_vae(family: str, seed: int = 0) -> Vae:
     """An untrained autoencoder of `family`, four pixels to a latent cell.
 
     Few and wide layers, every residual branch silent at first: it learns several times as fast as a narrow deep one.
@@ -85,7 +88,7 @@ def one_frame() -> Iterator[None]:
         qwen_vae.QwenImageCausalConv3d.forward = original
 
 
-def encode(vae: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
+def encode(vae: Vae, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and log-variance of the latents, each (n, C, h, w)."""
     if isinstance(vae, AutoencoderKLQwenImage):
         # Not `vae.encode`, which keeps a cache of frames that a film of one frame never reads.
@@ -95,14 +98,15 @@ def encode(vae: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
     return mean, log_variance.clamp(-30, 20)
 
 
-def decode(vae: nn.Module, latents: Tensor) -> Tensor:
+def decode(vae: Vae, latents: Tensor) -> Tensor:
     """Pixels (n, 3, H, W), about [-1, 1]."""
-    if isinstance(vae, AutoencoderKLQwenImage):
-        return vae.decoder(vae.post_quant_conv(latents.unsqueeze(2)))[:, :, 0]
-    return vae.decoder(latents)
+    film = isinstance(vae, AutoencoderKLQwenImage)
+    decoded = vae.decoder(vae.post_quant_conv(latents.unsqueeze(2)))[:, :, 0] if film else vae.decoder(latents)
+    pixels: Tensor = decoded
+    return pixels
 
 
-def vae_loss(vae: nn.Module, pixels: Tensor, generator: torch.Generator) -> Tensor:
+def vae_loss(vae: Vae, pixels: Tensor, generator: torch.Generator) -> Tensor:
     mean, log_variance = encode(vae, pixels)
     noise = torch.randn(mean.shape, generator=generator)
     spread = NOISE * mean.detach().std()
@@ -113,7 +117,7 @@ def vae_loss(vae: nn.Module, pixels: Tensor, generator: torch.Generator) -> Tens
 
 
 def train_vae(
-    vae: nn.Module,
+    vae: Vae,
     pictures: NDArray[np.uint8],
     steps: int,
     batch_size: int = 4,
@@ -153,7 +157,7 @@ def train_vae(
 
 
 @torch.no_grad()
-def measure_latents(vae: nn.Module, pixels: Tensor) -> None:
+def measure_latents(vae: Vae, pixels: Tensor) -> None:
     """Write into the config what brings latents to zero mean and unit deviation, as each architecture has it."""
     with one_frame():
         latents = encode(vae, pixels)[0]
@@ -172,9 +176,9 @@ def psnr(one: NDArray[Any], other: NDArray[Any]) -> float:
 
 
 @torch.no_grad()
-def reconstruction(vae: nn.Module, pictures: NDArray[np.uint8]) -> float:
+def reconstruction(vae: Vae, pictures: NDArray[np.uint8]) -> float:
     """Mean PSNR in dB of pictures (n, H, W, 3) that went through the autoencoder."""
     with one_frame():
         drawn = decode(vae, encode(vae, as_pixels(pictures))[0])
-    drawn = ((drawn.clamp(-1, 1) + 1) * 127.5).round().permute(0, 2, 3, 1).numpy()
-    return float(np.mean([psnr(a, b) for a, b in zip(drawn, pictures, strict=True)]))
+    given_back = ((drawn.clamp(-1, 1) + 1) * 127.5).round().permute(0, 2, 3, 1).numpy()
+    return float(np.mean([psnr(a, b) for a, b in zip(given_back, pictures, strict=True)]))

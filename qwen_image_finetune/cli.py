@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -41,6 +42,8 @@ def guarded(run: Callable[[argparse.Namespace], None], options: argparse.Namespa
     except (ValueError, RuntimeError, OSError) as error:
         if not type(error).__module__.startswith("qwen_image_finetune"):
             raise
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(3)  # several processes refuse the same: the launcher ends the others once the first has said it
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     return 0

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 PATIENCE = 24 * 3600.0  # seconds that long work may take; a process that dies meanwhile ends the run at once anyway
 START_TIMEOUT = timedelta(minutes=30)  # for collectives before and in the first step: imports, kernels, compilation
+LINGER = 10.0  # seconds that the first process waits for the others to have heard
 POLL = 0.05  # seconds between two looks at the store
 SECONDS_BETWEEN_LINES = 60.0  # about somebody who is waited for
 SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # that accelerate reads
@@ -180,6 +181,12 @@ class Team:
         if self._store.add(key, 1) == self.size:
             self._store.set(f"{key}/complete", what)
         self._wait(f"{key}/complete", what, patience, [f"{key}/{rank}" for rank in range(self.size)])
+        # Started without a launcher that keeps the store (srun, mpirun), the first process does: were it to end now,
+        # whoever still asks whether the meeting is complete would fail at the end of a run that succeeded.
+        left, began = self._store.add(f"{key}/left", 1), time.monotonic()
+        while self.main and left < self.size and time.monotonic() - began < LINGER:
+            time.sleep(POLL)
+            left = self._store.add(f"{key}/left", 0)
 
     def share(self, make: Callable[[], Any], what: str) -> Any:
         """What `make` returns in the first process (JSON types), in all of them."""

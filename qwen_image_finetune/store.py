@@ -149,7 +149,7 @@ def _intact(data: bytes | memoryview) -> bool:
 def _place_of_sum(data: bytes | memoryview) -> slice:
     """Where the digits of the checksum stand in the header."""
     length = int.from_bytes(data[:8], "little")
-    found = SUM_IN_FILE.search(data, 8, 8 + length)
+    found = SUM_IN_FILE.search(data, 8, min(8 + length, len(data)))  # a damaged length may be beyond any integer of C
     if found is None:
         raise ValueError("its header holds no checksum")
     return slice(found.start(1), found.end(1))

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from qwen_image_finetune.cli import main
+from qwen_image_finetune.cli import _parser, main, parse
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -41,6 +41,8 @@ SHORTER = {"train.max_train_steps=2000": "train.max_train_steps=9", "num_inferen
            "--output night.png": "--output night.png --steps 2"}  # fmt: skip
 # Commands that take long to start; test_guide.py and test_contract.py run them.
 LAUNCHERS = ("accelerate launch ", "torchrun ")
+# Documents whose commands speak of runs that the reader has: only their verbs and options are tried here.
+OF_THE_READER = {"evaluation.md"}
 # The README's own edit of its copy; the other documents use the copy as it is.
 EDITS = {"README.md": {"data.init_args.dataset_path": "my_pairs", "logging.tracker_project_name": "day_to_night"}}
 
@@ -116,6 +118,8 @@ def run(command: str) -> None:
 
 def rehearse(command: str) -> None:
     """What can be seen of a command that is not run here: that make, qif and src.main would know what to do."""
+    if command.startswith("qif "):
+        parse(_parser(), shlex.split(command)[1:])
     if command.startswith("make "):
         run(command.replace("make", f"make -C {ROOT} -n", 1))
     elif command.startswith(("qif train", "qif cache")):
@@ -140,6 +144,9 @@ def test_every_command_works(document: Path, desk: Path, tiny_checkpoints: dict[
                 exec(compile(text, f"{document.name}:{block.line}", "exec"), {"__name__": "__documentation__"})
             continue
         for command in Block(block.kind, text, block.line, block.why_not).commands:
+            if document.name in OF_THE_READER and command.startswith("qif "):
+                parse(_parser(), shlex.split(command)[1:])
+                continue
             if block.why_not or command.startswith(LAUNCHERS):
                 rehearse(command)
                 continue

@@ -109,6 +109,11 @@ def test_damaged_cache_entries_are_detected_and_rebuilt(lab: Lab) -> None:
         if read or store.verify(path.stem):
             lost.append((number, path.name, read))
         mend()
+    for length in (b"\xff" * 8, b"\x00" * 7 + b"\x80", b"\x00" * 8):  # a header longer than any integer of C holds
+        whole = entries[0].read_bytes()
+        entries[0].write_bytes(length + whole[8:])
+        assert not store.verify(entries[0].stem)
+        entries[0].write_bytes(whole)
     record("damaged files of the cache", tried, lost)
 
     tried, lost = full_or(10, 1), []

@@ -18,9 +18,9 @@ from qwen_image_finetune.data.listing import Row
 
 Hashes = NDArray[np.uint64]
 
-# Bits, of 64, in which near-duplicates may differ. Measured on the forty portraits of data/ and four photographs: copies
-# at half the size, as JPEG of quality 40, 15 % brighter or of 20 % less contrast differ in 6 at most, different pictures
-# in 10 at least. A crop of 2 % at each side differs in up to 9 and may pass; one of 5 % mostly does.
+# Bits, of 64, in which near-duplicates may differ. Measured on the forty portraits of data/ and four photographs:
+# copies at half the size, as JPEG of quality 40, 15 % brighter or of 20 % less contrast differ in 6 at most, different
+# pictures in 10 at least. A crop of 2 % at each side differs in up to 9 and may pass; one of 5 % mostly does.
 DISTANCE = 6
 
 

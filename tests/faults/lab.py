@@ -231,7 +231,11 @@ def _run(
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     os.environ.update(environment)
+    import torch
+
     import sabotages
+
+    torch.set_num_threads(1)  # here, before threads of a loader do it all at once: a fork leaves torch without its pool
 
     if phases is not None:
         sabotages.report_phases(phases)

@@ -231,9 +231,8 @@ def _run(
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     os.environ.update(environment)
-    import torch
-
     import sabotages
+    import torch
 
     torch.set_num_threads(1)  # here, before threads of a loader do it all at once: a fork leaves torch without its pool
 

@@ -142,6 +142,24 @@ def compare(options: argparse.Namespace) -> None:
     print(compare(options.versions, options.output))
 
 
+def plan(options: argparse.Namespace) -> None:
+    """Predict the memory that training takes, and say what makes it fit a card."""
+    from qwen_image_finetune.config import load_config
+    from qwen_image_finetune.plan import describe
+
+    config = load_config(options.config, options.overrides)
+    tell(config.notes)
+    print(describe(config, options.card))
+
+
+def bench(options: argparse.Namespace) -> None:
+    """Measure training steps of a full-size model with random weights, one setting beside the other."""
+    from qwen_image_finetune.bench import Options, run
+
+    given = {field.name: getattr(options, field.name) for field in fields(Options)}
+    run(Options(**{**given, "variants": tuple(options.variants), "size": tuple(options.size)}))
+
+
 def export(options: argparse.Namespace) -> None:
     """Write a LoRA file in the key dialect of another program."""
     from qwen_image_finetune.families import get_family
@@ -239,6 +257,21 @@ def _parser() -> argparse.ArgumentParser:
         "versions", type=Path, nargs="+", help="version folders of runs, the first the one compared with"
     )
     comparing.add_argument("--output", type=Path, default=Path("compare.html"), help="file")
+
+    planning = verb(plan)
+    planning.add_argument("--card", help="memory of the card, such as 24GB; default: that of this machine's")
+    overridable(planning)
+
+    measuring = verb(bench, configured=False)
+    measuring.add_argument("family", choices=sorted(FAMILIES), help="whose architecture")
+    measuring.add_argument("variants", nargs="*", help="rows beside the baseline; default: all that can run here")
+    measuring.add_argument("--size", type=int, nargs=2, default=(1024, 1024), help="width and height in pixels")
+    measuring.add_argument("--batch", type=int, default=1, help="samples a step")
+    measuring.add_argument("--rank", type=int, default=16, help="of the adapter")
+    measuring.add_argument("--steps", type=int, default=5, help="timed steps of each row")
+    measuring.add_argument("--peak-tflops", type=float, help="of the card's matrix products, for the utilisation")
+    measuring.add_argument("--output", type=Path, help="JSON file to write")
+    measuring.add_argument("--tiny", action="store_true", help="a tiny model, to see that it runs, on a CPU say")
 
     exporting = verb(export, configured=False)
     exporting.add_argument("lora", type=Path, help="LoRA file, or the checkpoint or version folder it is in")

@@ -315,6 +315,12 @@ def finish(run: runs.Run, outcome: runs.State, step: int) -> None:
 # What is set up
 
 
+def largest_sample(dataset: ImageDataset) -> list[tuple[int, int]]:
+    """Sizes (width, height) of target and references of the sample with the most pixels."""
+    samples = {dataset.geometry(index) for index in range(len(dataset))}
+    return list(max(samples, key=lambda sizes: sum(width * height for width, height in sizes)))
+
+
 def check_sharing(config: Config, processes: int, shared: bool) -> None:
     """Raise ConfigError for levers that several processes, or a model that they share, exclude."""
     train = config.train

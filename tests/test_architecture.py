@@ -27,7 +27,7 @@ FLOORS: tuple[frozenset[str], ...] = tuple(
         "src",
         "cli __main__",
         "trainer train cache predict validate samples held_out evaluate report compare pages plan bench check draw dry_run "
-        "preparation loading",
+        "preparation loading footprint",
         "toy",
         "families levers data",
         "flow store checkpoint runs optim processes trackers verdict intervals metrics",

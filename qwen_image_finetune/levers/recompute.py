@@ -76,6 +76,7 @@ class Product:
 
     k: int  # width of its factors: it takes 2 k operations for each number of its output
     size: int  # bytes of its output
+    operations: int = 0
 
 
 class Choice:

@@ -1,0 +1,268 @@
+"""What a training step costs: full-size architectures with random weights, variants side by side.
+
+Random weights cost the same time and memory as trained ones, and are made on the device. Rounds go over all variants in
+one process, each alone on the card while it is stepped, so that a card that warms up slows all of them alike; medians
+are told. The first row is what other trainers do: diffusers' transformer, peft, eager bf16, full recomputation, flash.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from qwen_image_finetune import levers
+from qwen_image_finetune.config import Config, ConfigError
+from qwen_image_finetune.families import get_family
+from qwen_image_finetune.families.base import Family
+from qwen_image_finetune.files import write_atomic
+from qwen_image_finetune.footprint import Footprint, footprint, stand_in
+from qwen_image_finetune.levers.attention import attention_of
+from qwen_image_finetune.levers.compile import compilation_of
+from qwen_image_finetune.levers.quantize import quantize
+from qwen_image_finetune.plan import TEXT_TOKENS, transformer_config
+from qwen_image_finetune.records import Batch
+
+BASELINE = "baseline"
+RECOMPUTED = {"gradient_checkpointing": True, "keep_activations": "none"}
+# Name of a row -> keys of train, and model.quantize.
+VARIANTS: dict[str, tuple[dict[str, Any], str | bool]] = {
+    BASELINE: ({**RECOMPUTED, "attention": "flash"}, False),
+    "attention": (RECOMPUTED, False),
+    "compiled": ({**RECOMPUTED, "compile": True}, False),
+    "kept": ({"gradient_checkpointing": True, "compile": True}, False),
+    "fp8": ({**RECOMPUTED, "compile": True}, "fp8"),
+    "fp8-kept": ({"gradient_checkpointing": True, "compile": True}, "fp8"),
+    "fp8-half": ({"gradient_checkpointing": True, "keep_activations": 0.5, "compile": True}, "fp8"),
+    "fp8-all": ({"gradient_checkpointing": True, "keep_activations": 1.0, "compile": True}, "fp8"),
+    "nf4": (RECOMPUTED, "nf4"),
+    "nf4-kept": ({"gradient_checkpointing": True, "compile": True}, "nf4"),
+    "fp8-swapped": ({**RECOMPUTED, "blocks_to_swap": 20}, "fp8"),
+    "fp8-offloaded": ({**RECOMPUTED, "offload_activations": True}, "fp8"),
+}
+ROUNDS = 2  # over all variants
+WARM_UP = 2  # steps that are not timed, after the first one
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured."""
+
+    family: str
+    variants: tuple[str, ...] = ()
+    size: tuple[int, int] = (1024, 1024)
+    batch: int = 1
+    rank: int = 16
+    steps: int = 5
+    peak_tflops: float | None = None
+    output: Path | None = None
+    tiny: bool = False
+
+
+class Row:
+    """One variant: built, then stepped when it is its turn."""
+
+    def __init__(self, name: str, options: Options, family: Family, about: dict[str, Any], batch: Batch) -> None:
+        self.name, self.family = name, family
+        self.device = _device()
+        self.dtype = torch.bfloat16
+        keys, format = VARIANTS[name]
+        config = _config(options, keys, format)
+        self.model: Any = _random_transformer(family, about, self.device, self.dtype)
+        if format:
+            quantize(self.model, str(format))
+        levers.prepare(self.model, config, self.device)
+        self.model.train()
+        self.batch = batch.to(self.device, self.dtype)
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=self.device.type == "cuda")
+        _forget_peaks(self.device)
+        self.noise = torch.randn_like(self.batch.target)
+        began = time.perf_counter()
+        self.loss = self.step()
+        self.first = time.perf_counter() - began
+        self.milliseconds: list[float] = []
+
+    def step(self) -> float:
+        """One optimizer step; returns the loss, after everything is done."""
+        guidance = 1.0 if self.family.distilled_guidance(self.model.config) else None
+        sigma = torch.full((len(self.noise),), 0.5, device=self.device)
+        noisy = 0.5 * self.batch.target + 0.5 * self.noise
+        with torch.autocast(self.device.type, self.dtype):
+            velocity = self.family.velocity(self.model, noisy, sigma, self.batch, guidance)
+        loss = functional.mse_loss(velocity.float(), (self.noise - self.batch.target).float())
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach())
+
+    def timed_step(self) -> None:
+        began = time.perf_counter()
+        self.step()  # it ends with a number on the host, so nothing is left to do on the card
+        self.milliseconds.append(1e3 * (time.perf_counter() - began))
+
+    def result(self) -> dict[str, Any]:
+        """What is written down."""
+        compilation = compilation_of(self.model)
+        allocated, reserved = _peaks(self.device)
+        return {
+            "variant": self.name,
+            "steps": self.milliseconds,
+            "peak_bytes": allocated,
+            "reserved_bytes": reserved,
+            "first_step_seconds": self.first,  # with everything that is compiled
+            "compilations": None if compilation is None else compilation.num_graphs,
+            "attention": attention_of(self.model),
+            "loss": self.loss,
+            "device": _device_name(self.device),
+            "torch": torch.__version__,
+        }
+
+
+def run(options: Options, say: Callable[[str], None] = print) -> list[dict[str, Any]]:
+    """Measure and print all rows; one that fails says why, and the others go on.
+
+    Raises:
+        ConfigError: a variant that is not known, or a full-size model without a card.
+    """
+    unknown = sorted(set(options.variants) - VARIANTS.keys())
+    if unknown:
+        raise ConfigError(f"variants {unknown} are not among {sorted(VARIANTS)}")
+    if _device().type != "cuda" and not options.tiny:
+        raise ConfigError("no card here: a full-size step takes hours on a CPU; --tiny shows that everything runs")
+    family = get_family(options.family)
+    about = _shrunk(transformer_config(family, None)) if options.tiny else transformer_config(family, None)
+    width, height = (64, 64) if options.tiny else options.size
+    batch = stand_in(family, about, [(width, height)] * 2, options.batch, 16 if options.tiny else TEXT_TOKENS)
+    found = footprint(family, about, batch, _config(options, {}, False).model.lora)
+    names = [BASELINE, *(name for name in options.variants or VARIANTS if name != BASELINE)]
+    visits: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    for number in range(ROUNDS):
+        for name in names:
+            say(f"round {number + 1} of {ROUNDS}: {name}")
+            visits[name].append(_visit(name, options, family, about, batch))
+    rows = [_finished(_merged(visits[name]), found, options) for name in names]
+    for row in rows:
+        if "error" not in row and "error" not in rows[0]:
+            row["ratio"] = rows[0]["milliseconds"] / row["milliseconds"]
+    if options.output is not None:
+        write_atomic(options.output, json.dumps(rows, indent=1) + "\n")
+    for line in table(rows):
+        say(line)
+    return rows
+
+
+def _finished(row: dict[str, Any], found: Footprint, options: Options) -> dict[str, Any]:
+    """With what follows from the median step."""
+    if "error" in row:
+        return row
+    milliseconds = row["milliseconds"]
+    tflops = found.operations(None) / milliseconds / 1e9  # what is computed twice does not count
+    used = None if options.peak_tflops is None else tflops / options.peak_tflops
+    return {**row, "images_per_second": 1e3 * options.batch / milliseconds, "tflops": tflops, "utilisation": used}
+
+
+def table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The rows in words."""
+    lines = ["variant          ms/step   ratio  images/s  peak GiB  reserved  TFLOP/s    MFU  first s  attention"]
+    for row in rows:
+        if "error" in row:
+            lines.append(f"{row['variant']:14s}  {row['error']}")
+            continue
+        ratio = f"{row['ratio']:6.2f}" if "ratio" in row else "     -"
+        memory = [f"{row[key] / 2**30:8.2f}" if row[key] is not None else "       -"
+                  for key in ("peak_bytes", "reserved_bytes")]  # fmt: skip
+        used = "    -" if row["utilisation"] is None else f"{row['utilisation']:5.1%}"
+        lines.append(
+            f"{row['variant']:14s} {row['milliseconds']:9.1f}  {ratio}  {row['images_per_second']:8.3f}  {memory[0]}  "
+            f"{memory[1]}  {row['tflops']:7.1f}  {used}  {row['first_step_seconds']:7.1f}  {row['attention']}"
+        )
+    return lines
+
+
+def _visit(name: str, options: Options, family: Family, about: dict[str, Any], batch: Batch) -> dict[str, Any]:
+    """Build a variant, step it, and leave nothing behind; what goes wrong is the result."""
+    try:
+        row = Row(name, options, family, about, batch)
+        for _ in range(WARM_UP):
+            row.step()
+        for _ in range(options.steps):
+            row.timed_step()
+        return row.result()
+    except (ConfigError, RuntimeError) as error:  # also memory that runs out
+        return {"variant": name, "error": f"{type(error).__name__}: {error}".splitlines()[0]}
+
+
+def _merged(visits: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One row of all visits: the median of all steps, the first visit's compile time."""
+    failed = [visit for visit in visits if "error" in visit]
+    if failed:
+        return failed[0]
+    steps = [each for visit in visits for each in visit["steps"]]
+    return {**visits[0], "steps": steps, "milliseconds": statistics.median(steps)}
+
+
+def _config(options: Options, keys: dict[str, Any], format: str | bool) -> Config:
+    return Config.model_validate(
+        {
+            "model": {
+                "pretrained_model_name_or_path": "random",
+                "quantize": format,
+                "lora": {"r": options.rank, "lora_alpha": options.rank, "init_lora_weights": "gaussian"},
+            },
+            "train": {"trainer": options.family, **keys},
+        }
+    )
+
+
+def _random_transformer(family: Family, about: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Any:
+    """A frozen model made where it runs: neither disk nor host memory sees its weights."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model: Any = cast(Any, family.transformer).from_config(about)
+    finally:
+        torch.set_default_dtype(before)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.02)
+    return model.requires_grad_(False)
+
+
+def _shrunk(about: dict[str, Any]) -> dict[str, Any]:
+    """The same architecture with two small layers of each kind."""
+    small = {"num_layers": 2, "num_single_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16,
+             "axes_dims_rope": (4, 6, 6), "joint_attention_dim": 32, "pooled_projection_dim": 32}  # fmt: skip
+    return {**about, **{name: value for name, value in small.items() if name in about}}
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def _forget_peaks(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _peaks(device: torch.device) -> tuple[int | None, int | None]:
+    """Bytes allocated and reserved at their peak; unknown on a CPU."""
+    if device.type != "cuda":
+        return None, None
+    return torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)

@@ -1,0 +1,244 @@
+"""What a step needs, from shapes alone: bytes that wait for the backward pass, and operations.
+
+One block of each kind is run with tensors that have shapes and no memory, by the family's own `velocity`, with
+the adapter in place; what autograd would save is counted. The full-size models take seconds, on any machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from qwen_image_finetune.config import LoraConfig
+from qwen_image_finetune.families.base import Family
+from qwen_image_finetune.levers.adapters import add_adapter
+from qwen_image_finetune.levers.recompute import PRODUCTS, Product, blocks, choose, is_attention
+from qwen_image_finetune.records import Batch
+
+
+@dataclass
+class BlockFootprint:
+    """One run of one block."""
+
+    count: int = 0  # blocks of this kind in the model
+    weights: int = 0  # numbers
+    linear: int = 0  # of them, those that quantisation stores in fewer bits
+    inputs: int = 0  # bytes; what full recomputation keeps
+    saved: int = 0  # bytes; what is kept without recomputation
+    attention: int = 0  # bytes of the outputs of attention
+    attention_operations: int = 0  # forward
+    operations: int = 0  # forward, of everything else
+    products: list[Product] = field(default_factory=list)
+
+    def kept(self, keep: float | str | None) -> int:
+        """Bytes that wait for the backward pass; `keep` as in train.keep_activations, None without recomputation."""
+        if keep is None:
+            return self.saved
+        if keep == "none":
+            return self.inputs
+        chosen = choose(self.products, float(keep))
+        kept = self.inputs + self.attention + sum(self.products[number].size for number in chosen)
+        return min(kept, self.saved + self.inputs)
+
+    def recomputed(self, keep: float | str | None) -> int:
+        """Operations that are done a second time."""
+        if keep is None:
+            return 0
+        if keep == "none":
+            return self.operations + self.attention_operations
+        chosen = choose(self.products, float(keep))
+        spared = sum(self.products[number].operations for number in chosen)
+        return self.operations - spared
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """A model and one geometry."""
+
+    kinds: dict[str, BlockFootprint]
+    weights_outside: int  # numbers of weights that are in no block
+    adapter: int  # numbers in the adapter
+    trained_everything: bool
+
+    @property
+    def weights(self) -> int:
+        return self.weights_outside + sum(kind.count * kind.weights for kind in self.kinds.values())
+
+    def kept(self, keep: float | str | None) -> int:
+        """Bytes that all blocks together keep."""
+        return sum(kind.count * kind.kept(keep) for kind in self.kinds.values())
+
+    def operations(self, keep: float | str | None) -> int:
+        """Floating-point operations of one forward and backward pass; attention goes backward at 2.5 times its forward.
+
+        A frozen layer has one product in the backward pass, for the gradient of its input; a trained one has two.
+        """
+        backward = 2 if self.trained_everything else 1
+        return sum(
+            kind.count
+            * ((1 + backward) * kind.operations + int(3.5 * kind.attention_operations) + kind.recomputed(keep))
+            for kind in self.kinds.values()
+        )
+
+
+class _Watch(TorchDispatchMode):
+    """Adds what runs under it to the footprint of the block that is running."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.running: BlockFootprint | None = None
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = operator(*args, **(kwargs or {}))
+        block = self.running
+        if block is None:
+            return result
+        if is_attention(operator):
+            outputs = [item for item in result if isinstance(item, Tensor)] if isinstance(result, tuple) else [result]
+            block.attention += sum(_size(item) for item in outputs)
+            batch, heads, rows, width = args[0].shape
+            block.attention_operations += 4 * batch * heads * rows * args[1].shape[2] * width
+        elif operator in PRODUCTS:
+            k = args[PRODUCTS[operator]].shape[1]
+            block.products.append(Product(k, _size(result), 2 * k * result.numel()))
+            block.operations += 2 * k * result.numel()
+        elif operator.overloadpacket in flop_registry:
+            block.operations += flop_registry[operator.overloadpacket](*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+def footprint(
+    family: Family,
+    transformer_config: dict[str, Any],
+    batch: Batch,
+    lora: LoraConfig | None,
+    dtype: torch.dtype = torch.bfloat16,
+    adapter_dtype: torch.dtype = torch.float32,
+) -> Footprint:
+    """Measure a transformer of this configuration.
+
+    Args:
+        batch: shapes of one micro-batch; its values are not looked at.
+        lora: the adapter; None trains everything.
+        dtype: of the forward pass.
+        adapter_dtype: of the adapter's weights.
+    """
+    with init_empty_weights():
+        model: Any = cast(Any, family.transformer).from_config(transformer_config)
+    chain = blocks(model)
+    kinds: dict[str, BlockFootprint] = {}
+    for block in chain:
+        linear = sum(layer.weight.numel() for layer in block.modules() if isinstance(layer, nn.Linear))
+        kind = kinds.setdefault(type(block).__name__, BlockFootprint(weights=_numbers(block), linear=linear))
+        kind.count += 1
+    outside = _numbers(model) - sum(kind.count * kind.weights for kind in kinds.values())
+    _shorten(model)
+    _shorten(model)
+    adapter = 0
+    if lora is None:
+        model.requires_grad_(True)
+    else:
+        add_adapter(model, lora.model_copy(update={"init_lora_weights": True}), seed=0)
+        for block in blocks(model):
+            added = sum(p.numel() for p in block.parameters() if p.requires_grad)
+            adapter += kinds[type(block).__name__].count * added
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        _replace(model, lambda parameter: adapter_dtype if parameter.requires_grad else dtype)  # masters stay exact
+        _run(family, model, batch, kinds, dtype, mixed=adapter_dtype != dtype)
+    return Footprint(kinds, outside, adapter, lora is None)
+
+
+def _run(
+    family: Family, model: Any, batch: Batch, kinds: dict[str, BlockFootprint], dtype: torch.dtype, mixed: bool
+) -> None:
+    """Fill in what the run of one block of each kind takes."""
+    watch = _Watch()
+    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    seen: set[int] = set()
+    alive = []
+
+    def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        # The input of the very first block may need no gradient; it stands for all of its kind here.
+        kwargs = {name: _with_gradient(item) if "hidden_states" in name else item for name, item in kwargs.items()}
+        watch.running = kinds[type(module).__name__]
+        watch.running.inputs = sum(_size(item) for item in kwargs.values() if isinstance(item, Tensor))
+        return args, kwargs
+
+    def end(*arguments: Any) -> None:
+        watch.running = None
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if watch.running is not None and storage._cdata not in own | seen:
+            seen.add(storage._cdata)
+            watch.running.saved += storage.nbytes()
+        alive.append(tensor)  # or its storage would be given to another
+        return tensor
+
+    for block in blocks(model):
+        block.register_forward_pre_hook(begin, with_kwargs=True)
+        block.register_forward_hook(end)
+    guidance = 1.0 if family.distilled_guidance(model.config) else None
+    timestep = torch.empty(batch.target.shape[0])
+    saving = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+    with torch.autocast("cpu", dtype, enabled=mixed and dtype != torch.float32), watch, saving:
+        family.velocity(model, batch.target, timestep, batch, guidance)
+
+
+def stand_in(
+    family: Family, transformer_config: dict[str, Any], sizes: Sequence[tuple[int, int]], rows: int, text_tokens: int
+) -> Batch:
+    """A batch of zeros.
+
+    Args:
+        sizes: (width, height) in pixels of the target and each reference.
+        rows: samples.
+        text_tokens: of each prompt.
+    """
+    pixels = family.side_multiple // 2  # of a side of one latent: tokens are 2 x 2 latents
+    channels = transformer_config["in_channels"] // 4
+    latents = [torch.zeros(rows, channels, height // pixels, width // pixels) for width, height in sizes]
+    text = {
+        name: torch.zeros(rows, transformer_config["pooled_projection_dim"])
+        if "pooled" in name
+        else torch.zeros(rows, text_tokens, transformer_config["joint_attention_dim"])
+        for name in family.text_embeddings
+    }
+    batch = Batch(tuple("" for _ in range(rows)), latents[0], tuple(latents[1:]), text, None, None)
+    return batch.to("cpu", torch.bfloat16)
+
+
+def _with_gradient(item: Any) -> Any:
+    return item.detach().requires_grad_() if isinstance(item, Tensor) and item.dim() == 3 else item
+
+
+def _shorten(model: Any) -> None:
+    """Leave one block of each kind."""
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and type(module[0]).__name__ in model._repeated_blocks:
+            del module[1:]
+
+
+def _replace(model: nn.Module, dtype_of: Callable[[nn.Parameter], torch.dtype]) -> None:
+    """Give every parameter new memory, which is none under a fake tensor mode."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                empty = torch.empty(parameter.shape, dtype=dtype_of(parameter))
+                module._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+
+
+def _numbers(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -1,0 +1,384 @@
+"""Whether a run fits a card: memory predicted from shapes, and the cheapest change that makes it fit.
+
+What is counted: weights where they lie, the adapter or the masters with gradients and optimizer state, what blocks keep
+for the backward pass, the block that is at work, and the encoders while they encode. Compared with measured runs in
+docs/performance.md.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwen_image_finetune.config import Config, ConfigError, resolve_family
+from qwen_image_finetune.config.schema import shown
+from qwen_image_finetune.config.tree import find
+from qwen_image_finetune.families import get_family
+from qwen_image_finetune.families.base import Family
+from qwen_image_finetune.footprint import Footprint, footprint, stand_in
+from qwen_image_finetune.levers.stored_precision import base_precision
+from qwen_image_finetune.levers.swap import AHEAD
+
+GIB = 2**30
+Size = tuple[int, int]
+
+# Bytes of one weight inside the blocks, scales included (one float32 a row of 3072; blocks of 64, scales in 8 bits).
+BYTES = {"fp8": 1.0013, "int8": 1.0013, "nf4": 0.516, "fp4": 0.516}
+# Bytes of optimizer state for each trained weight; what is not listed is taken for Adam's two float32.
+STATE = {"SGD": 0, "Adafactor": 0, "Adam8bit": 2, "AdamW8bit": 2, "PagedAdam8bit": 2, "PagedAdamW8bit": 2,
+         "Lion8bit": 1, "Lion": 4, "Prodigy": 16}  # fmt: skip
+ADAM = 8
+# What a block needs beside what it keeps, in inputs of the block: gradients on their way, temporary results. Ten is
+# what eager runs of both architectures at full size left over (docs/performance.md).
+AT_WORK = 10
+# Outside of what torch allocates: the driver's context, libraries, the fragments between tensors.
+OUTSIDE = GIB
+TEXT_TOKENS = 512  # of a prompt: Kontext pads to it, Qwen's prompts are seldom longer
+KEEPS: tuple[float | None, ...] = (None, 1.0, 0.8, 0.6, 0.4, 0.2, 0.0)
+# Parameters of encoders and VAE in the published checkpoints, for those that are not at hand.
+ENCODERS = {"FluxKontext": 4.97e9, "QwenImageEdit": 8.42e9, "QwenImageEditPlus": 8.42e9}
+
+ENCODER_PARTS = ("text_encoder", "text_encoder_2", "vae_encoder")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Peak bytes, by what they are for."""
+
+    device: dict[str, int]
+    host: dict[str, int]
+    encoding: int  # on the device while the data set is encoded, if that happens there
+    operations: int  # floating-point operations of one forward and backward pass
+
+    @property
+    def peak(self) -> int:
+        """Largest number of bytes that torch allocates on the device while training."""
+        return sum(self.device.values())
+
+    def fits(self, card: int) -> bool:
+        return max(self.peak, self.encoding) + OUTSIDE <= card
+
+
+@dataclass(frozen=True)
+class Change:
+    """Keys that are set anew, and what that costs."""
+
+    keys: dict[str, Any]
+    price: str
+
+    def words(self, config: Config) -> str:
+        """As overrides of a command line, but for those that `config` has already."""
+        values = config.model_dump()
+        news = {key: value for key, value in self.keys.items() if find(values, key) != value}
+        return " ".join(f"{key}={shown(value).strip(chr(39))}" for key, value in news.items())
+
+
+class Planner:
+    """Predictions for one model, one geometry and any settings."""
+
+    def __init__(self, family: Family, config: Config, sizes: Sequence[Size] | None = None) -> None:
+        """
+        Args:
+            sizes: (width, height) of target and references; without them, one reference at the size that is set.
+        """
+        self.family, self.config = family, config
+        folder = Path(config.model.pretrained_model_name_or_path).expanduser()
+        self.folder = folder if folder.is_dir() else None
+        self.sizes = tuple(sizes) if sizes else self._usual_sizes()
+        self.format = self._format()
+        self._footprint: Footprint | None = None
+
+    @property
+    def footprint(self) -> Footprint:
+        """Measured once: only the geometry, the adapter and the model decide it."""
+        if self._footprint is None:
+            about = transformer_config(self.family, self.folder)
+            batch = stand_in(self.family, about, self.sizes, self.config.data.batch_size, TEXT_TOKENS)
+            self._footprint = footprint(self.family, about, batch, self.config.model.lora, _dtype(self.config))
+        return self._footprint
+
+    def predict(self, config: Config | None = None, format: str | None = None) -> Prediction:
+        """What a run takes.
+
+        Args:
+            config: with other settings than the planner's; "auto" in it counts as 0.
+            format: of the frozen base; default: what checkpoint and configuration say.
+        """
+        config = config or self.config
+        train, found = config.train, self.footprint
+        kept_as = None if not train.gradient_checkpointing else train.keep_activations
+        keep = 0.0 if kept_as == "auto" else kept_as
+        weights = self._weights(config, format or self.format)
+        kinds = list(found.kinds.values())
+        total = sum(kind.count for kind in kinds)
+        largest = max(kinds, key=lambda kind: kind.saved)
+        swapped = min(train.blocks_to_swap, total) if isinstance(train.blocks_to_swap, int) else 0
+        in_blocks = sum(kind.count * each for kind, each in zip(kinds, weights[1:], strict=True))
+        host_weights = in_blocks * swapped // total
+        visiting = max(weights[1:]) * min(swapped, 1 + AHEAD)
+        kept = found.kept(keep)
+        at_work = AT_WORK * largest.inputs + (largest.saved if keep is not None else 0)
+        offloaded = kept if train.offload_activations else 0
+        device = {
+            "weights": weights[0] + in_blocks - host_weights + visiting,
+            **self._trained(config),
+            "kept activations": kept - offloaded,
+            "the block at work": at_work,
+        }
+        encoders = self._encoders()
+        if not config.cache.use_cache and not train.low_memory:
+            device["encoders"] = encoders
+        host = {"swapped blocks": host_weights, "activations": offloaded, "the program": 4 * GIB}
+        on_cpu = all(getattr(config.cache, f"{name}_device") == "cpu" for name in ENCODER_PARTS)
+        encoding = encoders if config.cache.use_cache and not on_cpu else 0
+        device, host = ({name: size for name, size in part.items() if size} for part in (device, host))
+        return Prediction(device, host, encoding, found.operations(keep))
+
+    def cheapest_change(self, card: int) -> tuple[Change, Prediction] | None:
+        """The first of `changes` with which the run fits; None if nothing helps enough."""
+        for change, changed, format in self.changes(card):
+            prediction = self.predict(changed, format)
+            if prediction.fits(card):
+                return change, prediction
+        return None
+
+    def changes(self, card: int) -> Iterator[tuple[Change, Config, str | None]]:
+        """What can be changed, in the order of what it costs: nothing, time, precision."""
+        config, base, prices = self.config, dict[str, Any](), []
+        if not config.cache.use_cache:
+            base["cache.use_cache"] = True
+            prices.append("nothing: the encoders leave before training begins")
+        if self._encoders() + OUTSIDE > card:
+            base |= dict.fromkeys((f"cache.{name}_device" for name in ENCODER_PARTS), "cpu")
+            prices.append("time, once: the data set is encoded on the CPU")
+        if base:
+            yield Change(base, "; ".join(prices)), _with(config, base), None
+        formats = [None] if config.model.lora is None or self.format is not None else [None, "fp8", "nf4"]
+        for format in formats:
+            quantised = {**base, "model.quantize": format} if format else base
+            loss = ["precision of the frozen base"] if format else []
+            for keys, price in self._memory_changes():
+                changed = _with(config, {**quantised, **keys})
+                yield Change({**quantised, **keys}, "; ".join([*prices, *loss, price])), changed, format
+
+    def fastest_that_fits(self, card: int) -> tuple[Change, Prediction] | None:
+        """The setting of the memory levers that loses the least time, results unchanged."""
+        for keys, price in self._memory_changes():
+            prediction = self.predict(_with(self.config, keys))
+            if prediction.fits(card):
+                return Change(keys, price), prediction
+        return None
+
+    def _memory_changes(self) -> Iterator[tuple[dict[str, Any], str]]:
+        """Settings of recomputation and swapping, the fastest first."""
+        for keep in KEEPS:
+            yield _recompute(keep), "time: a part is computed twice" if keep is not None else "nothing"
+        yield _recompute("none"), "time: the whole forward pass is computed twice"
+        if self.config.model.lora is not None:
+            total = sum(kind.count for kind in self.footprint.kinds.values())
+            for swapped in range(1, total + 1):
+                keys = {**_recompute("none"), "train.blocks_to_swap": swapped, "train.compile": False}
+                yield keys, "time: twofold computing, and weights that are fetched"
+        yield {**_recompute("none"), "train.offload_activations": True}, "time: twofold computing, activations fetched"
+
+    def _weights(self, config: Config, format: str | None) -> list[int]:
+        """Bytes of the weights outside of the blocks, and of one block of each kind."""
+        wide = 4 if config.model.lora is None else _dtype(config).itemsize
+        narrow = BYTES[format] if format is not None else wide
+        found = self.footprint
+        kinds = found.kinds.values()
+        blocks = [int(kind.linear * narrow + (kind.weights - kind.linear) * wide) for kind in kinds]
+        return [found.weights_outside * wide, *blocks]
+
+    def _trained(self, config: Config) -> dict[str, int]:
+        found = self.footprint
+        state = STATE.get(config.optimizer.class_path.rpartition(".")[2], ADAM)
+        if config.model.lora is not None:
+            return {"adapter": 4 * found.adapter, "gradients": 4 * found.adapter, "optimizer": state * found.adapter}
+        released = config.train.release_gradients
+        largest = max(kind.weights for kind in found.kinds.values())
+        return {"gradients": 4 * (largest if released else found.weights), "optimizer": state * found.weights}
+
+    def _encoders(self) -> int:
+        """Bytes of the encoders and the VAE, as files say or as they are published."""
+        dtype = torch.bfloat16 if self.config.train.mixed_precision == "bf16" else torch.float32
+        if self.folder is None:
+            return int(ENCODERS.get(self.family.name, 0) * dtype.itemsize)
+        files = [path for path in self.folder.glob("*/*.safetensors") if path.parent.name != "transformer"]
+        return sum(path.stat().st_size for path in files)
+
+    def _format(self) -> str | None:
+        if self.folder is not None:
+            return base_precision(self.folder / "transformer", self.config.model).format
+        asked = self.config.model.quantize
+        return ("fp8" if asked is True else asked) or None
+
+    def _usual_sizes(self) -> tuple[Size, ...]:
+        arguments = self.config.data.init_args
+        width, height = arguments.image_size or (arguments.resolution or 1024,) * 2
+        size = self.family.size(width, height, arguments.area)
+        return (size, size)
+
+
+def describe(config: Config, card: str | None) -> str:
+    """The plan of a run in words.
+
+    Args:
+        card: its memory, such as "24GB"; without it, this machine's card if there is one.
+
+    Raises:
+        ConfigError: `card` is no amount of memory; the checkpoint contradicts the configuration.
+    """
+    planner = Planner(get_family(resolve_family(config)[0]), config)
+    memory = parse_memory(card) if card is not None else card_memory()
+    return "\n".join(_lines(planner, memory))
+
+
+def _lines(planner: Planner, card: int | None) -> Iterator[str]:
+    prediction, found = planner.predict(), planner.footprint
+    sizes = ", ".join(f"{width}x{height}" for width, height in planner.sizes)
+    format = planner.format or planner.config.train.mixed_precision
+    yield f"{planner.family.name}, {found.weights / 1e9:.2f} billion weights, base in {format}"
+    yield f"target and references {sizes}, {planner.config.data.batch_size} a batch, {TEXT_TOKENS} tokens of text"
+    yield "on the card while training:"
+    for name, size in prediction.device.items():
+        yield f"  {size / GIB:7.2f} GiB  {name}"
+    yield f"  {prediction.peak / GIB:7.2f} GiB  together, and about {OUTSIDE / GIB:.0f} GiB for the driver"
+    if prediction.encoding:
+        yield f"  {prediction.encoding / GIB:7.2f} GiB  encoders, before, if the cache is not complete"
+    for name, size in prediction.host.items():
+        yield f"host: {size / GIB:7.2f} GiB  {name}"
+    yield f"one forward and backward pass: {prediction.operations / 1e12:.1f} TFLOP"
+    if card is None:
+        yield "no card here and none named (--card 24GB): whether it fits is not said"
+        return
+    if prediction.fits(card):
+        yield f"fits a card of {card / GIB:.0f} GiB"
+        return
+    yield f"does not fit a card of {card / GIB:.0f} GiB"
+    found_change = planner.cheapest_change(card)
+    if found_change is None:
+        yield "nothing that is known here makes it fit: a smaller data.init_args.resolution, or a smaller model"
+        return
+    change, then = found_change
+    yield f"the cheapest change that makes it fit ({then.peak / GIB:.1f} GiB): {change.words(planner.config)}"
+    yield f"it costs {change.price}"
+
+
+def settled(config: Config, family: Family, sizes: Sequence[Size], device: torch.device) -> tuple[Config, str | None]:
+    """The configuration with every "auto" of memory decided for this machine, and a sentence about it.
+
+    Args:
+        sizes: of the largest sample, target first.
+
+    Raises:
+        ConfigError: blocks would have to be swapped, which the configuration excludes; or nothing fits.
+    """
+    train = config.train
+    swapping = train.blocks_to_swap == "auto" or (train.low_memory and train.blocks_to_swap == 0)
+    asked = train.memory == "auto" or swapping or (train.gradient_checkpointing and train.keep_activations == "auto")
+    card = card_memory() if device.type == "cuda" else None
+    if card is None:
+        keys: dict[str, Any] = {name: 0.0 if "keep" in name else 0 for name, value in _autos(config) if value == "auto"}
+        return _with(config, keys), "no card here: memory is not tuned" if keys or train.memory == "auto" else None
+    planner = Planner(family, config, sizes)
+    if not asked:
+        expected = planner.predict()
+        sentence = f"{expected.peak / GIB:.1f} GiB expected on the card, {card / GIB:.1f} are free"
+        return config, sentence if expected.fits(card) else f"{sentence}: it may not fit; `qif plan` says what would"
+    if train.memory == "auto":
+        found = planner.fastest_that_fits(card)
+        if found is None:
+            raise ConfigError(_nothing_fits(card, "train.memory=auto"))
+        change, prediction = found
+        return _with(
+            config, change.keys
+        ), f"memory: {change.words(planner.config)} ({prediction.peak / GIB:.1f} GiB expected)"
+    keeps = [*KEEPS[1:], "none"] if train.keep_activations == "auto" else [train.keep_activations]
+    total = sum(kind.count for kind in planner.footprint.kinds.values())
+    swaps = range(total + 1) if swapping else [train.blocks_to_swap]
+    for swapped in swaps:
+        if swapped and not train.gradient_checkpointing:
+            raise ConfigError(
+                "the card is too small for all blocks, and blocks are swapped with train.gradient_checkpointing=true "
+                "only: set that"
+            )
+        for keep in keeps:
+            keys = {"train.blocks_to_swap": swapped, "train.keep_activations": keep}
+            prediction = planner.predict(_with(config, keys))
+            if prediction.fits(card):
+                words = Change(keys, "").words(config)
+                return _with(config, keys), f"memory: {words} ({prediction.peak / GIB:.1f} GiB expected)"
+    raise ConfigError(_nothing_fits(card, "every block swapped"))
+
+
+def _autos(config: Config) -> list[tuple[str, Any]]:
+    train = config.train
+    return [("train.blocks_to_swap", train.blocks_to_swap), ("train.keep_activations", train.keep_activations)]
+
+
+def _nothing_fits(card: int, tried: str) -> str:
+    return (
+        f"{tried}: even so the run does not fit the {card / GIB:.0f} GiB of this card; `qif plan CONFIG` says what "
+        "would: a quantised base (model.quantize), a smaller resolution or batch"
+    )
+
+
+def transformer_config(family: Family, folder: Path | None) -> dict[str, Any]:
+    """config.json of the transformer; without a checkpoint, the published model's, which are its class's defaults."""
+    if folder is not None:
+        about: dict[str, Any] = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
+        about.pop("quantization_config", None)
+        return about
+    parameters = inspect.signature(family.transformer.__init__).parameters
+    about = {name: value.default for name, value in parameters.items() if name != "self"}
+    if "pooled_projection_dim" in about:  # FLUX.1's [dev] models; the class's default is [schnell]
+        about["guidance_embeds"] = True
+    return about
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of "24GB", "24GiB" or "24": cards are named by GB and have GiB.
+
+    Raises:
+        ConfigError: it is no such amount.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:G|GB|GiB)?", text.strip(), re.IGNORECASE)
+    if match is None or float(match[1]) <= 0:
+        raise ConfigError(f"--card {text!r} is no amount of memory; write it like 24GB")
+    return int(float(match[1]) * GIB)
+
+
+def card_memory() -> int | None:
+    """Free bytes of the card of this process, with what torch has of it already; None without a card."""
+    if not torch.cuda.is_available():
+        return None
+    free, _ = torch.cuda.mem_get_info()
+    return free + torch.cuda.memory_reserved()
+
+
+def _recompute(keep: float | str | None) -> dict[str, Any]:
+    if keep is None:
+        return {"train.gradient_checkpointing": False, "train.memory": "as_written"}
+    return {"train.gradient_checkpointing": True, "train.keep_activations": keep, "train.memory": "as_written"}
+
+
+def _with(config: Config, keys: dict[str, Any]) -> Config:
+    """The configuration with other values; what was said about it stays said."""
+    changed = config
+    for key, value in keys.items():
+        section, _, name = key.partition(".")
+        part = getattr(changed, section).model_copy(update={name: value})
+        changed = changed.model_copy(update={section: part})
+    return changed
+
+
+def _dtype(config: Config) -> torch.dtype:
+    return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.mixed_precision]

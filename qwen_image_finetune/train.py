@@ -34,6 +34,7 @@ from qwen_image_finetune.levers.compile import compilation_of
 from qwen_image_finetune.levers.release import GradientRelease
 from qwen_image_finetune.levers.stored_precision import base_precision
 from qwen_image_finetune.optim import build_optimizer, build_scheduler, optimizer_state, restore_optimizer
+from qwen_image_finetune.plan import settled
 from qwen_image_finetune.preparation import (
     Say,
     build_accelerator,
@@ -109,6 +110,9 @@ def _train(config: Config, stopping: StopSignals) -> Path | None:
     dataset = pairs.training
     folder = loading.checkpoint_folder(config, family)
     base_precision(folder / "transformer", config.model)  # a contradiction is refused before embeddings are computed
+    config, expectation = settled(config, family, largest_sample(dataset), accelerator.device)
+    if expectation is not None and sharding is None:
+        say(expectation)
     encoder_dtype = loading.encoder_dtype(config.train.mixed_precision)
     rows = EncodedDataset(training_config(config, pairs), family, dataset, folder, encoder_dtype)
     held_out = None

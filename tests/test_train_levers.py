@@ -57,6 +57,16 @@ def test_released_gradients_reach_the_same_weights(configure: Configure) -> None
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+def test_auto_without_a_card_trains_as_usual_and_says_so(
+    configure: Configure, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = train(configure("FluxKontext", STEPS))
+    automatic = train(configure("FluxKontext", STEPS, "train.memory=auto", "train.low_memory=true"))
+    expected, found = weights(plain), weights(automatic)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert "no card here: memory is not tuned" in capsys.readouterr().out
+
+
 def test_what_several_processes_exclude_is_refused(configure: Configure) -> None:
     released = ("model.lora=null", "train.max_grad_norm=null", "train.release_gradients=true")
     with pytest.raises(ConfigError, match=r"train\.release_gradients=true with 2 processes"):

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qwen_image_finetune import __version__
 
@@ -125,7 +125,8 @@ def evaluate(options: argparse.Namespace) -> None:
     from qwen_image_finetune.evaluate import Request, evaluate
 
     given = {field.name: getattr(options, field.name) for field in fields(Request)}
-    evaluate(Request(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}))
+    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+    evaluate(Request(**values))
 
 
 def report(options: argparse.Namespace) -> None:

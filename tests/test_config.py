@@ -197,7 +197,8 @@ def test_a_data_set_class_of_ones_own_takes_its_own_arguments(load: Load) -> Non
         ({"train": 3}, "train=3 is refused; allowed: a section with keys of trainer, num_epochs"),
         (
             {"train.trainer": "FluxKontxt"},
-            "train.trainer='FluxKontxt' is not one of ['FluxKontext', 'QwenImageEdit', 'QwenImageEditPlus']; did you mean 'Flux",
+            "train.trainer='FluxKontxt' is not one of ['FluxKontext', 'QwenImageEdit', 'QwenImageEditPlus']; "
+            "did you mean 'Flux",
         ),
         (
             {"train.vae_encoder_device": "gpu:0"},
@@ -368,7 +369,11 @@ NOTED: dict[str, Any] = {
     "validation.num_validation_samples": (7, {}, {"validation.enabled": True}),
     "validation.dataset_path": ("held_out", {}, {"validation.enabled": True}),
     "validation.share": (0.5, {}, {"validation.enabled": True}),
-    "validation.num_loss_pairs": (7, {"validation.enabled": True}, {"validation.enabled": True, "validation.share": 0.5}),
+    "validation.num_loss_pairs": (
+        7,
+        {"validation.enabled": True},
+        {"validation.enabled": True, "validation.share": 0.5},
+    ),
     "validation.num_loss_sigmas": (7, {}, {"validation.enabled": True, "validation.dataset_path": "held_out"}),
     "validation.num_inference_steps": (7, {}, {"validation.enabled": True}),
     "validation.guidance_scale": (7, {}, {"validation.enabled": True}),

@@ -1,8 +1,7 @@
 """The noise level in float32 up to the model's own timestep embedding.
 
-diffusers' transformers cast the timestep to the precision of their activations first. In bfloat16 that leaves 256 levels
-between 0.5 and 1, several of which a shifted schedule would never tell apart, and the model would be told another level
-than the noise it sees.
+diffusers' transformers cast the timestep to the precision of their activations first. In bfloat16 that leaves 128
+levels between 0.5 and 1, and the model would be told another level than the noise it sees.
 """
 
 from __future__ import annotations

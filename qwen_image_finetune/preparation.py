@@ -68,7 +68,7 @@ def build_accelerator(config: Config) -> Accelerator:
     handlers = [
         # A LoRA on text modules of the last block gets no gradient in some families; DDP would wait for it for ever.
         DistributedDataParallelKwargs(find_unused_parameters=True),
-        InitProcessGroupKwargs(timeout=processes.START_TIMEOUT),
+        InitProcessGroupKwargs(init_method=processes.fresh_start(), timeout=processes.START_TIMEOUT),
     ]
     accelerator = Accelerator(cpu=on_cpu, mixed_precision=config.train.mixed_precision, kwargs_handlers=handlers)
     processes.check_start(accelerator.num_processes, launched)

@@ -31,6 +31,7 @@ LINGER = 10.0  # seconds that the first process waits for the others to have hea
 POLL = 0.05  # seconds between two looks at the store
 SECONDS_BETWEEN_LINES = 60.0  # about somebody who is waited for
 SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # that accelerate reads
+SCHEME = "qif-attempt"
 _numbers = itertools.count()  # of meetings: every process counts the same ones
 
 
@@ -146,6 +147,28 @@ def encoder_device(name: str | None, key: str, home: str, local_processes: int) 
     if kind == str(home).partition(":")[0]:
         return name if number else home
     return name
+
+
+def fresh_start() -> str:
+    """The `init_method` of this run's process group: env://, with keys of each attempt of torchrun apart.
+
+    torchrun keeps one store for all its attempts. Without this, a restarted process finds the addresses of processes
+    that are gone, and meetings that their predecessors completed.
+    """
+    from torch.distributed import rendezvous
+
+    handlers = rendezvous._rendezvous_handlers  # type: ignore[attr-defined]
+    if SCHEME not in handlers:
+        rendezvous.register_rendezvous_handler(SCHEME, _attempt)
+    return f"{SCHEME}://"
+
+
+def _attempt(url: str, **options: Any) -> Iterator[tuple[Store, int, int]]:
+    from torch.distributed import PrefixStore, rendezvous
+
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    for store, rank, size in rendezvous("env://", **options):
+        yield PrefixStore(f"attempt-{attempt}", store), rank, size
 
 
 # Together

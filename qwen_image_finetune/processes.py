@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from qwen_image_finetune import console
@@ -149,17 +150,16 @@ def encoder_device(name: str | None, key: str, home: str, local_processes: int) 
     return name
 
 
+@cache
 def fresh_start() -> str:
     """The `init_method` of this run's process group: env://, with keys of each attempt of torchrun apart.
 
     torchrun keeps one store for all its attempts. Without this, a restarted process finds the addresses of processes
     that are gone, and meetings that their predecessors completed.
     """
-    from torch.distributed import rendezvous
+    from torch.distributed import register_rendezvous_handler
 
-    handlers = rendezvous._rendezvous_handlers  # type: ignore[attr-defined]
-    if SCHEME not in handlers:
-        rendezvous.register_rendezvous_handler(SCHEME, _attempt)
+    register_rendezvous_handler(SCHEME, _attempt)
     return f"{SCHEME}://"
 
 

@@ -157,14 +157,15 @@ def fresh_start() -> str:
     torchrun keeps one store for all its attempts. Without this, a restarted process finds the addresses of processes
     that are gone, and meetings that their predecessors completed.
     """
-    from torch.distributed import register_rendezvous_handler
+    from torch.distributed.rendezvous import register_rendezvous_handler
 
     register_rendezvous_handler(SCHEME, _attempt)
     return f"{SCHEME}://"
 
 
 def _attempt(url: str, **options: Any) -> Iterator[tuple[Store, int, int]]:
-    from torch.distributed import PrefixStore, rendezvous
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
 
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     for store, rank, size in rendezvous("env://", **options):

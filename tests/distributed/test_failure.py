@@ -27,9 +27,6 @@ def attempt(configure: Callable[..., Any], torchrun: Callable[..., Any], tmp_pat
     return run
 
 
-@pytest.mark.xfail(
-    strict=False, reason="known defect: the second attempt sometimes ends with a process lost at its end"
-)
 def test_restart_after_a_kill(attempt: Callable[..., Any], tmp_path: Path) -> None:
     assert attempt("none", 0).returncode == 0
     killed = attempt("killed", 1)

@@ -53,6 +53,8 @@ class StopSignals:
 
     def __exit__(self, *problem: object) -> None:
         self.restore()
+        if not self._deferred:
+            self.check()  # native code may have swallowed the exception, or turned it into an error of its own
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # a data worker: it ends with its trainer, and not before

@@ -30,7 +30,7 @@ test: env  ## the tests
 	$(BIN)/python -m pytest -n $(WORKERS)
 
 faults: env  ## kills, full disks, damage and hostile input at full counts, one line for each fault
-	$(BIN)/python scripts/faults.py
+	$(BIN)/python scripts/faults.py -n $(WORKERS)
 
 lint: env  ## formatting, lint and types
 	$(BIN)/ruff format --check .

@@ -56,7 +56,7 @@ def _flux_kontext(vae: Path, sentences: Sequence[str]) -> DiffusionPipeline:
         transformer=FluxTransformer2DModel(
             in_channels=4 * LATENT_CHANNELS,
             num_layers=2,
-            num_single_layers=3,
+            num_single_layers=4,
             attention_head_dim=HEAD_DIM,
             num_attention_heads=HEADS,
             joint_attention_dim=WIDTH,
@@ -75,7 +75,7 @@ def _qwen_image_edit(vae: Path, sentences: Sequence[str]) -> DiffusionPipeline:
         transformer=QwenImageTransformer2DModel(
             in_channels=4 * LATENT_CHANNELS,
             out_channels=LATENT_CHANNELS,
-            num_layers=4,
+            num_layers=5,
             attention_head_dim=HEAD_DIM,
             num_attention_heads=HEADS,
             joint_attention_dim=WIDTH,

@@ -66,6 +66,21 @@ def _blur(picture: Image.Image) -> Image.Image:
     return picture.filter(ImageFilter.GaussianBlur(picture.width / 32))
 
 
+def _posterise(picture: Image.Image) -> Image.Image:
+    return ImageOps.posterize(picture, 2)
+
+
+def _stamp(picture: Image.Image) -> Image.Image:
+    """White where a pixel is brighter than the middle of the scale, else black."""
+    return picture.convert("L").point(lambda level: 255 if level > 127 else 0).convert("RGB")
+
+
+def _blocks(picture: Image.Image) -> Image.Image:
+    """Squares of one colour, sixteen across."""
+    small = picture.resize((16, 16), Image.Resampling.BOX)
+    return small.resize(picture.size, Image.Resampling.NEAREST)
+
+
 def _brighter(picture: Image.Image) -> Image.Image:
     return ImageEnhance.Brightness(picture).enhance(1.5)
 
@@ -84,6 +99,14 @@ EDITS: dict[str, Edit] = {
         ("turn the photo into a pencil sketch", "draw the outline of the picture", "sketch the outline"),
         change=_outline,
     ),
+    "posterise": Edit(
+        ("reduce the picture to a few strong colors", "make a poster of the photo", "posterize it"), change=_posterise
+    ),
+    "stamp": Edit(("make a stamp in black and white", "print it in black ink", "turn it into a stamp"), change=_stamp),
+    "blocks": Edit(("show the picture in large pixels", "make it blocky", "pixelate the photo"), 0.5, change=_blocks),
+    "upside down": Edit(
+        ("turn the picture upside down", "flip the photo top to bottom", "turn it upside down"), change=ImageOps.flip
+    ),
     "brighter": Edit(("make the picture brighter", "brighten the photo", "more light"), 0.5, change=_brighter),
     "darker": Edit(("make the picture darker", "darken the photo", "less light"), 0.5, change=_darker),
     "background": Edit(
@@ -94,8 +117,8 @@ EDITS: dict[str, Edit] = {
     "hair": Edit(
         ("make the hair {colour}", "color the hair {colour}", "give the person {colour} hair"),
         2.0,
-        start=Wish(hat="none"),
-        wish=lambda colour: Wish(hat="none", hair=colour),
+        start=Wish(hat="none", hairy=True),
+        wish=lambda colour: Wish(hat="none", hair=colour, hairy=True),
     ),
     "skin": Edit(
         ("paint the face {colour}", "make the skin {colour}", "give the person a {colour} face"),

@@ -52,7 +52,6 @@ HAIRS: tuple[Colour, ...] = (
     (60, 130, 150),
 )
 STYLES = ("bald", "short", "short", "bob", "long", "pigtails", "afro", "spikes", "bun")
-PLAIN = 5  # seed of the plain glasses
 STYLES_UNDER_HATS = ("bald", "short", "bob", "long", "pigtails")
 
 
@@ -74,8 +73,9 @@ class Wish(NamedTuple):
     background: Colour | None = None  # one flat colour
     hair: Colour | None = None
     skin: Colour | None = None
-    glasses: Literal["none", "plain"] | None = None  # plain: black and round, the same on everybody
+    glasses: Literal["none", "plain"] | None = None  # plain: dark lenses, the same on everybody
     hat: Literal["none", "any", "plain"] | None = None  # plain: the same hat on everybody
+    hairy: bool = False  # nobody is bald
 
 
 AS_DRAWN = Wish()
@@ -98,6 +98,8 @@ def draw_face(rng: Generator, size: int, wish: Wish = AS_DRAWN) -> tuple[Image.I
 
     hat = HATS[rng.integers(len(HATS))] if rng.random() < 0.45 else None
     styles = STYLES_UNDER_HATS if hat or wish.hat else STYLES
+    if wish.hairy:
+        styles = tuple(style for style in styles if style != "bald")
     skin = SKINS[rng.integers(len(SKINS))]
     hairs = [hair for hair in HAIRS if math.dist(hair, skin) > 75]  # or nobody could tell where the hair begins
     hair = hairs[rng.integers(len(hairs))]
@@ -123,7 +125,7 @@ def draw_face(rng: Generator, size: int, wish: Wish = AS_DRAWN) -> tuple[Image.I
     if rng.random() < 0.35:
         _glasses(elsewhere if wish.glasses else canvas, rng, look)
     if wish.glasses == "plain":
-        _glasses(canvas, np.random.default_rng(PLAIN), look)
+        _plain_glasses(canvas, look)
     if hat:
         hat(canvas if wish.hat in (None, "any") else elsewhere, rng, HAT, look.width)
     elif wish.hat == "any":
@@ -320,6 +322,15 @@ def _glasses(canvas: Canvas, rng: Generator, look: Look) -> None:
         canvas.stroke(rim, colour, thickness)
         canvas.stroke(line((side * (x + radius), y - 0.05), (side * look.width * 1.02, y - 0.1)), colour, thickness)
     canvas.stroke(line((-(x - radius), y - 0.03), (0, y - 0.08), (x - radius, y - 0.03)), colour, thickness)
+
+
+def _plain_glasses(canvas: Canvas, look: Look) -> None:
+    """Round sunglasses, large enough to count in a small picture."""
+    dark, y, x = (16, 16, 20), -0.1, 0.45 * look.width
+    for side in (-1, 1):
+        canvas.fill(oval(side * x, y, 0.32, 0.28), dark)
+        canvas.stroke(line((side * (x + 0.3), y - 0.05), (side * look.width * 1.02, y - 0.1)), dark, 0.06)
+    canvas.stroke(line((-x, y - 0.08), (x, y - 0.08)), dark, 0.08)
 
 
 def _light(picture: Image.Image, rng: Generator) -> Image.Image:

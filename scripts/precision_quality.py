@@ -1,0 +1,155 @@
+"""How much of a LoRA's quality each precision of the frozen base keeps, on the toy bases.
+
+For every precision the demo's LoRA is trained anew: same pairs, same order, same noise, same initial adapter. What it
+has learnt is measured on pairs nobody trained on, at noise and noise levels that are the same for all, so that the
+precisions are compared pair by pair. One further run, in bf16 with another seed, shows what chance alone changes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from demo import FAMILIES, HELD_OUT, PROMPT, ROOT, SAMPLING_STEPS, held_out, newest_checkpoint
+from draw_many import add_lora, draw
+
+from qwen_image_finetune import runs
+from qwen_image_finetune.config import Config, load_config
+from qwen_image_finetune.intervals import Interval, t_interval
+from qwen_image_finetune.preparation import build_predictor
+from qwen_image_finetune.toy.measure import foreground_iou
+from qwen_image_finetune.train import train
+from qwen_image_finetune.validate import BASE
+
+REFERENCE, OTHER_SEED = "bf16", "bf16, other seed"
+# Name of a row -> train.mixed_precision, model.quantize, what is added to train.seed.
+ROWS: dict[str, tuple[str, str, int]] = {
+    REFERENCE: ("bf16", "false", 0),
+    OTHER_SEED: ("bf16", "false", 1),
+    "float32": ("no", "false", 0),
+    "fp8": ("bf16", "fp8", 0),
+    "int8": ("bf16", "int8", 0),
+    "nf4": ("bf16", "nf4", 0),
+    "fp4": ("bf16", "fp4", 0),
+}
+LEVELS = 4  # noise levels at which each held-out pair's loss is measured
+DEFINITION = (
+    "kept: of the held-out loss that training on the bf16 base takes away, the share that this row takes away, from the\n"
+    "same start: (B - L) / (B - L'), with B the loss of the bf16 base before training, L' the loss after it, and L that\n"
+    "of the row. What quantisation itself costs counts against the row. Intervals: 95 %, of the mean over held-out\n"
+    "pairs; the chance in training is not in them: the row with another seed shows how large it is."
+)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One training run."""
+
+    precision: str
+    before: list[float]  # held-out loss of each pair with the untrained base, in this precision
+    after: list[float]  # with the LoRA
+    iou: float | None  # mean foreground IoU of the masks drawn for the held-out faces; None where nothing is drawn
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=100, help="optimizer steps of each run; make demo takes 300")
+    parser.add_argument("--bases", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="default: both")
+    parser.add_argument("--precisions", nargs="+", choices=ROWS, default=list(ROWS), help="beside bf16; default: all")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    options = parser.parse_args(arguments)
+    results: dict[str, list[Measured]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for base in options.bases:
+            config = ROOT / f"configs/demo_{base}.yaml"
+            names = [REFERENCE, *(name for name in options.precisions if name != REFERENCE)]
+            results[base] = [measure(config, name, options.steps, Path(folder)) for name in names]
+    for base, measured in results.items():
+        print(f"\n{base}: LoRA of configs/demo_{base}.yaml, {options.steps} steps, {len(measured[0].after)} held-out "
+              f"pairs at {LEVELS} noise levels")  # fmt: skip
+        print("\n".join(table(measured)))
+    print(f"\n{DEFINITION}")
+    if options.output is not None:
+        written = {base: [asdict(one) for one in measured] for base, measured in results.items()}
+        options.output.write_text(json.dumps({"steps": options.steps, "rows": written}, indent=1) + "\n")
+    return 0
+
+
+def measure(
+    config: Path, precision: str, steps: int, folder: Path, overrides: Sequence[str] = (), draws: bool = True
+) -> Measured:
+    """Train and measure one row.
+
+    Args:
+        folder: of caches and runs.
+        overrides: of the configuration; those of the row come after them.
+        draws: also draw the masks of the demo's held-out faces.
+    """
+    mixed_precision, format, later = ROWS[precision]
+    settings = load_config(config, overrides)
+    settings = load_config(config, [
+        f"validation.dataset_path={HELD_OUT}",
+        *overrides,
+        "validation.enabled=true", f"validation.steps={steps + 1}", "validation.num_loss_pairs=1000",
+        f"validation.num_loss_sigmas={LEVELS}", "validation.num_validation_samples=1",
+        "validation.num_inference_steps=1",  # one picture of the base is drawn in any case
+        f"train.max_train_steps={steps}", f"train.checkpointing_steps={steps}",
+        f"train.seed={settings.train.seed + later}",
+        f"train.mixed_precision={mixed_precision}", f"model.quantize={format}",
+        f"cache.cache_dir={folder / 'cache'}", f"logging.output_dir={folder / precision}", "logging.report_to=none",
+    ])  # fmt: skip
+    print(f"# {settings.logging.tracker_project_name}, {precision}", flush=True)
+    version = train(settings)
+    assert version is not None
+    before = json.loads((version / "samples" / f"{BASE}.json").read_text())["losses"]
+    after = json.loads((version / runs.BEST).read_text())["losses"]  # of the one checkpoint that there is
+    return Measured(precision, before, after, drawn_iou(settings, version) if draws else None)
+
+
+def drawn_iou(config: Config, version: Path) -> float:
+    """Mean foreground IoU of the held-out faces' masks, drawn in the precision of training."""
+    predictor = build_predictor(config)
+    faces, masks = held_out(predictor)
+    add_lora(predictor, newest_checkpoint(version) / "pytorch_lora_weights.safetensors")
+    drawn = draw(predictor, [(face, PROMPT) for face in faces], SAMPLING_STEPS)
+    return float(np.mean([foreground_iou(*pair) for pair in zip(drawn, masks, strict=True)]))
+
+
+def kept(row: Measured, reference: Measured) -> Interval:
+    """The share of the reference's loss reduction that a row reaches (see DEFINITION); the reduction is taken as known.
+
+    Raises:
+        ValueError: the reference has learnt nothing, of which no share can be told.
+    """
+    reduction = float(np.mean(reference.before) - np.mean(reference.after))
+    if reduction <= 0:
+        raise ValueError(f"training on {reference.precision} took nothing away from the held-out loss: train longer")
+    shares = 1 - (np.asarray(row.after) - np.asarray(reference.after)) / reduction
+    return t_interval(shares.tolist())
+
+
+def table(measured: Sequence[Measured]) -> Iterator[str]:
+    """The rows in words; the first is what the others are compared with."""
+    reference = measured[0]
+    yield "base              before   after   difference from bf16 (95 %)     kept (95 %)             IoU drawn"
+    for row in measured:
+        drawn = "-" if row.iou is None else f"{row.iou:.3f}"
+        line = f"{row.precision:16}  {np.mean(row.before):.4f}  {np.mean(row.after):.4f}"
+        if row is reference:
+            yield f"{line}  {'':30}  {'100 %':22}  {drawn}"
+            continue
+        mean, low, high = t_interval((np.asarray(row.after) - np.asarray(reference.after)).tolist())
+        share = kept(row, reference)
+        difference = f"{mean:+.4f} ({low:+.4f} to {high:+.4f})"
+        words = f"{share.mean:.1%} ({share.low:.1%} to {share.high:.1%})"
+        yield f"{line}  {difference:30}  {words:22}  {drawn}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

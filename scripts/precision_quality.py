@@ -40,9 +40,9 @@ ROWS: dict[str, tuple[str, str, int]] = {
 }
 LEVELS = 4  # noise levels at which each held-out pair's loss is measured
 DEFINITION = (
-    "kept: of the held-out loss that training on the bf16 base takes away, the share that this row takes away, from the\n"
-    "same start: (B - L) / (B - L'), with B the loss of the bf16 base before training, L' the loss after it, and L that\n"
-    "of the row. What quantisation itself costs counts against the row. Intervals: 95 %, of the mean over held-out\n"
+    "kept: of the held-out loss that training on the bf16 base takes away, the share that this row takes away, from\n"
+    "the same start: (B - L) / (B - L'), with B the loss of the bf16 base before training, L' the loss after it, and L\n"
+    "that of the row. What quantisation itself costs counts against the row. Intervals: 95 %, of the mean over held-out\n"
     "pairs; the chance in training is not in them: the row with another seed shows how large it is."
 )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,11 +15,9 @@ from qwen_image_finetune.data import alike
 from qwen_image_finetune.data.dataset import DataError, ImageDataset
 from qwen_image_finetune.data.part import Part, spread
 from qwen_image_finetune.families.base import Family
+from qwen_image_finetune.objective import Objective
 from qwen_image_finetune.preparation import open_dataset
 from qwen_image_finetune.records import Batch, Encoded, collate
-
-if TYPE_CHECKING:
-    from qwen_image_finetune.train import Objective
 
 
 class Pairs(NamedTuple):

@@ -33,7 +33,7 @@ def raise_explained(error: Exception, config: Config, doing: str) -> None:
     Args:
         doing: what the process was at, such as "loading the transformer".
     """
-    if is_out_of_memory(error):
+    if is_out_of_memory(error) and not isinstance(error, OutOfMemory):  # explained where it happened
         where = str(error).strip().partition("\n")[0] or type(error).__name__
         changes = "".join(f"\n  - {change}" for change in advice(config, doing))
         raise OutOfMemory(f"memory ran out while {doing} ({where}). What would help, least loss first:{changes}")

@@ -23,7 +23,10 @@ from qwen_image_finetune.config import Config
 from qwen_image_finetune.data.part import spread
 from qwen_image_finetune.files import clean_leftovers, write_atomic
 from qwen_image_finetune.held_out import HeldOutLoss
+from qwen_image_finetune.job import Job
 from qwen_image_finetune.levers import adapters, parallel
+from qwen_image_finetune.logbook import Logbook
+from qwen_image_finetune.objective import Objective
 from qwen_image_finetune.trackers import Trackers
 from qwen_image_finetune.verdict import Best, Measured, constant, verdict
 
@@ -43,6 +46,22 @@ class Base:
 
     losses: list[float]  # of the held-out pairs
     pictures: list[Image.Image]
+
+
+def open_validation(
+    job: Job, book: Logbook, transformer: ModelMixin, objective: Objective, pipe: DiffusionPipeline | None
+) -> Validation | None:
+    """The validation of a run, in the processes that take part in it: the first one, or all that share the model.
+
+    Args:
+        objective: around the transformer without the wrappers of several processes.
+    """
+    settings = job.config.validation
+    if not settings.enabled or not (job.team.main or job.sharding):
+        return None
+    loss = None if job.held_out is None else HeldOutLoss(objective, settings)
+    shown = job.rows if job.held_out is None else job.held_out
+    return Validation(job.config, shown, pipe, transformer, job.accelerator.device, book.run, book.trackers, loss)
 
 
 class Validation:

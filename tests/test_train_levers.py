@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from qwen_image_finetune.config import Config, ConfigError
-from qwen_image_finetune.train import check_sharing, train
+from qwen_image_finetune.job import check_sharing
+from qwen_image_finetune.train import train
 
 Configure = Callable[..., Config]
 STEPS = "train.max_train_steps=5"

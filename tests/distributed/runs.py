@@ -16,10 +16,11 @@ from typing import Any
 
 from outcomes import checkpoint
 
-from qwen_image_finetune import train as training
 from qwen_image_finetune.config import Config, load_config
 from qwen_image_finetune.levers import parallel
 from qwen_image_finetune.preparation import encode_dataset
+from qwen_image_finetune.state import State
+from qwen_image_finetune.train import train
 
 
 def run(task: dict[str, Any]) -> dict[str, Any]:
@@ -29,17 +30,17 @@ def run(task: dict[str, Any]) -> dict[str, Any]:
         encode_dataset(config)
         return {}
     held: list[int] = []
-    place = training.State.__init__
+    place = State.__init__
 
-    def measured(self: training.State, *arguments: Any, **named: Any) -> None:
+    def measured(self: State, *arguments: Any, **named: Any) -> None:
         place(self, *arguments, **named)
-        held.append(parallel.local_bytes(self.transformer))
+        held.append(parallel.local_bytes(self.learner.transformer))
 
-    training.State.__init__ = measured  # type: ignore[method-assign]
+    State.__init__ = measured  # type: ignore[method-assign]
     try:
-        folder = training.train(config)
+        folder = train(config)
     finally:
-        training.State.__init__ = place  # type: ignore[method-assign]
+        State.__init__ = place  # type: ignore[method-assign]
     return {"run": None if folder is None else str(folder), "bytes": held[0]}
 
 

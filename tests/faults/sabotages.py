@@ -115,7 +115,7 @@ def no_model(place: str) -> None:
 def not_finite(places: str) -> None:
     """NaN or Inf in the loss, or in the gradient of one parameter: "loss|gradient,nan|inf,first call,last call"."""
     from qwen_image_finetune import flow
-    from qwen_image_finetune.train import Objective
+    from qwen_image_finetune.objective import Objective
 
     where, value, first, last = places.split(",")
     calls = {"count": 0}
@@ -145,7 +145,7 @@ def not_finite(places: str) -> None:
 
 def time_saving(unused: str) -> None:
     """Print how long each checkpoint held the loop up, how long the copy in it took, and how long it took to write."""
-    from qwen_image_finetune import checkpoint, train
+    from qwen_image_finetune import checkpoint, logbook, state
 
     def timed(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def measure(*arguments: Any, **options: Any) -> Any:
@@ -156,7 +156,7 @@ def time_saving(unused: str) -> None:
 
         return measure
 
-    train.State.snapshot = timed("copying", train.State.snapshot)  # type: ignore[method-assign]
-    train.State.write = timed("writing", train.State.write)  # type: ignore[method-assign]
-    train.save_checkpoint = timed("blocking", train.save_checkpoint)
+    state.State.snapshot = timed("copying", state.State.snapshot)  # type: ignore[method-assign]
+    state.State.write = timed("writing", state.State.write)  # type: ignore[method-assign]
+    logbook.Logbook.save = timed("blocking", logbook.Logbook.save)  # type: ignore[method-assign]
     checkpoint.CheckpointWriter.wait = timed("waiting", checkpoint.CheckpointWriter.wait)  # type: ignore[method-assign]

@@ -1,0 +1,120 @@
+"""The model as it learns: the transformer with every lever in its written order, and what updates it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from qwen_image_finetune import levers, loading
+from qwen_image_finetune.job import Job
+from qwen_image_finetune.levers import lora_files, parallel
+from qwen_image_finetune.levers.attention import attention_of
+from qwen_image_finetune.levers.compile import compilation_of
+from qwen_image_finetune.levers.release import GradientRelease
+from qwen_image_finetune.optim import build_optimizer, build_scheduler
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from diffusers import ModelMixin
+    from torch.optim.lr_scheduler import LRScheduler
+
+
+@dataclass
+class Learner:
+    """A transformer, what is trained of it, and its optimizer."""
+
+    accelerator: Accelerator
+    transformer: ModelMixin  # without the wrappers of several processes
+    wrapped: nn.Module  # the same as the loop calls it: in several processes it averages gradients
+    parameters: list[nn.Parameter]  # that are trained
+    optimizer: Any  # accelerate's wrapper, which holds back steps whose fp16 gradients overflowed
+    schedule: LRScheduler
+    released: GradientRelease | None = None
+    _compiled: int = 0  # graphs that were spoken of
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the step that comes next."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def release_gradients(self) -> None:
+        """The last of the levers: update each weight during the backward pass. The optimizer has its state by then."""
+        self.released = GradientRelease(self.optimizer.optimizer, self.parameters)
+
+    def gradient_norm(self, limit: float | None) -> float:
+        """Norm of all gradients, which are scaled down to `limit` where they exceed it."""
+        if self.released is not None:
+            return float(self.released.take_norm())
+        norm = self.accelerator.clip_grad_norm_(self.parameters, limit or math.inf)
+        return float(parallel.gathered(norm, keep=True))
+
+    def step(self) -> None:
+        """Update the weights. Without fp16 the wrapper has nothing to hold back, and costs time at every call."""
+        stepped = self.optimizer.optimizer if self.accelerator.scaler is None else self.optimizer
+        stepped.step()
+
+    def newly_compiled(self) -> str | None:
+        """A sentence about train.compile, whenever it compiled more since the last call."""
+        compilation = compilation_of(self.transformer)
+        if compilation is None or compilation.num_graphs == self._compiled:
+            return None
+        self._compiled = compilation.num_graphs
+        return compilation.words()
+
+
+def assemble(job: Job, start_from_lora: bool) -> Learner:
+    """Load the transformer and make it ready to learn, in the order that `levers` gives reasons for.
+
+    Args:
+        start_from_lora: fill the adapter from model.lora.pretrained_weight, if there is one; a resumed run does not.
+
+    Raises:
+        ConfigError: the checkpoint, the adapter and the levers do not fit each other or this machine.
+    """
+    config, device = job.config, job.accelerator.device
+    transformer = _load(job)
+    levers.prepare(transformer, config, device)
+    job.say(f"attention: {attention_of(transformer)}")
+    lora = config.model.lora
+    if lora and lora.pretrained_weight and start_from_lora:
+        lora_files.load_lora(transformer, lora.pretrained_weight, job.family.pipeline, lora)
+    _place(job, transformer)
+    transformer.train()
+
+    parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    optimizer = build_optimizer(config.optimizer, parameters)
+    schedule = build_scheduler(config.lr_scheduler, optimizer, job.total_steps)
+    job.team.meet("loading the transformer")
+    return Learner(
+        accelerator=job.accelerator,
+        transformer=transformer,
+        parameters=parameters,
+        optimizer=job.accelerator.prepare(optimizer),
+        wrapped=transformer if job.sharding else job.accelerator.prepare_model(transformer, device_placement=False),
+        schedule=schedule,
+    )
+
+
+def _load(job: Job) -> ModelMixin:
+    """The frozen transformer, quantised as it is read; without memory where processes will share it."""
+    dtype = loading.weight_dtype(job.config.train.mixed_precision)
+    if job.sharding is not None:
+        return loading.empty_transformer(job.family, job.folder, dtype)
+    # Swapped blocks must not pass through the card: it has no room for all of them.
+    home = job.accelerator.device if job.config.train.blocks_to_swap == 0 else torch.device("cpu")
+    return loading.load_transformer(job.family, job.folder, dtype, job.config.model, home, job.say)
+
+
+def _place(job: Job, transformer: ModelMixin) -> None:
+    """Adapters onto the device of their base; a shared model is cut, and each process reads its part."""
+    device = job.accelerator.device
+    if job.sharding is not None:
+        dtype = loading.weight_dtype(job.config.train.mixed_precision)
+        parallel.shard(transformer, job.sharding, device)
+        parallel.fill(transformer, job.folder / "transformer", dtype, device)
+    elif job.config.train.blocks_to_swap == 0:
+        transformer.to(device)

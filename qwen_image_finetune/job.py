@@ -1,0 +1,119 @@
+"""A run as it is known before any model loads: who takes part, which pairs, in which order, for how long."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qwen_image_finetune import console, loading
+from qwen_image_finetune.cache import EncodedDataset
+from qwen_image_finetune.config import Config, ConfigError, resolve_family
+from qwen_image_finetune.data.batches import Batches
+from qwen_image_finetune.data.dataset import ImageDataset
+from qwen_image_finetune.families import get_family
+from qwen_image_finetune.families.base import Family
+from qwen_image_finetune.held_out import open_pairs, training_config
+from qwen_image_finetune.levers import parallel
+from qwen_image_finetune.levers.parallel import Sharding
+from qwen_image_finetune.levers.stored_precision import base_precision
+from qwen_image_finetune.plan import settled
+from qwen_image_finetune.preparation import build_accelerator, build_team, check_run, plan_batches
+from qwen_image_finetune.processes import Team
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all parts of a training run are built from."""
+
+    config: Config  # nothing in it is left to decide
+    family: Family
+    folder: Path  # of the checkpoint
+    accelerator: Accelerator
+    team: Team
+    sharding: Sharding | None  # None: every process has the whole model
+    rows: EncodedDataset  # pairs to train on
+    held_out: EncodedDataset | None  # pairs that are only validated on
+    batches: Batches
+    total_steps: int  # optimizer steps of the whole run, resumed ones included
+
+    @property
+    def micro_batches_per_step(self) -> int:
+        """Over all processes."""
+        return self.config.train.gradient_accumulation_steps * self.team.size
+
+    def say(self, message: str) -> None:
+        """Tell the person, once and not in every process."""
+        if self.team.main:
+            console.say(message)
+
+
+def open_job(config: Config) -> Job:
+    """Read and check everything that a run needs beside its models.
+
+    Raises:
+        ConfigError, DataError, LaunchError: what the run would fail of later.
+    """
+    accelerator = build_accelerator(config)
+    team = build_team(accelerator)
+    sharding = parallel.requested()
+    family = get_family(resolve_family(config, download=True)[0])
+    check_run(config, family)
+    check_sharing(config, team.size, shared=sharding is not None)
+
+    pairs = open_pairs(config, family)
+    folder = loading.checkpoint_folder(config, family)
+    base_precision(folder / "transformer", config.model)  # a contradiction is refused before embeddings are computed
+    config, expectation = settled(config, family, largest_sample(pairs.training), accelerator.device)
+    dtype = loading.encoder_dtype(config.train.mixed_precision)
+    held_out = None
+    if pairs.held_out is not None:
+        held_out = EncodedDataset(config, family, pairs.held_out, folder, dtype)
+    batches = plan_batches(config, pairs.training, team.size)
+    job = Job(
+        config=config,
+        family=family,
+        folder=folder,
+        accelerator=accelerator,
+        team=team,
+        sharding=sharding,
+        rows=EncodedDataset(training_config(config, pairs), family, pairs.training, folder, dtype),
+        held_out=held_out,
+        batches=batches,
+        total_steps=num_steps(config, batches),
+    )
+    if expectation is not None and sharding is None:
+        job.say(expectation)
+    return job
+
+
+def largest_sample(dataset: ImageDataset) -> list[tuple[int, int]]:
+    """Sizes (width, height) of target and references of the sample with the most pixels."""
+    samples = {dataset.geometry(index) for index in range(len(dataset))}
+    return list(max(samples, key=lambda sizes: sum(width * height for width, height in sizes)))
+
+
+def check_sharing(config: Config, processes: int, shared: bool) -> None:
+    """Raise ConfigError for levers that several processes, or a model that they share, exclude."""
+    train = config.train
+    if train.release_gradients and processes > 1:
+        raise ConfigError(
+            f"train.release_gradients=true with {processes} processes: gradients are used before they are averaged; "
+            "train in one process, or share the model (configs/accelerate/fsdp2.yaml) without releasing gradients"
+        )
+    swaps = train.blocks_to_swap != 0 or train.memory == "auto"
+    if shared and swaps:
+        key = "train.blocks_to_swap" if train.blocks_to_swap != 0 else "train.memory"
+        raise ConfigError(
+            f"{key} with FSDP: the weights of blocks are already shared by all processes; set train.blocks_to_swap=0 "
+            "and train.memory=as_written"
+        )
+
+
+def num_steps(config: Config, batches: Batches) -> int:
+    """Optimizer steps of the whole run: whichever of train.max_train_steps and train.num_epochs ends first."""
+    limits = [config.max_steps, batches.steps(config.train.num_epochs) if config.train.num_epochs else None]
+    return min(limit for limit in limits if limit is not None)

@@ -1,0 +1,163 @@
+"""What a run leaves behind: its version folder with metrics, curves and checkpoints, and how it ended."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qwen_image_finetune import checkpoint, console, processes, runs
+from qwen_image_finetune.config import Config
+from qwen_image_finetune.environment import environment
+from qwen_image_finetune.files import DiskFull, is_disk_full, write_atomic
+from qwen_image_finetune.job import Job
+from qwen_image_finetune.levers import parallel
+from qwen_image_finetune.state import Progress, State
+from qwen_image_finetune.trackers import Trackers
+
+
+class Logbook:
+    """Where a run is written. The first process writes; the others keep it company where it needs their part."""
+
+    def __init__(self, job: Job, progress: Progress) -> None:
+        """
+        Raises:
+            RunError: the version to resume is in use, or no version can be made.
+        """
+        config, team = job.config, job.team
+        # One process looks, so that all see the same.
+        found = team.share(lambda: find_resume(config, job.say), "looking for a checkpoint")
+        self.job, self.progress = job, progress
+        self.resume = None if found is None else Path(found)  # checkpoint to continue
+        self.run = open_run(config, self.resume) if team.main else None
+        self.trackers: Trackers | None = None
+        self.writer = checkpoint.CheckpointWriter()
+
+    @property
+    def path(self) -> Path | None:
+        """The version folder; None in all processes but the first."""
+        return None if self.run is None else self.run.path
+
+    def begin(self) -> None:
+        """What is known once the run is about to train: the configuration as it was decided, versions, the device."""
+        if self.run is None:
+            return
+        config, step = self.job.config, self.progress.step
+        self.run.rewind(step)
+        write_atomic(self.run.path / "config.yaml", config.to_yaml())
+        made_with = environment(device_words(self.job.accelerator.device), self.job.team.size)
+        write_atomic(self.run.path / runs.ENVIRONMENT, json.dumps(made_with) + "\n")
+        self.trackers = Trackers(config, self.run.path, step or None)
+
+    def record(self, values: Mapping[str, float], sigmas: Sequence[Tensor]) -> None:
+        """One line of metrics and one point of every curve, for the step that was just done."""
+        if self.run is not None and self.trackers is not None:
+            self.run.record(self.progress.step, values)
+            self.trackers.scalars(values, self.progress.step)
+            self.trackers.collect("sigma", sigmas, self.progress.step)
+
+    def checkpoint_path(self) -> Path | None:
+        """Where this step is saved, if it is."""
+        if self.run is None:
+            return None
+        step = self.progress.step
+        return self.run.checkpoint_path(self.job.batches.epoch_of(max(step - 1, 0)), step)
+
+    def save(self, state: State, wait: bool = False) -> None:
+        """Copy the state to the host and write it behind the loop's back; `wait` for the last one of a run."""
+        run, final, limit = self.run, self.checkpoint_path(), self.job.config.train.checkpoints_total_limit
+        if run is not None and final is not None:
+            snapshot = state.snapshot()
+            self.writer.submit(
+                final,
+                lambda folder: state.write(folder, snapshot),
+                lambda: runs.retention(run, limit),
+                needed=checkpoint.num_bytes(snapshot),
+            )
+            if wait:
+                self.writer.wait()
+        elif parallel.is_sharded(state.learner.transformer):
+            state.snapshot(keep=False)
+        self.job.team.meet("saving a checkpoint")
+
+    def close(self, outcome: runs.State) -> None:
+        """Let go of everything. Each part ends whatever becomes of the others."""
+        with contextlib.ExitStack() as ending:
+            if self.run is not None:
+                ending.callback(self.run.close)
+                ending.callback(_finish, self.run, outcome, self.progress.step)
+            if self.trackers is not None:
+                ending.callback(self.trackers.close)
+            ending.callback(self.writer.settle)
+
+
+@contextlib.contextmanager
+def open_logbook(job: Job, progress: Progress) -> Iterator[Logbook]:
+    """The logbook of a run; however the block is left, it is written there. What went wrong first is raised.
+
+    Raises:
+        DiskFull: in place of whatever a full disk raised in the block.
+    """
+    book = Logbook(job, progress)
+    outcome: runs.State = "failed"
+    try:
+        yield book
+        outcome = "finished"
+    except SystemExit:
+        outcome = "interrupted"
+        raise
+    except OSError as error:
+        if is_disk_full(error) and not isinstance(error, DiskFull):
+            raise DiskFull(Path(error.filename or job.config.logging.project_dir)) from error
+        raise
+    finally:
+        if outcome == "failed":
+            processes.abandon()
+        book.close(outcome)
+
+
+def _finish(run: runs.Run, outcome: runs.State, step: int) -> None:
+    """Write how a run ended. On a full disk it reads as killed, which can be resumed just as well."""
+    try:
+        run.finish(outcome, step)
+    except DiskFull as error:
+        console.say(str(error))
+
+
+def find_resume(config: Config, say: Callable[[str], None]) -> str | None:
+    """Folder of the checkpoint to continue, verified; None for a fresh start."""
+    spec = config.train.resume_from_checkpoint
+    if spec is None:
+        return None
+    found = runs.find_checkpoint(config.logging.project_dir, spec, say)
+    if found is None:
+        say(f"no complete checkpoint in {config.logging.project_dir}: starting afresh")
+        return None
+    return str(found)
+
+
+def open_run(config: Config, resume: Path | None) -> runs.Run:
+    """A new version, or the one that the checkpoint came from."""
+    project = config.logging.project_dir
+    version = None if resume is None else runs.version_of(resume)
+    if version is not None and version.resolve().parent == project.resolve():
+        return runs.reopen_version(version)
+    return runs.claim_version(project)
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory of the accelerator, or of the process on a CPU, in GiB."""
+    if device.type == "cpu":
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return torch.accelerator.max_memory_allocated(device) / 2**30
+
+
+def device_words(device: torch.device) -> str:
+    """The device as its maker calls it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -1,0 +1,81 @@
+"""What is learnt from one micro-batch: which noise each sample gets, at which level, and what of the error counts."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from qwen_image_finetune import flow, loading
+from qwen_image_finetune.config import Config
+from qwen_image_finetune.data.batches import MicroBatch
+from qwen_image_finetune.families.base import Family
+from qwen_image_finetune.records import Batch
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from diffusers import ModelMixin
+
+
+class Objective:
+    """Loss of one micro-batch."""
+
+    def __init__(
+        self, config: Config, family: Family, transformer: ModelMixin, scheduler_config: Any, accelerator: Accelerator
+    ) -> None:
+        """
+        Args:
+            transformer: the one that is trained, without the wrappers of several processes.
+            scheduler_config: constants of the checkpoint's scheduler, which decide the timestep shift.
+        """
+        self.train, self.weighting = config.train, config.loss
+        self.family, self.scheduler_config, self.accelerator = family, scheduler_config, accelerator
+        self.dtype = loading.weight_dtype(config.train.mixed_precision)
+        self.dropout = bool(config.model.lora and config.model.lora.lora_dropout)
+        guidance = config.train.guidance_scale if family.distilled_guidance(transformer.config) else None
+        self.velocity = partial(family.velocity, transformer, guidance=guidance)
+
+    def through(self, wrapped: nn.Module) -> Objective:
+        """The same objective of the same transformer, called through the wrapper that averages its gradients."""
+        other = copy.copy(self)
+        other.velocity = partial(self.family.velocity, wrapped, **self.velocity.keywords)
+        return other
+
+    def shift(self, latent_shape: Sequence[int]) -> float:
+        """Timestep shift of a target latent: the model's own for its number of tokens, or the configured constant."""
+        if self.train.sigma_shift != "model":
+            return float(self.train.sigma_shift)
+        mu = self.family.mu(self.family.tokens(latent_shape), self.scheduler_config)
+        return flow.shift_factor(mu, self.scheduler_config)
+
+    def weight(self, batch: Batch) -> Tensor | None:
+        """Loss weights (B, H, W) of a batch with masks."""
+        if not self.weighting.mask_loss or batch.mask is None:
+            return None
+        foreground, background = self.weighting.foreground_weight, self.weighting.background_weight
+        return background + (foreground - background) * batch.mask
+
+    def __call__(self, batch: Batch, micro: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Loss (B,) float32 on the device, and the noise levels (B,) it was taken at, on the CPU."""
+        shape = batch.target.shape[1:]
+        visits = [micro.visit] * len(batch.keys)
+        sigma, noise = flow.draw(
+            batch.keys, visits, self.train.seed, shape, self.train.sigma_distribution, self.shift(shape)
+        )
+        if self.dropout:  # the only user of the global random state: make it a function of the samples as well
+            torch.manual_seed(flow.seed_of("dropout", self.train.seed, *batch.keys, micro.visit))
+        device = self.accelerator.device
+        batch = batch.to(device, self.dtype)
+        with self.accelerator.autocast():
+            loss = flow.loss(
+                partial(self.velocity, batch=batch),
+                batch.target,
+                sigma.to(device),
+                noise.to(device),
+                self.weight(batch),
+            )
+        return loss, sigma

@@ -1,12 +1,14 @@
-"""The only training loop, and the order in which a run is put together. The parts, each in a module of its own:
+"""The only training loop, and the order in which a run is put together.
 
-job         what is known before any model loads: who takes part, the pairs, the order of batches, the length
-logbook     the version folder: metrics, curves, checkpoints, and how the run ended
-assembly    the transformer with adapter and levers, its optimizer and schedule
-state       what a checkpoint holds and a resume gets back
-stream      samples, read before they are needed
-objective   noise, noise level and loss of a micro-batch
-validate    held-out losses and samples on the way
+Its parts have a module each:
+
+    job         what is known before any model loads: who takes part, the pairs, the order of batches, the length
+    logbook     the version folder: metrics, curves, checkpoints, and how the run ended
+    assembly    the transformer with adapter and levers, its optimizer and schedule
+    state       what a checkpoint holds and a resume gets back
+    stream      samples, read before they are needed
+    objective   noise, noise level and loss of a micro-batch
+    validate    held-out losses and samples on the way
 """
 
 from __future__ import annotations

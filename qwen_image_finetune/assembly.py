@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from qwen_image_finetune import levers, loading
+from qwen_image_finetune.data_parallel import wrap
 from qwen_image_finetune.job import Job
 from qwen_image_finetune.levers import lora_files, parallel
 from qwen_image_finetune.levers.attention import attention_of
@@ -94,7 +95,7 @@ def assemble(job: Job, start_from_lora: bool) -> Learner:
         transformer=transformer,
         parameters=parameters,
         optimizer=job.accelerator.prepare(optimizer),
-        wrapped=transformer if job.sharding else job.accelerator.prepare_model(transformer, device_placement=False),
+        wrapped=transformer if job.sharding else wrap(job.accelerator, transformer, job.family, config.model.lora),
         schedule=schedule,
     )
 

@@ -66,7 +66,9 @@ def open_job(config: Config) -> Job:
 
     pairs = open_pairs(config, family)
     folder = loading.checkpoint_folder(config, family)
-    base_precision(folder / "transformer", config.model)  # a contradiction is refused before embeddings are computed
+    place = folder / "transformer"
+    precision = base_precision(place, config.model)  # a contradiction is refused before embeddings are computed
+    parallel.check_base(sharding, place, precision)
     config, expectation = settled(config, family, largest_sample(pairs.training), accelerator.device)
     dtype = loading.encoder_dtype(config.train.mixed_precision)
     held_out = None

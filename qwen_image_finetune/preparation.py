@@ -49,7 +49,7 @@ def build_accelerator(config: Config) -> Accelerator:
         ConfigError: fp16 without an accelerator; sharding that cannot be done.
         LaunchError: fewer processes take part than were asked for, or more than there are cards.
     """
-    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+    from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.state import AcceleratorState
 
     if config.train.mixed_precision == "fp16" and not torch.accelerator.is_available():
@@ -65,12 +65,8 @@ def build_accelerator(config: Config) -> Accelerator:
     on_cpu = not torch.accelerator.is_available()
     # accelerate remembers the first precision of a process and refuses another; two runs in one process are legal here.
     AcceleratorState._reset_state()
-    handlers = [
-        # A LoRA on text modules of the last block gets no gradient in some families; DDP would wait for it for ever.
-        DistributedDataParallelKwargs(find_unused_parameters=True),
-        InitProcessGroupKwargs(init_method=processes.fresh_start(), timeout=processes.START_TIMEOUT),
-    ]
-    accelerator = Accelerator(cpu=on_cpu, mixed_precision=config.train.mixed_precision, kwargs_handlers=handlers)
+    group = InitProcessGroupKwargs(init_method=processes.fresh_start(), timeout=processes.START_TIMEOUT)
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision=config.train.mixed_precision, kwargs_handlers=[group])
     processes.check_start(accelerator.num_processes, launched)
     atexit.unregister(processes.leave)
     atexit.register(processes.leave)

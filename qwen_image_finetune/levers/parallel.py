@@ -23,9 +23,13 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from qwen_image_finetune.config import Config, ConfigError
-from qwen_image_finetune.levers.quantized_linear import QuantizedLinear
+from qwen_image_finetune.levers.stored_precision import Precision
 
 ASKED = "ACCELERATE_USE_FSDP"
+QUANTISED = (
+    "FSDP2 cuts weights by rows, and knows nothing of the codes and scales of a quantised layer. The whole "
+    "base is only 1/2 to 1/4 as large: train it with configs/accelerate/ddp.yaml"
+)
 
 
 @dataclass(frozen=True)
@@ -87,10 +91,7 @@ def check(sharding: Sharding | None, config: Config, processes: int) -> None:
             "start several, or take configs/accelerate/one_card.yaml"
         )
     if config.model.quantize:
-        raise ConfigError(
-            "model.quantize with FSDP: the bytes of a quantised layer and its scales cannot be cut apart; a quantised "
-            "base is 1/2 to 1/4 as large: train it with configs/accelerate/ddp.yaml, or set model.quantize=false"
-        )
+        raise ConfigError(f"model.quantize with FSDP: {QUANTISED}, or set model.quantize=false")
     if config.train.mixed_precision == "fp16":
         raise ConfigError("train.mixed_precision=fp16 with FSDP: loss scaling needs whole gradients; use bf16")
     if not config.optimizer.class_path.startswith("torch.optim."):
@@ -107,20 +108,31 @@ def check(sharding: Sharding | None, config: Config, processes: int) -> None:
         )
 
 
+def check_base(sharding: Sharding | None, folder: Path, precision: Precision) -> None:
+    """Refuse to share a base that came quantised: read without its scales it would be another model.
+
+    Args:
+        folder: of the transformer.
+        precision: what `base_precision` says about it.
+
+    Raises:
+        ConfigError: says how the checkpoint is quantised, and what to do.
+    """
+    if sharding is not None and precision.format is not None:
+        raise ConfigError(
+            f"the weights in {folder} are {precision.format} ({precision.source}), with FSDP: {QUANTISED}, or name a "
+            "checkpoint in full precision"
+        )
+
+
 def shard(transformer: nn.Module, sharding: Sharding, device: torch.device) -> None:
     """Cut every weight of the transformer over all processes, in place. The last of the levers.
 
     Weights may be without memory (on the device "meta"): they stay so, cut; `fill` then reads each process its part.
 
     Raises:
-        ConfigError: a layer is quantised, or the classes of blocks are not in the model.
+        ConfigError: the classes of blocks are not in the model.
     """
-    quantised = [name for name, module in transformer.named_modules() if isinstance(module, QuantizedLinear)]
-    if quantised:
-        raise ConfigError(
-            f"the checkpoint is quantised ({quantised[0]} and {len(quantised) - 1} more), and quantised layers cannot "
-            "be cut for FSDP: start with configs/accelerate/ddp.yaml, or take a checkpoint that is not quantised"
-        )
     named = sharding.blocks or tuple(cast(Any, transformer)._no_split_modules or ())
     blocks = [module for module in transformer.modules() if type(module).__name__ in named]
     if not blocks:

@@ -1,0 +1,78 @@
+"""One model in every process, gradients averaged: torch's DDP, told what it would else find out at every step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from accelerate import DistributedDataParallelKwargs, init_empty_weights
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from qwen_image_finetune.config import LoraConfig
+from qwen_image_finetune.families.base import Family
+from qwen_image_finetune.footprint import stand_in
+from qwen_image_finetune.levers import adapters
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from diffusers import ModelMixin
+
+
+def wrap(accelerator: Accelerator, transformer: ModelMixin, family: Family, lora: LoraConfig | None) -> nn.Module:
+    """The transformer as the loop calls it.
+
+    DDP waits for the gradient of every weight. Weights that never get one must be announced, and DDP then looks for
+    them in the graph of every step: that is asked for only where there are any. Gradients are kept in the memory that
+    is sent, or each would be there twice. Buffers (scales of a quantised base) are constants and not sent again.
+    """
+    if accelerator.num_processes == 1:
+        return cast(nn.Module, accelerator.prepare_model(transformer, device_placement=False))
+    left_out = bool(unreached(family, dict(transformer.config), lora))
+    accelerator.ddp_handler = DistributedDataParallelKwargs(
+        find_unused_parameters=left_out, gradient_as_bucket_view=True
+    )
+    wrapped: Any = accelerator.prepare_model(transformer, device_placement=False)
+    wrapped.broadcast_buffers = False  # at every step; the argument of the same name warns since torch 2.13
+    return cast(nn.Module, wrapped)
+
+
+def unreached(family: Family, transformer_config: dict[str, Any], lora: LoraConfig | None) -> list[str]:
+    """Names of trained weights that the prediction does not depend on, such as the last block's output for the text.
+
+    Learnt from a run of the whole model on tensors without memory: a few seconds for the largest, on any machine.
+    """
+    with init_empty_weights():
+        model: Any = cast(Any, family.transformer).from_config(transformer_config)
+    if lora is None:
+        model.requires_grad_(True)
+    else:
+        adapters.add_adapter(model, lora.model_copy(update={"init_lora_weights": True}), seed=0)
+    side = 4 * family.side_multiple
+    batch = stand_in(family, transformer_config, [(side, side)] * 2, rows=1, text_tokens=8)
+    guidance = 1.0 if family.distilled_guidance(transformer_config) else None
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    empty = torch.empty(parameter.shape, dtype=torch.bfloat16)
+                    module._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+        output = family.velocity(model, batch.target, torch.empty(1), batch, guidance)
+        reached = {id(leaf) for leaf in leaves(output)}
+    return [
+        name for name, parameter in model.named_parameters() if parameter.requires_grad and id(parameter) not in reached
+    ]
+
+
+def leaves(output: Tensor) -> Iterator[Tensor]:
+    """The tensors that gradients of `output` would be accumulated in."""
+    found, waiting = set(), [output.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in found:
+            continue
+        found.add(node)
+        if node.name() == "torch::autograd::AccumulateGrad":
+            yield cast(Any, node).variable
+        waiting += [following for following, _ in node.next_functions]

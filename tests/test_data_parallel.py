@@ -1,0 +1,56 @@
+"""Which trained weights the prediction does not depend on, against real backward passes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from qwen_image_finetune import loading
+from qwen_image_finetune.config import LoraConfig
+from qwen_image_finetune.data_parallel import unreached
+from qwen_image_finetune.families import FAMILIES, get_family
+from qwen_image_finetune.footprint import stand_in
+from qwen_image_finetune.levers import adapters
+
+TARGETS: dict[str, Any] = {
+    "usual": LoraConfig().target_modules,
+    "text of every block": ["to_add_out", "add_k_proj"],
+    "text of the last block": r".*(to_q|blocks\.LAST\.(attn\.to_add_out|txt_mlp\.net\.2|ff_context\.net\.2))",
+    "timestep": r"(time_text_embed|norm_out)\..*linear(_[12])?",
+    "everything": None,
+}
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_equals_backward_passes(name: str, kind: str, tiny_checkpoints: dict[str, Path]) -> None:
+    """With no, one and more references, and adapters whose second factor is not zero, so that gradients are not."""
+    family = get_family(name)
+    model: Any = loading.load_transformer(family, tiny_checkpoints[name], torch.float32)
+    targets, last = TARGETS[kind], str(model.config.num_layers - 1)
+    if isinstance(targets, str):
+        targets = targets.replace("LAST", last)
+    lora = None if targets is None else LoraConfig(r=2, target_modules=targets)
+    if lora is None:
+        model.requires_grad_(True)
+    else:
+        adapters.add_adapter(model, lora, seed=0)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                nn.init.normal_(parameter)
+    expected = unreached(family, dict(model.config), lora)
+    guidance = 1.0 if family.distilled_guidance(model.config) else None
+    for num_references in range(min(family.max_references, 2) + 1):
+        batch = stand_in(family, dict(model.config), [(64, 64)] * (1 + num_references), 1, 8).to("cpu", torch.float32)
+        model.zero_grad()
+        family.velocity(model, torch.randn_like(batch.target), torch.tensor([0.5]), batch, guidance).sum().backward()
+        without = [key for key, weight in model.named_parameters() if weight.requires_grad and weight.grad is None]
+        assert without == expected, num_references
+    if kind in ("usual", "timestep"):
+        assert expected == []
+    elif name != "FluxKontext":  # whose last blocks have one stream
+        assert expected

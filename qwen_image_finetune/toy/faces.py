@@ -97,7 +97,7 @@ def draw_face(rng: Generator, size: int, wish: Wish = AS_DRAWN) -> tuple[Image.I
     canvas.place(rng.uniform(0.36, 0.64), rng.uniform(0.46, 0.58), scale, angle)
 
     hat = HATS[rng.integers(len(HATS))] if rng.random() < 0.45 else None
-    styles = STYLES_UNDER_HATS if hat or wish.hat else STYLES
+    styles: tuple[str, ...] = STYLES_UNDER_HATS if hat or wish.hat else STYLES
     if wish.hairy:
         styles = tuple(style for style in styles if style != "bald")
     skin = SKINS[rng.integers(len(SKINS))]

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-CHANNELS = 24
-LATENT_CHANNELS = 12
+CHANNELS = 48
+LATENT_CHANNELS = 16
 NOISE = 0.1  # added to the latents, in their standard deviations: the decoder must bear what a sampler leaves over
 KL = 1e-5  # keeps the latents near unit variance, no more
 
@@ -63,9 +63,9 @@ def new_vae(family: str, seed: int = 0) -> Vae:
     return vae.to(memory_format=torch.channels_last) if family == "flux_kontext" else vae
 
 
-def as_pixels(pictures: NDArray[np.uint8]) -> Tensor:
+def as_pixels(pictures: Tensor) -> Tensor:
     """(n, H, W, 3) bytes to (n, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 @contextmanager
@@ -108,7 +108,7 @@ def decode(vae: Vae, latents: Tensor) -> Tensor:
 
 def vae_loss(vae: Vae, pixels: Tensor, generator: torch.Generator) -> Tensor:
     mean, log_variance = encode(vae, pixels)
-    noise = torch.randn(mean.shape, generator=generator)
+    noise = torch.randn(mean.shape, generator=generator, device=mean.device)
     spread = NOISE * mean.detach().std()
     drawn = decode(vae, mean + noise * (torch.exp(0.5 * log_variance) ** 2 + spread**2).sqrt())
     error = drawn - pixels
@@ -123,37 +123,40 @@ def train_vae(
     batch_size: int = 4,
     learning_rate: float = 4e-3,
     seed: int = 0,
-    only_decoder: bool = False,
+    device: str = "cpu",
+    seconds: float = math.inf,
     report: Callable[[str], None] = print,
 ) -> None:
     """Train in place on (n, H, W, 3) pictures, then measure the latents' mean and deviation into the config.
 
     Args:
-        only_decoder: leave the encoder, and so every latent, as it is.
+        device: where to train; the autoencoder is on the CPU afterwards.
+        seconds: the end, if it comes before that of `steps`; the learning rate has fallen by then in either case.
     """
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in vae.named_parameters():
-        parameter.requires_grad_(not only_decoder or name.startswith(("decoder.", "post_quant_conv.")))
-    trained = [parameter for parameter in vae.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, learning_rate, betas=(0.9, 0.95), weight_decay=1e-3)
-    began, running = time.monotonic(), None
+    vae.to(device)
+    generator = torch.Generator(device).manual_seed(seed)
+    data = torch.from_numpy(pictures).to(device)
+    optimizer = torch.optim.AdamW(vae.parameters(), learning_rate, betas=(0.9, 0.95), weight_decay=1e-3)
+    began, step, done = time.monotonic(), 0, 0.0  # done: the share of the training
+    running = torch.zeros((), device=device)
     vae.train()
     with one_frame():
-        for step in range(steps):
-            rate = min(1.0, (step + 1) / 30) * (0.5 * (1 + math.cos(math.pi * step / steps)) + 0.01)
+        while done < 1:
+            rate = min(1.0, (step + 1) / 30) * (0.5 * (1 + math.cos(math.pi * done)) + 0.01)
             optimizer.param_groups[0]["lr"] = learning_rate * rate
-            rows = torch.randint(len(pictures), (batch_size,), generator=generator)
-            loss = vae_loss(vae, as_pixels(pictures[rows.numpy()]), generator)
+            rows = torch.randint(len(data), (batch_size,), generator=generator, device=device)
+            loss = vae_loss(vae, as_pixels(data[rows]), generator)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            nn.utils.clip_grad_norm_(trained, 1.0)
+            nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
             optimizer.step()
-            running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
-            if step % 200 == 199:
-                report(f"  step {step + 1} of {steps}, {time.monotonic() - began:.0f} s, loss {running:.4f}")
-    vae.eval()
-    if not only_decoder:
-        measure_latents(vae, as_pixels(pictures[:256]))
+            running += (loss.detach() - running) * max(0.02, 1 / (step + 1))
+            step += 1
+            done = max(step / steps, (time.monotonic() - began) / seconds)
+            if step % 200 == 0 or done >= 1:
+                report(f"step {step} of {steps}, {time.monotonic() - began:.0f} s, loss {running.item():.4f}")
+    vae.to("cpu").eval()
+    measure_latents(vae, as_pixels(data[:256].cpu()))
 
 
 @torch.no_grad()
@@ -179,6 +182,6 @@ def psnr(one: NDArray[Any], other: NDArray[Any]) -> float:
 def reconstruction(vae: Vae, pictures: NDArray[np.uint8]) -> float:
     """Mean PSNR in dB of pictures (n, H, W, 3) that went through the autoencoder."""
     with one_frame():
-        drawn = decode(vae, encode(vae, as_pixels(pictures))[0])
+        drawn = decode(vae, encode(vae, as_pixels(torch.from_numpy(pictures)))[0])
     given_back = ((drawn.clamp(-1, 1) + 1) * 127.5).round().permute(0, 2, 3, 1).numpy()
     return float(np.mean([psnr(a, b) for a, b in zip(given_back, pictures, strict=True)]))

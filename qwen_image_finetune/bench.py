@@ -2,7 +2,11 @@
 
 Random weights cost the same time and memory as trained ones, and are made on the device. Rounds go over all variants in
 one process, each alone on the card while it is stepped, so that a card that warms up slows all of them alike; medians
-are told. The first row is what other trainers do: diffusers' transformer, peft, eager bf16, full recomputation, flash.
+are told. The first row is what other trainers do, by the libraries' own means and none of ours: diffusers' transformer,
+peft, everything bf16, eager, full recomputation, flash.
+
+With cards named (`--card 24GB`), each gets a row of its own: `plan` chooses the settings, and the allocator may take no
+more memory than such a card has.
 """
 
 from __future__ import annotations
@@ -11,14 +15,17 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import peft
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qwen_image_finetune import levers
 from qwen_image_finetune.config import Config, ConfigError
@@ -29,27 +36,41 @@ from qwen_image_finetune.footprint import Footprint, footprint, stand_in
 from qwen_image_finetune.levers.attention import attention_of
 from qwen_image_finetune.levers.compile import compilation_of
 from qwen_image_finetune.levers.quantize import quantize
-from qwen_image_finetune.plan import TEXT_TOKENS, transformer_config
+from qwen_image_finetune.plan import GIB, OUTSIDE, TEXT_TOKENS, Planner, parse_memory, transformer_config
 from qwen_image_finetune.records import Batch
 
 BASELINE = "baseline"
 RECOMPUTED = {"gradient_checkpointing": True, "keep_activations": "none"}
-# Name of a row -> keys of train, and model.quantize.
-VARIANTS: dict[str, tuple[dict[str, Any], str | bool]] = {
-    BASELINE: ({**RECOMPUTED, "attention": "flash"}, False),
-    "attention": (RECOMPUTED, False),
-    "compiled": ({**RECOMPUTED, "compile": True}, False),
-    "kept": ({"gradient_checkpointing": True, "compile": True}, False),
-    "fp8": ({**RECOMPUTED, "compile": True}, "fp8"),
-    "fp8-kept": ({"gradient_checkpointing": True, "compile": True}, "fp8"),
-    "fp8-half": ({"gradient_checkpointing": True, "keep_activations": 0.5, "compile": True}, "fp8"),
-    "fp8-all": ({"gradient_checkpointing": True, "keep_activations": 1.0, "compile": True}, "fp8"),
-    "nf4": (RECOMPUTED, "nf4"),
-    "nf4-kept": ({"gradient_checkpointing": True, "compile": True}, "nf4"),
-    "fp8-swapped": ({**RECOMPUTED, "blocks_to_swap": 20}, "fp8"),
-    "fp8-offloaded": ({**RECOMPUTED, "offload_activations": True}, "fp8"),
+KEPT = {"gradient_checkpointing": True, "keep_activations": 0.0, "compile": True}
+FREE = {"gradient_checkpointing": False, "compile": True}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One setting."""
+
+    train: dict[str, Any] = field(default_factory=dict)  # keys of that section
+    quantize: str | bool = False
+    card: int | None = None  # bytes that the allocator may take; None is all there is
+
+
+VARIANTS: dict[str, Variant] = {
+    "attention": Variant(RECOMPUTED),
+    "compiled": Variant({**RECOMPUTED, "compile": True}),
+    "kept": Variant(KEPT),
+    "half": Variant({**KEPT, "keep_activations": 0.5}),
+    "free": Variant(FREE),
+    "fp8": Variant({**RECOMPUTED, "compile": True}, "fp8"),
+    "fp8-kept": Variant(KEPT, "fp8"),
+    "fp8-half": Variant({**KEPT, "keep_activations": 0.5}, "fp8"),
+    "fp8-all": Variant({**KEPT, "keep_activations": 1.0}, "fp8"),
+    "fp8-free": Variant(FREE, "fp8"),
+    "nf4": Variant({**RECOMPUTED, "compile": True}, "nf4"),
+    "nf4-kept": Variant(KEPT, "nf4"),
+    "nf4-offloaded": Variant({**KEPT, "offload_activations": True}, "nf4"),
+    "fp8-offloaded": Variant({**KEPT, "offload_activations": True}, "fp8"),
+    "fp8-swapped": Variant({**RECOMPUTED, "blocks_to_swap": 20}, "fp8"),
 }
-ROUNDS = 2  # over all variants
 WARM_UP = 2  # steps that are not timed, after the first one
 
 
@@ -63,6 +84,8 @@ class Options:
     batch: int = 1
     rank: int = 16
     steps: int = 5
+    rounds: int = 2  # over all variants
+    cards: tuple[str, ...] = ()  # amounts of memory, such as 24GB
     peak_tflops: float | None = None
     output: Path | None = None
     tiny: bool = False
@@ -71,21 +94,36 @@ class Options:
 class Row:
     """One variant: built, then stepped when it is its turn."""
 
-    def __init__(self, name: str, options: Options, family: Family, about: dict[str, Any], batch: Batch) -> None:
-        self.name, self.family = name, family
+    def __init__(
+        self,
+        name: str,
+        variant: Variant | None,
+        options: Options,
+        family: Family,
+        about: dict[str, Any],
+        batch: Batch,
+    ) -> None:
+        """
+        Args:
+            variant: None is what other trainers do.
+        """
+        self.name, self.family, self.variant = name, family, variant
         self.device = _device()
         self.dtype = torch.bfloat16
-        keys, format = VARIANTS[name]
-        config = _config(options, keys, format)
         self.model: Any = _random_transformer(family, about, self.device, self.dtype)
-        if format:
-            quantize(self.model, str(format))
-        levers.prepare(self.model, config, self.device)
+        if variant is None:
+            _as_others_do(self.model, options)
+        else:
+            config = _config(options, variant)
+            if variant.quantize:
+                quantize(self.model, str(variant.quantize))
+            levers.prepare(self.model, config, self.device)
         self.model.train()
         self.batch = batch.to(self.device, self.dtype)
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=self.device.type == "cuda")
         _forget_peaks(self.device)
+        _limit(self.device, None if variant is None else variant.card)
         self.noise = torch.randn_like(self.batch.target)
         began = time.perf_counter()
         self.loss = self.step()
@@ -97,10 +135,11 @@ class Row:
         guidance = 1.0 if self.family.distilled_guidance(self.model.config) else None
         sigma = torch.full((len(self.noise),), 0.5, device=self.device)
         noisy = 0.5 * self.batch.target + 0.5 * self.noise
-        with torch.autocast(self.device.type, self.dtype):
-            velocity = self.family.velocity(self.model, noisy, sigma, self.batch, guidance)
-        loss = functional.mse_loss(velocity.float(), (self.noise - self.batch.target).float())
-        loss.backward()
+        others = self.variant is None
+        with _flash(others), torch.autocast(self.device.type, self.dtype, enabled=not others):
+            velocity = self.family.velocity(self.model, noisy, sigma.to(noisy.dtype), self.batch, guidance)
+            loss = functional.mse_loss(velocity.float(), (self.noise - self.batch.target).float())
+            loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return float(loss.detach())
@@ -121,7 +160,8 @@ class Row:
             "reserved_bytes": reserved,
             "first_step_seconds": self.first,  # with everything that is compiled
             "compilations": None if compilation is None else compilation.num_graphs,
-            "attention": attention_of(self.model),
+            "attention": attention_of(self.model) or "flash",
+            "settings": {} if self.variant is None else {**self.variant.train, "quantize": self.variant.quantize},
             "loss": self.loss,
             "device": _device_name(self.device),
             "torch": torch.__version__,
@@ -134,7 +174,7 @@ def run(options: Options, say: Callable[[str], None] = print) -> list[dict[str, 
     Raises:
         ConfigError: a variant that is not known, or a full-size model without a card.
     """
-    unknown = sorted(set(options.variants) - VARIANTS.keys())
+    unknown = sorted(set(options.variants) - {BASELINE, *VARIANTS})
     if unknown:
         raise ConfigError(f"variants {unknown} are not among {sorted(VARIANTS)}")
     if _device().type != "cuda" and not options.tiny:
@@ -143,14 +183,14 @@ def run(options: Options, say: Callable[[str], None] = print) -> list[dict[str, 
     about = _shrunk(transformer_config(family, None)) if options.tiny else transformer_config(family, None)
     width, height = (64, 64) if options.tiny else options.size
     batch = stand_in(family, about, [(width, height)] * 2, options.batch, 16 if options.tiny else TEXT_TOKENS)
-    found = footprint(family, about, batch, _config(options, {}, False).model.lora)
-    names = [BASELINE, *(name for name in options.variants or VARIANTS if name != BASELINE)]
-    visits: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-    for number in range(ROUNDS):
-        for name in names:
-            say(f"round {number + 1} of {ROUNDS}: {name}")
-            visits[name].append(_visit(name, options, family, about, batch))
-    rows = [_finished(_merged(visits[name]), found, options) for name in names]
+    found = footprint(family, about, batch, _config(options, Variant()).model.lora)
+    variants = _chosen(options, family)
+    visits: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
+    for number in range(options.rounds):
+        for name, variant in variants.items():
+            say(f"round {number + 1} of {options.rounds}: {name}")
+            visits[name].append(_visit(name, variant, options, family, about, batch))
+    rows = [_finished(_merged(visits[name]), found, options) for name in variants]
     for row in rows:
         if "error" not in row and "error" not in rows[0]:
             row["ratio"] = rows[0]["milliseconds"] / row["milliseconds"]
@@ -189,10 +229,29 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _visit(name: str, options: Options, family: Family, about: dict[str, Any], batch: Batch) -> dict[str, Any]:
+def _chosen(options: Options, family: Family) -> dict[str, Variant | None]:
+    """The rows: what other trainers do, then those asked for, or all; then the cards."""
+    names = options.variants or (() if options.cards else tuple(VARIANTS))
+    chosen: dict[str, Variant | None] = {BASELINE: None}
+    chosen.update((name, VARIANTS[name]) for name in names if name != BASELINE)
+    for card in options.cards:
+        size = parse_memory(card)
+        found = Planner(family, _config(options, Variant(FREE)), [options.size] * 2).cheapest_change(size)
+        if found is None:
+            raise ConfigError(f"--card {card}: nothing that `qif plan` knows makes a {family.name} fit")
+        sections = [key.split(".", 1) for key in found[0].keys]
+        values = dict(zip((tuple(section) for section in sections), found[0].keys.values(), strict=True))
+        train = {**FREE, **{name: value for (section, name), value in values.items() if section == "train"}}
+        chosen[f"{size / GIB:g} GiB"] = Variant(train, values.get(("model", "quantize"), False), size)
+    return chosen
+
+
+def _visit(
+    name: str, variant: Variant | None, options: Options, family: Family, about: dict[str, Any], batch: Batch
+) -> dict[str, Any]:
     """Build a variant, step it, and leave nothing behind; what goes wrong is the result."""
     try:
-        row = Row(name, options, family, about, batch)
+        row = Row(name, variant, options, family, about, batch)
         for _ in range(WARM_UP):
             row.step()
         for _ in range(options.steps):
@@ -200,6 +259,10 @@ def _visit(name: str, options: Options, family: Family, about: dict[str, Any], b
         return row.result()
     except (ConfigError, RuntimeError) as error:  # also memory that runs out
         return {"variant": name, "error": f"{type(error).__name__}: {error}".splitlines()[0]}
+    finally:
+        _limit(_device(), None)
+        torch._dynamo.reset()  # what was compiled would be looked through by the next variant, and hold its memory
+        _forget_peaks(_device())
 
 
 def _merged(visits: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -211,17 +274,43 @@ def _merged(visits: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {**visits[0], "steps": steps, "milliseconds": statistics.median(steps)}
 
 
-def _config(options: Options, keys: dict[str, Any], format: str | bool) -> Config:
+def _config(options: Options, variant: Variant) -> Config:
     return Config.model_validate(
         {
             "model": {
                 "pretrained_model_name_or_path": "random",
-                "quantize": format,
+                "quantize": variant.quantize,
                 "lora": {"r": options.rank, "lora_alpha": options.rank, "init_lora_weights": "gaussian"},
             },
-            "train": {"trainer": options.family, **keys},
+            "train": {"trainer": options.family, **variant.train},
         }
     )
+
+
+def _as_others_do(model: Any, options: Options) -> None:
+    lora = _config(options, Variant()).model.lora
+    assert lora is not None
+    model.add_adapter(
+        peft.LoraConfig(
+            r=lora.r,
+            lora_alpha=lora.lora_alpha,
+            target_modules=lora.target_modules,
+            init_lora_weights=cast(Any, lora.init_lora_weights),
+        )
+    )
+    model.enable_gradient_checkpointing()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+
+
+@contextmanager
+def _flash(wanted: bool) -> Iterator[None]:
+    """torch's flash attention and no other, for models that leave the choice to torch."""
+    if not wanted:
+        yield
+        return
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        yield
 
 
 def _random_transformer(family: Family, about: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Any:
@@ -259,6 +348,13 @@ def _forget_peaks(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
+
+
+def _limit(device: torch.device, card: int | None) -> None:
+    """Let torch allocate no more than a card of so many bytes has, less what lies outside of torch's allocator."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(1.0 if card is None else min(1.0, (card - OUTSIDE) / total), device)
 
 
 def _peaks(device: torch.device) -> tuple[int | None, int | None]:

@@ -158,7 +158,7 @@ def bench(options: argparse.Namespace) -> None:
     from qwen_image_finetune.bench import Options, run
 
     given = {field.name: getattr(options, field.name) for field in fields(Options)}
-    run(Options(**{**given, "variants": tuple(options.variants), "size": tuple(options.size)}))
+    run(Options(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}))
 
 
 def export(options: argparse.Namespace) -> None:
@@ -270,6 +270,11 @@ def _parser() -> argparse.ArgumentParser:
     measuring.add_argument("--batch", type=int, default=1, help="samples a step")
     measuring.add_argument("--rank", type=int, default=16, help="of the adapter")
     measuring.add_argument("--steps", type=int, default=5, help="timed steps of each row")
+    measuring.add_argument("--rounds", type=int, default=2, help="over all rows, each built anew in each")
+    measuring.add_argument(
+        "--card", dest="cards", action="append", default=[], metavar="24GB",
+        help="a row with the settings that make the run fit such a card, and no more memory than it has; repeatable",
+    )  # fmt: skip
     measuring.add_argument("--peak-tflops", type=float, help="of the card's matrix products, for the utilisation")
     measuring.add_argument("--output", type=Path, help="JSON file to write")
     measuring.add_argument("--tiny", action="store_true", help="a tiny model, to see that it runs, on a CPU say")

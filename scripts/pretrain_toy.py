@@ -1,7 +1,7 @@
 """Make the toy bases toy/flux-kontext and toy/qwen-image-edit from nothing: small real models that follow instructions.
 
     python scripts/pretrain_toy.py [STAGE [FAMILY]] [--minutes M] [--pairs N] [--vae-steps N] [--steps N]
-                                   [--build FOLDER] [--out FOLDER]
+                                   [--set KEY=VALUE] [--build FOLDER] [--out FOLDER]
 
 FAMILY is flux_kontext or qwen_image_edit; STAGE is `all` (the default: every stage, both families side by side) or
 
@@ -61,7 +61,7 @@ VAE_SHARE = 0.25  # of --minutes
 SAVING = 40  # seconds of --minutes that are kept for the last checkpoint and the export
 HELD_OUT = 16  # pairs of each instruction
 SAMPLING_STEPS = 8
-CORES = len(os.sched_getaffinity(0))
+CORES = min(16, len(os.sched_getaffinity(0)))
 
 
 @dataclass
@@ -78,7 +78,7 @@ class Sizes:
 def sizes(options: argparse.Namespace) -> Sizes:
     """For the accelerator of this machine, where batches cost nothing, or for its CPU; then as asked for."""
     if torch.accelerator.is_available():
-        chosen = Sizes(pairs=12000, vae_steps=5000, vae_batch=64, vae_rate=3e-3)
+        chosen = Sizes(pairs=12000, vae_steps=6000, vae_batch=64, vae_rate=3e-3)
     else:
         training = ["data.batch_size=8", "data.num_workers=1", "train.max_train_steps=3000"]
         chosen = Sizes(pairs=2000, vae_steps=3000, vae_batch=4, vae_rate=4e-3, training=training)
@@ -86,6 +86,7 @@ def sizes(options: argparse.Namespace) -> Sizes:
     chosen.vae_steps = options.vae_steps or chosen.vae_steps
     if options.steps:
         chosen.training.append(f"train.max_train_steps={options.steps}")
+    chosen.training += options.set
     return chosen
 
 
@@ -183,7 +184,7 @@ class Pretraining:
             process.terminate()  # it saves a checkpoint
             process.wait()
         config, seconds = self.config(family), time.monotonic() - began
-        if process.returncode not in (0, 128 + signal.SIGTERM):
+        if process.returncode not in (0, 128 + signal.SIGTERM, -signal.SIGTERM):
             raise SystemExit(f"{family}: `qif train` ended with {process.returncode}")
         newest = runs.find_checkpoint(config.logging.project_dir, "latest", print)
         if newest is None:
@@ -305,6 +306,8 @@ def start(stage: str, family: str, options: argparse.Namespace, end: float) -> s
     for name in ("pairs", "vae_steps", "steps"):
         if getattr(options, name):
             words += [f"--{name.replace('_', '-')}", getattr(options, name)]
+    for override in options.set:
+        words += ["--set", override]
     if options.minutes:
         # The share of an autoencoder is one of the whole time; every other stage asks when the end is.
         left = options.minutes if stage == "vae" else max(0.01, (end - time.monotonic()) / 60)
@@ -340,6 +343,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, help="pairs to draw")
     parser.add_argument("--vae-steps", type=int, help="steps of each autoencoder")
     parser.add_argument("--steps", type=int, help="steps of each transformer")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the configuration")
     parser.add_argument("--build", type=Path, default=ROOT / "build/toy", help="where work in progress is kept")
     parser.add_argument("--out", type=Path, default=ROOT / "toy", help="where finished bases and the log go")
     options = parser.parse_args()

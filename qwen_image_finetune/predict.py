@@ -132,7 +132,8 @@ class Predictor:
             negative_prompt: what classifier-free guidance steers away from.
             true_cfg_scale: classifier-free guidance on top, for models with a guidance embedding; default 1 (none).
             image_guidance_scale: guidance towards the references, for models trained with prompt_image_dropout_rate.
-            width, height: of the picture; default: the size at which the model sees the (last) reference.
+            width, height: of the picture; default: the size at which the model sees the reference, or that one of
+                several from which the family takes it (`Family.sizing_reference`).
             seed: one picture is drawn for each seed.
 
         Raises:
@@ -191,7 +192,7 @@ class Predictor:
 
     def _picture_size(self, images: Sequence[Image], width: int | None, height: int | None) -> tuple[int, int]:
         if width is None or height is None:
-            return self.size(images[-1])
+            return self.size(images[self.family.sizing_reference])
         return width, height
 
 

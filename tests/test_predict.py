@@ -103,6 +103,13 @@ def test_the_picture_has_the_size_of_its_reference(trainer: Trainer) -> None:
     assert trainer.predict(photograph(), "add a hat", 1, width=128, height=64)[0].size == (128, 64)
 
 
+def test_the_size_of_several_references(configure: Configure) -> None:
+    """FluxKontextPipeline goes by the first, QwenImageEditPlusPipeline by the last."""
+    wide, tall = photograph(size=(400, 100)), photograph(size=(100, 400))
+    for name, expected in (("FluxKontext", (128, 32)), ("QwenImageEditPlus", (32, 128))):
+        assert Trainer(configure(name)).predict([wide, tall], "add a hat", 1)[0].size == expected
+
+
 def test_a_turned_photograph_is_drawn_upright(trainer: Trainer, tmp_path: Path) -> None:
     upright = photograph(size=(64, 128))
     exif = Image.Exif()

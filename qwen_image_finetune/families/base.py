@@ -25,6 +25,7 @@ class Family(ABC):
     text_embeddings: ClassVar[tuple[str, ...]]  # names in the result of `encode_text`
     text_sees_references: ClassVar[bool]  # the text encoder looks at the references too
     max_references: ClassVar[int]
+    sizing_reference: ClassVar[int] = 0  # which of several references gives the picture its size
     side_multiple: ClassVar[int]  # sides of target and references are multiples of this, in pixels
     num_inference_steps: ClassVar[int]  # defaults of prediction
     guidance_scale: ClassVar[float]

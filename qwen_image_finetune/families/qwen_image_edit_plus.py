@@ -25,6 +25,7 @@ class QwenImageEditPlus(QwenImageEdit):
     name = "QwenImageEditPlus"
     pipeline = QwenImageEditPlusPipeline
     max_references = 3
+    sizing_reference = -1  # as the pipeline does
 
     @torch.no_grad()
     def encode_text(

@@ -146,7 +146,9 @@ def open_run(config: Config, resume: Path | None) -> runs.Run:
     version = None if resume is None else runs.version_of(resume)
     if version is not None and version.resolve().parent == project.resolve():
         return runs.reopen_version(version)
-    return runs.claim_version(project)
+    lora = config.model.lora
+    start = Path(lora.pretrained_weight).expanduser() if lora and lora.pretrained_weight else None
+    return runs.claim_version(project, start)  # what it starts from may lie in a version that would make way
 
 
 def memory_gib(device: torch.device) -> float:

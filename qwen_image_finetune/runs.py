@@ -139,11 +139,14 @@ class Run:
             self._metrics = None
 
 
-def claim_version(project_dir: Path) -> Run:
+def claim_version(project_dir: Path, needed: Path | None = None) -> Run:
     """Make the next version of a project and own it; versions that ended before step 5 go first.
 
     Kept, whatever their steps: versions of living processes, versions with a checkpoint of 5 or more steps, and
     unfinished ones with a complete checkpoint to resume from.
+
+    Args:
+        needed: a file or folder that the new run is about to read; the version that it lies in is kept as well.
 
     Raises:
         RunError: the folder cannot be written.
@@ -153,7 +156,8 @@ def claim_version(project_dir: Path) -> Run:
         with _project_lock(project_dir):
             clean_leftovers(project_dir)
             for version in _versions(project_dir):
-                _tidy(version)
+                if needed is None or not needed.resolve().is_relative_to(version.resolve()):
+                    _tidy(version)
             numbers = [int(name[1:]) for name in os.listdir(project_dir) if VERSION.match(name)]
             path = project_dir / f"v{max(numbers, default=-1) + 1}"
             path.mkdir()

@@ -126,6 +126,19 @@ def test_short_ended_versions_go(
     assert (path / "metrics.jsonl").exists() == (kept and steps > 0)
 
 
+def test_a_short_version_that_the_new_run_reads_stays(project: Path, tmp_path: Path) -> None:
+    started = [claim_version(project) for _ in range(2)]
+    for run in started:
+        add_checkpoint(run.path, 4)
+        run.finish("finished", 4)
+    for run in started:
+        run.close()
+    link = tmp_path / "link"
+    link.symlink_to(project)
+    claim_version(project, link / "v1" / "checkpoint-0-4" / "state").close()
+    assert names(project) == {"v1", "v2"}
+
+
 def test_damaged_or_foreign_checkpoints_of_five_steps_keep_a_version(project: Path) -> None:
     damage(add_checkpoint(end(project, 2), 9))
     (project / "v1" / "checkpoint-0-100").mkdir(parents=True)

@@ -148,6 +148,15 @@ def test_latest_finds_the_newest_checkpoint_and_starts_afresh_without_one(
     assert len(losses(again)) == 7
 
 
+def test_a_run_may_start_from_a_short_version_of_its_own_project(configure: Configure) -> None:
+    """Versions of fewer than five steps make way for a new one, but not the one that it starts from."""
+    first = train(configure("FluxKontext", "train.max_train_steps=2", "optimizer.init_args.lr=0.01"))
+    options = ("train.max_train_steps=1", "optimizer.init_args.lr=0.0")
+    second = train(configure("FluxKontext", *options, f"model.lora.pretrained_weight={first}"))
+    assert second != first
+    assert_equal(weights(second), weights(first))
+
+
 @pytest.mark.parametrize("name", FAMILY_NAMES)
 def test_full_fine_tuning_is_saved_as_a_transformer_that_loads(name: str, configure: Configure) -> None:
     from qwen_image_finetune.families import get_family

@@ -131,28 +131,43 @@ def bench_reading(folder: Path, rounds: int) -> dict[str, Any]:
     """Entries of full size: a 1024 x 1024 pair of FLUX Kontext in bfloat16 is 0.5 + 0.5 + 4 MiB."""
     import torch
 
+    from qwen_image_finetune.records import Encoded, collate
     from qwen_image_finetune.store import Store, entry_key
 
-    store = Store(folder / "reading")
-    keys = [entry_key(place=place) for place in range(24)]
-    for place, key in enumerate(keys):
-        shape = (512, 4096) if place % 3 == 2 else (16, 128, 128)
-        store.write(key, {"latent": torch.randn(shape).bfloat16()})
-    ratios = []
-    for _ in range(max(rounds, 3) * 4):
-        began = time.perf_counter()
-        for key in keys:
-            store.path(key).read_bytes()
-        middle = time.perf_counter()
-        for key in keys:
-            store.read(key)
-        ratios.append((time.perf_counter() - middle) / (middle - began))
-    result = {"read_over_bytes": statistics.median(ratios)}
-    print(
-        f"reading  a verified entry takes {result['read_over_bytes']:.2f} times reading its bytes "
-        f"({min(ratios):.2f} to {max(ratios):.2f}, wall, page cache)"
-    )
-    return result
+    store, batch = Store(folder / "reading"), 4
+    samples = [[entry_key(sample=sample, place=place) for place in range(3)] for sample in range(2 * batch)]
+    for target, reference, text in samples:
+        for key, shape in ((target, (16, 128, 128)), (reference, (16, 128, 128)), (text, (512, 4096))):
+            store.write(key, {"tensor": torch.randn(shape).bfloat16()})
+
+    def sample_of(keys: list[str]) -> Encoded:
+        target, reference, text = (store.read(key)["tensor"] for key in keys)
+        return Encoded("sample", target, (reference,), {"text": text})
+
+    def batches(read: Callable[[list[str]], Any], stack: Callable[[list[Any]], Any]) -> None:
+        for first in range(0, len(samples), batch):
+            stack([read(keys) for keys in samples[first : first + batch]])
+
+    variants: dict[str, Callable[[], None]] = {
+        "bytes": partial(batches, lambda keys: [store.path(key).read_bytes() for key in keys], len),
+        "entries": partial(batches, lambda keys: [store.read(key) for key in keys], len),
+        "batches": partial(batches, sample_of, collate),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(max(rounds, 3) * 20):
+        for name, run in variants.items():
+            began = time.process_time()
+            run()
+            seconds[name].append(time.process_time() - began)
+    results = {}
+    for name, words in (("entries", "verified entries"), ("batches", f"the same stacked to batches of {batch}")):
+        ratios = [one / other for one, other in zip(seconds[name], seconds["bytes"], strict=True)]
+        low, median, high = statistics.quantiles(ratios, n=4)
+        results[name] = {"read_over_bytes": median}
+        print(
+            f"reading  {words}: {median:.2f} times reading their bytes (quartiles {low:.2f} to {high:.2f}, page cache)"
+        )
+    return results
 
 
 MEMORY_PROBE = """

@@ -106,12 +106,12 @@ def check_sharing(config: Config, processes: int, shared: bool) -> None:
             f"train.release_gradients=true with {processes} processes: gradients are used before they are averaged; "
             "train in one process, or share the model (configs/accelerate/fsdp2.yaml) without releasing gradients"
         )
-    swaps = train.blocks_to_swap != 0 or train.memory == "auto"
-    if shared and swaps:
-        key = "train.blocks_to_swap" if train.blocks_to_swap != 0 else "train.memory"
+    on = {"blocks_to_swap": train.blocks_to_swap != 0, "memory": train.memory == "auto", "low_memory": train.low_memory}
+    swapping = [f"train.{name}" for name, is_on in on.items() if is_on]
+    if shared and swapping:
         raise ConfigError(
-            f"{key} with FSDP: the weights of blocks are already shared by all processes; set train.blocks_to_swap=0 "
-            "and train.memory=as_written"
+            f"{swapping[0]} with FSDP: the weights of blocks are already shared by all processes; set "
+            "train.blocks_to_swap=0, train.memory=as_written and train.low_memory=false"
         )
 
 

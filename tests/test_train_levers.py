@@ -75,4 +75,6 @@ def test_what_several_processes_exclude_is_refused(configure: Configure) -> None
     swapped = ("train.gradient_checkpointing=true", "train.blocks_to_swap=1")
     with pytest.raises(ConfigError, match=r"train\.blocks_to_swap with FSDP"):
         check_sharing(configure("FluxKontext", *swapped), 2, shared=True)
+    with pytest.raises(ConfigError, match=r"train\.low_memory with FSDP"):
+        check_sharing(configure("FluxKontext", "train.low_memory=true"), 2, shared=True)
     check_sharing(configure("FluxKontext", *swapped), 2, shared=False)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,32 @@ import pytest
 
 HERE = Path(__file__).parent
 Launch = Callable[..., subprocess.CompletedProcess[str]]
-FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+ROOT = HERE.parent.parent
+
+
+Command = list[str]  # from `torchrun` or `accelerate` to the script: starts the processes of one machine
+
+
+def one_machine(processes: int) -> list[Command]:
+    return [["torchrun", "--standalone", "--nproc_per_node", str(processes)]]
+
+
+def two_machines(processes: int) -> list[Command]:
+    """Two torchruns that meet on the loopback, `processes` on each."""
+    meeting = ["--nnodes", "2", "--nproc_per_node", str(processes), "--master_addr", "127.0.0.1",
+               "--master_port", str(free_port())]  # fmt: skip
+    return [["torchrun", *meeting, "--node_rank", str(rank)] for rank in range(2)]
+
+
+def accelerated(file: str, processes: int, *more: str) -> Command:
+    """Processes in all, under a launch configuration of the project."""
+    return ["accelerate", "--config_file", f"configs/accelerate/{file}", "--num_processes", str(processes), *more]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def clean_environment(more: Mapping[str, str]) -> dict[str, str]:
@@ -31,34 +59,79 @@ def clean_environment(more: Mapping[str, str]) -> dict[str, str]:
     }
 
 
+@pytest.fixture(scope="session")
+def client() -> Iterator[list[str]]:
+    """The command before `torchrun` or `accelerate` that has their processes forked from one that is warm."""
+    with tempfile.TemporaryDirectory() as folder:  # whose name is short enough for a socket's
+        address = Path(folder, "socket")
+        command = [sys.executable, str(HERE / "torchrun_server.py"), str(address)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, env=clean_environment({})) as server:
+            while not address.exists():
+                assert server.poll() is None, "the server did not start"
+                time.sleep(0.05)
+            yield [sys.executable, str(HERE / "torchrun_client.py"), str(address)]
+            server.communicate(timeout=30)
+
+
 @pytest.fixture
-def torchrun() -> Launch:
+def start(client: list[str]) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """`start("torchrun" or "accelerate", argument, ..., environment={...})`: the process, which may still run."""
+    started: list[subprocess.Popen[str]] = []
+
+    def run(tool: str, *arguments: str, environment: Mapping[str, str] = {}) -> subprocess.Popen[str]:
+        started.append(
+            subprocess.Popen(
+                [*client, tool, *arguments], env=clean_environment(environment), stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE, text=True, cwd=ROOT,
+            )
+        )  # fmt: skip
+        return started[-1]
+
+    yield run
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def torchrun(start: Callable[..., subprocess.Popen[str]]) -> Launch:
     """`torchrun(processes, "script.py" or "-m", ..., environment={...}, options=(...))`: output and exit code."""
 
     def launch(
         processes: int, *command: str, environment: Mapping[str, str] = {}, options: tuple[str, ...] = ()
     ) -> subprocess.CompletedProcess[str]:
-        standalone = () if "--nnodes" in options else ("--standalone",)
-        start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-        return subprocess.run(
-            [*start, *standalone, *options, *command], env=clean_environment(environment), capture_output=True,
-            text=True, timeout=280, cwd=HERE.parent.parent, check=False,
-        )  # fmt: skip
+        process = start("torchrun", "--standalone", "--nproc_per_node", str(processes), *options, *command,
+                        environment=environment)  # fmt: skip
+        return ended(process)
 
     return launch
 
 
-@pytest.fixture
-def run_all(torchrun: Launch, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
-    """`run_all(processes, [task, ...], environment={...})`: results of the tasks, one list a process (see runs.py)."""
+def ended(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
+    """What a process said, once it has ended."""
+    said, complained = process.communicate(timeout=280)
+    return subprocess.CompletedProcess(process.args, process.returncode, said, complained)
 
-    def run(processes: int, tasks: list[dict[str, Any]], environment: Mapping[str, str] = {}) -> list[Any]:
-        number = len(list(tmp_path.glob("tasks-*.json")))
-        file = tmp_path / f"tasks-{number}-{processes}.json"
+
+@pytest.fixture
+def run_all(start: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
+    """`run_all([command, ...], [task, ...])`: results of the tasks, one list a process (see runs.py).
+
+    Each command is that of one machine.
+    """
+
+    def run(commands: list[Command], tasks: list[dict[str, Any]]) -> list[Any]:
+        number = len(list(tmp_path.glob("tasks-*")))
+        folder = tmp_path / f"tasks-{number}"
+        folder.mkdir()
+        file = folder / "tasks.json"
         file.write_text(json.dumps(tasks))
-        done = torchrun(processes, str(HERE / "runs.py"), str(file), environment=environment)
-        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-6000:]
-        return [json.loads(file.with_suffix(f".{rank}.json").read_text()) for rank in range(processes)]
+        machines = [start(*command, str(HERE / "runs.py"), str(file)) for command in commands]
+        for done in [ended(machine) for machine in machines]:
+            assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-6000:]
+            assert "find_unused_parameters" not in done.stderr
+        results = {int(path.suffixes[0][1:]): json.loads(path.read_text()) for path in folder.glob("tasks.*.json")}
+        return [results[rank] for rank in range(len(results))]
 
     return run
 

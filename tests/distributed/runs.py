@@ -1,9 +1,10 @@
 """What every process of a test does: runs named configurations one after the other. Started by torchrun.
 
-    torchrun ... runs.py FILE.json      a list of {"config": file, "overrides": [...], "do": "train" or "cache"}
+    torchrun ... runs.py FILE.json      a list of {"config": file, "overrides": [...]}
 
-"resume": [folder of a version, step] continues that checkpoint. Results go to FILE.RANK.json: the folder of the
-version, and the bytes of weights that this process held.
+"do" is "train", unless it is "cache", or "refused": what must not run. "resume": [folder of a version, step] continues
+that checkpoint. "shared": whether the model is, whatever the launch says. Results go to FILE.RANK.json: the folder of
+the version and the bytes of weights that this process held, or the words of the refusal.
 """
 
 from __future__ import annotations
@@ -16,19 +17,27 @@ from typing import Any
 
 from outcomes import checkpoint
 
-from qwen_image_finetune.config import Config, load_config
+from qwen_image_finetune.config import Config, ConfigError, load_config
 from qwen_image_finetune.levers import parallel
 from qwen_image_finetune.preparation import encode_dataset
 from qwen_image_finetune.state import State
 from qwen_image_finetune.train import train
 
 
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+
+
 def run(task: dict[str, Any]) -> dict[str, Any]:
+    if "shared" in task:
+        parallel.requested.cache_clear()
+        os.environ.update({**FSDP2, parallel.ASKED: str(task["shared"]).lower()})
     resume = [f"train.resume_from_checkpoint={checkpoint(*task['resume'])}"] if "resume" in task else []
     config: Config = load_config(Path(task["config"]), [*task["overrides"], *resume])
     if task.get("do") == "cache":
         encode_dataset(config)
         return {}
+    if task.get("do") == "refused":
+        return {"refused": refusal(config)}
     held: list[int] = []
     place = State.__init__
 
@@ -42,6 +51,14 @@ def run(task: dict[str, Any]) -> dict[str, Any]:
     finally:
         State.__init__ = place  # type: ignore[method-assign]
     return {"run": None if folder is None else str(folder), "bytes": held[0]}
+
+
+def refusal(config: Config) -> str:
+    try:
+        train(config)
+    except ConfigError as error:
+        return str(error)
+    raise AssertionError("a run that must be refused has ended well")
 
 
 def main() -> None:

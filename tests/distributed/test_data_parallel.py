@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import one_machine
 from outcomes import furthest, losses, metrics, weights
 
 from qwen_image_finetune.config import ConfigError
@@ -31,7 +32,7 @@ def test_two_processes_equal_accumulation(
                   for place, job in enumerate(tasks)]  # fmt: skip
     # Two processes continue what one began, and the other way round. Same rows, same noise: same losses.
     onwards = task(FAMILY_NAMES[0], "onwards", *OPTIONS, resume=[str(references[0]), 2])
-    results = run_all(2, [*tasks, onwards])
+    results = run_all(one_machine(2), [*tasks, onwards])
     assert [result["run"] for result in results[1]] == [None] * (len(tasks) + 1)
     for result, reference in zip(results[0], [*references, references[0]], strict=True):
         assert losses(result["run"]) == pytest.approx(losses(reference)[-len(losses(result["run"])) :], rel=1e-5)

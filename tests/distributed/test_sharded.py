@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import FSDP2
+from conftest import accelerated, two_machines
 from outcomes import checkpoint, furthest, losses, metrics, weights
 from PIL import Image
 
@@ -59,7 +59,7 @@ def test_shared_equals_whole(task: Callable[..., Any], run_all: Callable[..., An
     )
     onwards = [task(name, f"onwards-{len(more)}", *OPTIONS, *more, resume=[str(references[place]), 2])
                for place, (name, more) in enumerate(kinds) if place in (0, 3)]  # fmt: skip
-    results = run_all(2, [*tasks, whole, again, *onwards], environment=FSDP2)
+    results = run_all([accelerated("fsdp2.yaml", 2)], [*tasks, whole, again, *onwards])
 
     for (_, more), result, other, reference in zip(kinds, *results, references, strict=False):
         run = result["run"]
@@ -99,9 +99,9 @@ def test_another_number_of_processes(
     """From two to four processes, and the part that each holds is a quarter."""
     first = task("QwenImageEdit", "two", *OPTIONS, FULL, TWICE)
     reference = alone(first, "train.gradient_accumulation_steps=4")
-    held = run_all(2, [first], environment=FSDP2)[0][0]
+    held = run_all([accelerated("fsdp2.yaml", 2)], [first])[0][0]
     onwards = task("QwenImageEdit", "four", *OPTIONS, FULL, resume=[held["run"], 2])
-    quarter = run_all(4, [onwards], environment=FSDP2)
+    quarter = run_all(two_machines(2), [{**onwards, "shared": True}])
     assert losses(quarter[0][0]["run"]) == pytest.approx(losses(reference)[2:], rel=1e-5)
     assert furthest(weights(quarter[0][0]["run"]), weights(reference), weights(reference, 1)) < BOUND
     for result in quarter:

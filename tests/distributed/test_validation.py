@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from conftest import one_machine
 from outcomes import weights
 
 OPTIONS = ("train.max_train_steps=5", "train.checkpointing_steps=3", "model.lora.lora_dropout=0.2")
@@ -17,7 +18,7 @@ def test_two_processes_validate_and_learn_the_same(task: Callable[..., Any], run
     often, never = {**ROUNDS, "steps": 2}, {**ROUNDS, "steps": 100, "num_loss_pairs": 0}
     tasks = [task("FluxKontext", name, *OPTIONS, f"validation={json.dumps(settings)}")
              for name, settings in (("often", often), ("never", never))]  # fmt: skip
-    results = run_all(2, tasks)[0]
+    results = run_all(one_machine(2), tasks)[0]
     validated, plain = (weights(result["run"]) for result in results)
     assert validated.keys() == plain.keys()
     assert not [name for name in plain if not torch.equal(validated[name], plain[name])]

@@ -1,0 +1,134 @@
+"""torchrun and accelerate launch, whose processes are forked from this one, which has imported everything.
+
+    python torchrun_server.py SOCKET       ends with its standard input
+
+Rendezvous, agents, environments and restarts are those of the real commands; only the dozen seconds that each process
+spends on imports are saved. A client (torchrun_client.py) sends its command line, and its output streams with it; it is told
+the exit code. A client that goes away takes what it started with it.
+"""
+
+from __future__ import annotations
+
+import array
+import atexit
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.run
+from accelerate.commands import launch as accelerate_launch
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+import qwen_image_finetune.cli
+import qwen_image_finetune.preparation
+import qwen_image_finetune.train  # noqa: F401  (each launch would import it)
+
+
+def worker(*command: str) -> None:
+    """What the agent would start as `python -u [-m] NAME ...`."""
+    arguments = [argument for argument in command if argument != "-u"]
+    is_module = arguments[0] == "-m"
+    torch.set_num_threads(1)  # makes torch's pool of threads, which a fork leaves behind, before threads of a run do
+    sys.argv = arguments[is_module:]
+    try:
+        if is_module:
+            sys.path.insert(0, os.getcwd())
+            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        else:
+            sys.path.insert(0, str(Path(sys.argv[0]).parent))
+            runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        if end.code not in (None, 0):
+            raise
+    finally:
+        atexit._run_exitfuncs()  # multiprocessing ends its processes without
+        sys.stdout.flush()
+
+
+def forking(config: LaunchConfig, entrypoint: str) -> Any:
+    """In place of torchrun's `elastic_launch`, which would start the interpreter `entrypoint`."""
+    config.start_method = "fork"
+    return elastic_launch(config, worker)
+
+
+def command(tool: str, arguments: list[str]) -> None:
+    torch.distributed.run.elastic_launch = forking  # type: ignore[assignment]
+    if tool == "torchrun":
+        torch.distributed.run.main(arguments)
+    else:
+        accelerate_launch.launch_command(accelerate_launch.launch_command_parser().parse_args(arguments))
+
+
+def child(request: dict[str, Any], streams: list[int]) -> None:
+    """Become the command; never returns."""
+    code = 1
+    try:
+        os.setsid()
+        for number, stream in enumerate(streams, start=1):
+            os.dup2(stream, number)
+        os.environ.clear()
+        os.environ.update(request["environment"])
+        os.chdir(request["folder"])
+        command(request["tool"], request["arguments"])
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def receive(client: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    """A request, and the two streams that came with it."""
+    streams = array.array("i")
+    message, ancillary, _, _ = client.recvmsg(1 << 20, socket.CMSG_SPACE(2 * streams.itemsize))
+    for _, _, data in ancillary:
+        streams.frombytes(data)
+    while not message.endswith(b"\n"):
+        message += client.recv(1 << 20)
+    return json.loads(message), list(streams)
+
+
+def main() -> None:
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind(sys.argv[1])
+    listening.listen()
+    running: dict[socket.socket, int] = {}
+    while True:
+        ready, _, _ = select.select([0, listening, *running], [], [], 0.02)
+        if 0 in ready:  # whoever started this one has gone
+            break
+        if listening in ready:
+            client, _ = listening.accept()
+            request, streams = receive(client)
+            running[client] = os.fork()
+            if running[client] == 0:
+                child(request, streams)
+            for stream in streams:
+                os.close(stream)
+        for client, process in list(running.items()):
+            if client in ready:
+                os.killpg(process, signal.SIGKILL)
+            ended, status = os.waitpid(process, os.WNOHANG)
+            if ended:
+                if client not in ready:
+                    client.sendall(str(os.waitstatus_to_exitcode(status)).encode())
+                client.close()
+                del running[client]
+    for process in running.values():
+        os.killpg(process, signal.SIGKILL)
+    os._exit(0)  # taking leave of all that was imported takes seconds
+
+
+if __name__ == "__main__":
+    main()

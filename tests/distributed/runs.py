@@ -23,7 +23,6 @@ from qwen_image_finetune.preparation import encode_dataset
 from qwen_image_finetune.state import State
 from qwen_image_finetune.train import train
 
-
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
 
 

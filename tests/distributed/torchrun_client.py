@@ -1,4 +1,4 @@
-"""Runs torchrun or accelerate launch in the process that listens at a socket (torchrun_server.py), and exits with its code.
+"""Runs torchrun or accelerate launch in the process that listens at a socket; exits with its code.
 
 python torchrun_client.py SOCKET torchrun|accelerate ARGUMENT...
 """

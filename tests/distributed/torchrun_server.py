@@ -3,8 +3,8 @@
     python torchrun_server.py SOCKET       ends with its standard input
 
 Rendezvous, agents, environments and restarts are those of the real commands; only the dozen seconds that each process
-spends on imports are saved. A client (torchrun_client.py) sends its command line, and its output streams with it; it is told
-the exit code. A client that goes away takes what it started with it.
+spends on imports are saved. A client (torchrun_client.py) sends its command line, and its output streams with it; it is
+told the exit code. A client that goes away takes what it started with it.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def run_training(config_file: Path, overrides: Sequence[str], dry_run: bool = Fa
             return
         check_folders(config, only_cache)
         if only_cache:
-            from qwen_image_finetune.preparation import encode_dataset
+            from qwen_image_finetune.embeddings import encode_dataset
 
             encode_dataset(config)
         else:

@@ -4,6 +4,7 @@ Its parts have a module each:
 
     job         what is known before any model loads: who takes part, the pairs, the order of batches, the length
     logbook     the version folder: metrics, curves, checkpoints, and how the run ended
+    embeddings  a complete cache, or encoders that stay in memory
     assembly    the transformer with adapter and levers, its optimizer and schedule
     state       what a checkpoint holds and a resume gets back
     stream      samples, read before they are needed
@@ -29,11 +30,11 @@ from qwen_image_finetune import console, loading, processes
 from qwen_image_finetune.assembly import Learner, assemble
 from qwen_image_finetune.config import Config
 from qwen_image_finetune.data.batches import MicroBatch
+from qwen_image_finetune.embeddings import prepare_embeddings, prepare_held_out
 from qwen_image_finetune.job import Job, open_job
 from qwen_image_finetune.logbook import Logbook, memory_gib, open_logbook
 from qwen_image_finetune.objective import Objective
 from qwen_image_finetune.out_of_memory import explained
-from qwen_image_finetune.preparation import prepare_embeddings, prepare_held_out
 from qwen_image_finetune.records import Batch
 from qwen_image_finetune.signals import INTERRUPTED, TERMINATED, StopSignals
 from qwen_image_finetune.state import Progress, State

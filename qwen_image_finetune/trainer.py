@@ -35,7 +35,7 @@ class Trainer:
 
     def cache(self) -> None:
         """Compute the embeddings of the dataset and keep them."""
-        from qwen_image_finetune.preparation import encode_dataset
+        from qwen_image_finetune.embeddings import encode_dataset
 
         encode_dataset(self.config)
 

@@ -18,7 +18,6 @@ import torch
 from PIL import Image
 
 from qwen_image_finetune import console, runs, samples
-from qwen_image_finetune.cache import EncodedDataset
 from qwen_image_finetune.config import Config
 from qwen_image_finetune.data.part import spread
 from qwen_image_finetune.files import clean_leftovers, write_atomic
@@ -61,7 +60,8 @@ def open_validation(
         return None
     loss = None if job.held_out is None else HeldOutLoss(objective, settings)
     shown = job.rows if job.held_out is None else job.held_out
-    return Validation(job.config, shown, pipe, transformer, job.accelerator.device, book.run, book.trackers, loss)
+    sampler = samples.Sampler(job.config, shown, pipe, transformer, job.accelerator.device)
+    return Validation(job.config, sampler, book.run, book.trackers, loss)
 
 
 class Validation:
@@ -70,26 +70,21 @@ class Validation:
     def __init__(
         self,
         config: Config,
-        rows: EncodedDataset,
-        pipe: DiffusionPipeline | None,
-        transformer: ModelMixin,
-        device: torch.device,
+        sampler: samples.Sampler,
         run: runs.Run | None,
         trackers: Trackers | None,
         loss: HeldOutLoss | None,
     ) -> None:
         """
         Args:
-            rows: the held-out pairs, or the training's own where none are held out.
-            pipe: encoders that are loaded anyway; None reads the cache and loads the VAE for each round.
-            transformer: the one that is trained, without the wrappers of several processes.
+            sampler: of the held-out pairs, or of the training's own where none are held out.
             run: the version; None keeps nothing, and works only because others need its part of the model.
             loss: None where no pairs are held out: on the training's own it would say nothing.
         """
-        self.config, self.rows, self.transformer, self.run, self.trackers = config, rows, transformer, run, trackers
-        self.sampler = samples.Sampler(config, rows, pipe, transformer, device)
+        self.config, self.sampler, self.run, self.trackers = config, sampler, run, trackers
+        self.rows, self.transformer = sampler.rows, sampler.transformer
         number = config.validation.num_loss_pairs if loss else 0
-        self.loss, self.measured_rows = loss, spread(number, len(rows.dataset)) if number else []
+        self.loss, self.measured_rows = loss, spread(number, len(self.rows.dataset)) if number else []
         self.folder = None if run is None else run.path / "samples"
         for killed in [] if self.folder is None else [self.folder, *self.folder.glob("*/")]:
             if killed.is_dir():
@@ -97,11 +92,6 @@ class Validation:
         self.best = Best(run) if run is not None and self.measured_rows else None
         self.base: Base | None = None
         self.last: Measured | None = None
-
-    @property
-    def measures(self) -> bool:
-        """Whether there are held-out pairs to measure."""
-        return bool(self.measured_rows)
 
     def start(self, step: int) -> None:
         """Find out what the base does: from the run's folder if it stands there, else now.

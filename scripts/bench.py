@@ -183,7 +183,7 @@ print("RESULT", time.process_time() - began, resource.getrusage(resource.RUSAGE_
 
 def bench_cache(folder: Path, rounds: int) -> dict[str, Any]:
     """Each variant in a process of its own, for its peak memory; the difference of two lengths is the step."""
-    from qwen_image_finetune.preparation import encode_dataset
+    from qwen_image_finetune.embeddings import encode_dataset
 
     results = {}
     for family in FAMILY_NAMES:

@@ -18,8 +18,8 @@ from typing import Any
 from outcomes import checkpoint
 
 from qwen_image_finetune.config import Config, ConfigError, load_config
+from qwen_image_finetune.embeddings import encode_dataset
 from qwen_image_finetune.levers import parallel
-from qwen_image_finetune.preparation import encode_dataset
 from qwen_image_finetune.state import State
 from qwen_image_finetune.train import train
 

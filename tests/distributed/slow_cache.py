@@ -15,7 +15,7 @@ from typing import Any
 
 from qwen_image_finetune import cache
 from qwen_image_finetune.config import load_config
-from qwen_image_finetune.preparation import encode_dataset
+from qwen_image_finetune.embeddings import encode_dataset
 
 
 def main() -> None:

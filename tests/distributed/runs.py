@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from outcomes import checkpoint
+from torch import nn
+from torch.distributed.tensor import DTensor
 
 from qwen_image_finetune.config import Config, ConfigError, load_config
 from qwen_image_finetune.embeddings import encode_dataset
@@ -42,7 +44,7 @@ def run(task: dict[str, Any]) -> dict[str, Any]:
 
     def measured(self: State, *arguments: Any, **named: Any) -> None:
         place(self, *arguments, **named)
-        held.append(parallel.local_bytes(self.learner.transformer))
+        held.append(local_bytes(self.learner.transformer))
 
     State.__init__ = measured  # type: ignore[method-assign]
     try:
@@ -50,6 +52,12 @@ def run(task: dict[str, Any]) -> dict[str, Any]:
     finally:
         State.__init__ = place  # type: ignore[method-assign]
     return {"run": None if folder is None else str(folder), "bytes": held[0]}
+
+
+def local_bytes(transformer: nn.Module) -> int:
+    """Bytes of parameters that this process holds."""
+    tensors = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in transformer.parameters()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def refusal(config: Config) -> str:

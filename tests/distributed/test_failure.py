@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import HERE
+from conftest import HERE, ended, free_port, one_machine
 from outcomes import losses, weights
 
 from qwen_image_finetune import runs
@@ -27,15 +29,55 @@ def attempt(configure: Callable[..., Any], torchrun: Callable[..., Any], tmp_pat
     return run
 
 
-def test_restart_after_a_kill(attempt: Callable[..., Any], tmp_path: Path) -> None:
+def layouts() -> dict[str, list[list[str]]]:
+    """Ways to start two processes: the commands, one a machine."""
+    port = str(free_port())
+    meetings = {
+        "static": ["--master_addr", "127.0.0.1", "--master_port", port],
+        "c10d": ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}", "--rdzv_id", "run"],
+    }
+    two = {
+        name: [["torchrun", "--nnodes", "2", "--nproc_per_node", "1", *meeting, "--node_rank", str(rank)]
+               for rank in range(2)]
+        for name, meeting in meetings.items()
+    }  # fmt: skip
+    return {"one machine": one_machine(2), **two}
+
+
+def test_restart_after_a_kill(attempt: Callable[..., Any], start: Callable[..., Any], tmp_path: Path) -> None:
+    """One process is killed, on one machine or on one of two: all start again, and end with the same bits."""
+    whole = tmp_path / "output/none/v0"
     assert attempt("none", 0).returncode == 0
-    killed = attempt("killed", 1)
-    assert killed.returncode == 0, killed.stdout + killed.stderr
-    assert "exitcode: -9" in killed.stderr.replace(" ", "").replace("exitcode:", "exitcode: ")
-    assert "at step 2" in killed.stdout
-    whole, other = tmp_path / "output/none/v0", tmp_path / "output/killed/v0"
-    assert losses(whole) == losses(other)
-    assert all(torch.equal(weights(whole)[name], tensor) for name, tensor in weights(other).items())
+    for number, (name, commands) in enumerate(layouts().items()):
+        run = [str(HERE / "faulty.py"), str(tmp_path / "config.yaml"), "killed", *OPTIONS]
+        project = f"logging.tracker_project_name=killed-{number}"
+        machines = [start(*command, "--max_restarts=1", *run, project) for command in commands]
+        outcomes = [ended(machine) for machine in machines]
+        said, complained = ("".join(getattr(done, kind) for done in outcomes) for kind in ("stdout", "stderr"))
+        assert [done.returncode for done in outcomes] == [0] * len(machines), said + complained
+        assert re.search(r"exitcode\s*:\s*-9", complained), name
+        assert "at step 2" in said, name
+        other = tmp_path / f"output/killed-{number}/v0"
+        assert losses(whole) == losses(other), name
+        assert all(torch.equal(weights(whole)[key], tensor) for key, tensor in weights(other).items()), name
+
+
+def test_a_machine_is_lost(configure: Callable[..., Any], start: Callable[..., Any], tmp_path: Path) -> None:
+    """Its launcher and its processes gone at once, as by a loss of power: the other ends, and says why."""
+    configure("FluxKontext")
+    overrides = ("train.max_train_steps=100000", "train.checkpointing_steps=2", "train.collective_timeout=20")
+    run = ["-m", "qwen_image_finetune.cli", "train", str(tmp_path / "config.yaml"), *overrides]
+    first, second = (start(*command, *run) for command in layouts()["static"])
+    project = tmp_path / "output/project"
+    while runs.find_checkpoint(project, "latest", lambda message: None) is None:
+        assert first.poll() is None, ended(first)
+        time.sleep(0.1)
+    second.kill()  # and the server all that it had started
+    done = ended(first)
+    assert done.returncode != 0
+    assert re.search(r"[Cc]onnection (closed|reset)", done.stderr), done.stdout + done.stderr
+    found = runs.find_checkpoint(project, "latest", pytest.fail)
+    assert found is not None
 
 
 @pytest.mark.parametrize("fault", ["hung", "stopped"])

@@ -235,9 +235,3 @@ def cut_state(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dic
         for index, entry in state["state"].items()
     }
     return {**state, "state": cut}
-
-
-def local_bytes(transformer: nn.Module) -> int:
-    """Bytes of parameters that this process holds."""
-    tensors = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in transformer.parameters()]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -75,10 +75,6 @@ class Run:
             os.ftruncate(self._metrics, size)
             raise DiskFull(self.path / METRICS, len(line))
 
-    def metrics(self) -> list[dict[str, float]]:
-        """Every whole line of metrics.jsonl: `step`, then the values; non-finite ones are floats again."""
-        return read_metrics(self.path)
-
     def truncate_metrics(self, step: int) -> None:
         """Drop the lines after `step`, and any torn one, so that a resumed run logs every step once."""
         self._close_metrics()
@@ -238,7 +234,10 @@ def find_checkpoint(project_dir: Path, spec: str, warn: Callable[[str], None]) -
 
 
 def read_metrics(version: Path) -> list[dict[str, float]]:
-    """Every whole line of a version's metrics.jsonl, whether or not its process still writes it."""
+    """Every whole line of a version's metrics.jsonl, whether or not its process still writes it.
+
+    `step`, then the values; non-finite ones are floats again.
+    """
     return [{name: float(value) for name, value in line.items()} for line in _lines(version / METRICS)]
 
 

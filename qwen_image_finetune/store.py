@@ -115,10 +115,6 @@ class Store:
         finally:
             shared.release()
 
-    def discard(self, key: str) -> None:
-        """Remove an entry, if there is one."""
-        self.path(key).unlink(missing_ok=True)
-
 
 def _tensors(data: memoryview) -> dict[str, Tensor]:
     """The tensors of a safetensors file as views of `data`. Raises ValueError or KeyError where it is none."""

@@ -320,7 +320,7 @@ def test_version_of_a_checkpoint(run: Run, tmp_path: Path) -> None:
 def test_metrics_come_back(run: Run) -> None:
     run.record(1, {"loss": 0.1, "grad_norm": 1e-30})
     run.record(2, {"loss": math.nan, "grad_norm": -math.inf})
-    first, second = run.metrics()
+    first, second = runs.read_metrics(run.path)
     assert first == {"step": 1, "loss": 0.1, "grad_norm": 1e-30}
     assert math.isnan(second["loss"])
     assert second["grad_norm"] == -math.inf
@@ -341,7 +341,7 @@ def test_truncating_metrics_equals_never_having_logged_more(run: Run) -> None:
     run.truncate_metrics(5)
     assert path.read_bytes() == expected
     run.record(6, {"loss": 1 / 6})
-    assert [line["step"] for line in run.metrics()] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in runs.read_metrics(run.path)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_line_that_does_not_fit_leaves_no_part_of_itself(run: Run) -> None:
@@ -447,7 +447,7 @@ def test_rewind_sets_later_checkpoints_aside(run: Run, project: Path) -> None:
     for count in (1, 2):
         run.rewind(4)
         assert [folder.name for folder in run.checkpoints()] == ["checkpoint-0-4"]
-        assert [line["step"] for line in run.metrics()] == [1, 2, 3, 4]
+        assert [line["step"] for line in runs.read_metrics(run.path)] == [1, 2, 3, 4]
         assert (run.path / "superseded" / f"checkpoint-0-6.{count}").is_dir()
         add_checkpoint(run.path, 6)
     assert verify_folder(run.path / "superseded" / "checkpoint-0-8.1") is None

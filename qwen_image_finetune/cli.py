@@ -146,7 +146,7 @@ def compare(options: argparse.Namespace) -> None:
 def plan(options: argparse.Namespace) -> None:
     """Predict the memory that training takes, and say what makes it fit a card."""
     from qwen_image_finetune.config import load_config
-    from qwen_image_finetune.plan import describe
+    from qwen_image_finetune.plan_words import describe
 
     config = load_config(options.config, options.overrides)
     tell(config.notes)
@@ -260,7 +260,7 @@ def _parser() -> argparse.ArgumentParser:
     comparing.add_argument("--output", type=Path, default=Path("compare.html"), help="file")
 
     planning = verb(plan)
-    planning.add_argument("--card", help="memory of the card, such as 24GB; default: that of this machine's")
+    planning.add_argument("--card", help="its memory, such as 24GB, or its name, such as H100; default: this machine's")
     overridable(planning)
 
     measuring = verb(bench, configured=False)

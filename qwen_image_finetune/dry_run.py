@@ -34,6 +34,7 @@ def _plan(config: Config) -> Iterator[str]:
     ends += [f"{train.num_epochs} epochs"] if train.num_epochs else []
     yield f"length:   {', or '.join(ends)}, whichever ends first" if len(ends) > 1 else f"length:   {ends[0]}"
     yield f"learning: {config.optimizer.class_path} {config.optimizer.init_args}, {config.lr_scheduler.scheduler_type}"
+    yield from _memory(config)
     where = f"the cache in {config.cache.cache_dir}" if config.cache.use_cache else "encoders that stay loaded"
     yield f"encodes:  from {where}"
     project = config.logging.project_dir
@@ -66,6 +67,14 @@ def _base(config: Config) -> Iterator[str]:
             yield f"          {error:7.2%}  {name}"
         above = sum(not error <= bound for _, error in errors)
         yield f"          {above} above {bound:.0%}, to be left in full precision"
+
+
+def _memory(config: Config) -> Iterator[str]:
+    """Predicted peaks."""
+    from qwen_image_finetune.plan_words import summary
+
+    for number, line in enumerate(summary(config)):
+        yield f"{'memory:   ' if number == 0 else ' ' * 10}{line}"
 
 
 def _next_version(config: Config) -> str:

@@ -49,14 +49,24 @@ class BlockFootprint:
         return min(kept, self.saved + self.inputs)
 
     def recomputed(self, keep: float | str | None) -> int:
-        """Operations that are done a second time."""
+        """Operations that are done a second time, attention aside."""
         if keep is None:
             return 0
-        if keep == "none":
-            return self.operations + self.attention_operations
-        chosen = choose(self.products, float(keep))
-        spared = sum(self.products[number].operations for number in chosen)
-        return self.operations - spared
+        chosen = choose(self.products, float(keep)) if keep != "none" else ()
+        return self.operations - sum(self.products[number].operations for number in chosen)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Floating-point operations of one forward and backward pass, with whatever is done twice."""
+
+    products: int
+    attention_forward: int
+    attention_backward: int  # 2.5 times one forward: five products in place of two
+
+    @property
+    def together(self) -> int:
+        return self.products + self.attention_forward + self.attention_backward
 
 
 @dataclass(frozen=True)
@@ -76,17 +86,22 @@ class Footprint:
         """Bytes that all blocks together keep."""
         return sum(kind.count * kind.kept(keep) for kind in self.kinds.values())
 
-    def operations(self, keep: float | str | None) -> int:
-        """Floating-point operations of one forward and backward pass; attention goes backward at 2.5 times its forward.
+    def work(self, keep: float | str | None) -> Work:
+        """Operations by what computes them.
 
         A frozen layer has one product in the backward pass, for the gradient of its input; a trained one has two.
         """
-        backward = 2 if self.trained_everything else 1
-        return sum(
-            kind.count
-            * ((1 + backward) * kind.operations + int(3.5 * kind.attention_operations) + kind.recomputed(keep))
-            for kind in self.kinds.values()
+        kinds, backward = self.kinds.values(), 2 if self.trained_everything else 1
+        attention = sum(kind.count * kind.attention_operations for kind in kinds)
+        return Work(
+            products=sum(kind.count * ((1 + backward) * kind.operations + kind.recomputed(keep)) for kind in kinds),
+            attention_forward=attention * (2 if keep == "none" else 1),
+            attention_backward=int(2.5 * attention),
         )
+
+    def operations(self, keep: float | str | None) -> int:
+        """All floating-point operations of one forward and backward pass."""
+        return self.work(keep).together
 
 
 class _Watch(TorchDispatchMode):

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from qwen_image_finetune.config import Config, ConfigError, resolve_family
+from qwen_image_finetune import speed
+from qwen_image_finetune.config import Config, ConfigError
 from qwen_image_finetune.config.schema import shown
 from qwen_image_finetune.config.tree import find
-from qwen_image_finetune.families import get_family
 from qwen_image_finetune.families.base import Family
 from qwen_image_finetune.footprint import Footprint, footprint, stand_in
 from qwen_image_finetune.levers.stored_precision import base_precision
@@ -159,24 +159,24 @@ class Planner:
             base |= dict.fromkeys((f"cache.{name}_device" for name in ENCODER_PARTS), "cpu")
             prices.append("time, once: the data set is encoded on the CPU")
         if base:
-            yield Change(base, "; ".join(prices)), _with(config, base), None
+            yield Change(base, "; ".join(prices)), with_keys(config, base), None
         formats = [None] if config.model.lora is None or self.format is not None else [None, "fp8", "nf4"]
         for format in formats:
             quantised = {**base, "model.quantize": format} if format else base
             loss = ["precision of the frozen base"] if format else []
-            for keys, price in self._memory_changes():
-                changed = _with(config, {**quantised, **keys})
+            for keys, price in self.memory_changes():
+                changed = with_keys(config, {**quantised, **keys})
                 yield Change({**quantised, **keys}, "; ".join([*prices, *loss, price])), changed, format
 
     def fastest_that_fits(self, card: int) -> tuple[Change, Prediction] | None:
         """The setting of the memory levers that loses the least time, results unchanged."""
-        for keys, price in self._memory_changes():
-            prediction = self.predict(_with(self.config, keys))
+        for keys, price in self.memory_changes():
+            prediction = self.predict(with_keys(self.config, keys))
             if prediction.fits(card):
                 return Change(keys, price), prediction
         return None
 
-    def _memory_changes(self) -> Iterator[tuple[dict[str, Any], str]]:
+    def memory_changes(self) -> Iterator[tuple[dict[str, Any], str]]:
         """Settings of recomputation and swapping, the fastest first."""
         for keep in KEEPS:
             yield _recompute(keep), "time: a part is computed twice" if keep is not None else "nothing"
@@ -227,51 +227,6 @@ class Planner:
         return (size, size)
 
 
-def describe(config: Config, card: str | None) -> str:
-    """The plan of a run in words.
-
-    Args:
-        card: its memory, such as "24GB"; without it, this machine's card if there is one.
-
-    Raises:
-        ConfigError: `card` is no amount of memory; the checkpoint contradicts the configuration.
-    """
-    planner = Planner(get_family(resolve_family(config)[0]), config)
-    memory = parse_memory(card) if card is not None else card_memory()
-    return "\n".join(_lines(planner, memory))
-
-
-def _lines(planner: Planner, card: int | None) -> Iterator[str]:
-    prediction, found = planner.predict(), planner.footprint
-    sizes = ", ".join(f"{width}x{height}" for width, height in planner.sizes)
-    format = planner.format or planner.config.train.mixed_precision
-    yield f"{planner.family.name}, {found.weights / 1e9:.2f} billion weights, base in {format}"
-    yield f"target and references {sizes}, {planner.config.data.batch_size} a batch, {TEXT_TOKENS} tokens of text"
-    yield "on the card while training:"
-    for name, size in prediction.device.items():
-        yield f"  {size / GIB:7.2f} GiB  {name}"
-    yield f"  {prediction.peak / GIB:7.2f} GiB  together, and about {OUTSIDE / GIB:.0f} GiB for the driver"
-    if prediction.encoding:
-        yield f"  {prediction.encoding / GIB:7.2f} GiB  encoders, before, if the cache is not complete"
-    for name, size in prediction.host.items():
-        yield f"host: {size / GIB:7.2f} GiB  {name}"
-    yield f"one forward and backward pass: {prediction.operations / 1e12:.1f} TFLOP"
-    if card is None:
-        yield "no card here and none named (--card 24GB): whether it fits is not said"
-        return
-    if prediction.fits(card):
-        yield f"fits a card of {card / GIB:.0f} GiB"
-        return
-    yield f"does not fit a card of {card / GIB:.0f} GiB"
-    found_change = planner.cheapest_change(card)
-    if found_change is None:
-        yield "nothing that is known here makes it fit: a smaller data.init_args.resolution, or a smaller model"
-        return
-    change, then = found_change
-    yield f"the cheapest change that makes it fit ({then.peak / GIB:.1f} GiB): {change.words(planner.config)}"
-    yield f"it costs {change.price}"
-
-
 def settled(config: Config, family: Family, sizes: Sequence[Size], device: torch.device) -> tuple[Config, str | None]:
     """The configuration with every "auto" of memory decided for this machine, and a sentence about it.
 
@@ -281,29 +236,44 @@ def settled(config: Config, family: Family, sizes: Sequence[Size], device: torch
     Raises:
         ConfigError: blocks would have to be swapped, which the configuration excludes; or nothing fits.
     """
-    train = config.train
-    swapping = train.blocks_to_swap == "auto" or (train.low_memory and train.blocks_to_swap == 0)
-    asked = train.memory == "auto" or swapping or (train.gradient_checkpointing and train.keep_activations == "auto")
     card = card_memory() if device.type == "cuda" else None
     if card is None:
         keys: dict[str, Any] = {name: 0.0 if "keep" in name else 0 for name, value in _autos(config) if value == "auto"}
-        return _with(config, keys), "no card here: memory is not tuned" if keys or train.memory == "auto" else None
+        untuned = keys or config.train.memory == "auto"
+        return with_keys(config, keys), "no card here: memory is not tuned" if untuned else None
     planner = Planner(family, config, sizes)
-    if not asked:
-        expected = planner.predict()
-        sentence = f"{expected.peak / GIB:.1f} GiB expected on the card, {card / GIB:.1f} are free"
-        return config, sentence if expected.fits(card) else f"{sentence}: it may not fit; `qif plan` says what would"
+    if asks(config):
+        return decided(planner, card)
+    expected = planner.predict()
+    sentence = f"{expected.peak / GIB:.1f} GiB expected on the card, {card / GIB:.1f} are free"
+    return config, sentence if expected.fits(card) else f"{sentence}: it may not fit; `qif plan` says what would"
+
+
+def asks(config: Config) -> bool:
+    """Whether something about memory is left to be decided for the card."""
+    train = config.train
+    keep = train.gradient_checkpointing and train.keep_activations == "auto"
+    return train.memory == "auto" or _swapping(config) or keep
+
+
+def decided(planner: Planner, card: int) -> tuple[Config, str]:
+    """The planner's configuration with every "auto" of memory decided for a card of so many bytes, and a sentence.
+
+    Raises:
+        ConfigError: blocks would have to be swapped, which the configuration excludes; or nothing fits.
+    """
+    config, train = planner.config, planner.config.train
     if train.memory == "auto":
         found = planner.fastest_that_fits(card)
         if found is None:
             raise ConfigError(_nothing_fits(card, "train.memory=auto"))
         change, prediction = found
-        return _with(
-            config, change.keys
-        ), f"memory: {change.words(planner.config)} ({prediction.peak / GIB:.1f} GiB expected)"
+        chosen = {key: value for key, value in change.keys.items() if key != "train.memory"}
+        words = Change(chosen, "").words(config) or "nothing to change"
+        return with_keys(config, change.keys), f"memory: {words} ({prediction.peak / GIB:.1f} GiB expected)"
     keeps = [*KEEPS[1:], "none"] if train.keep_activations == "auto" else [train.keep_activations]
     total = sum(kind.count for kind in planner.footprint.kinds.values())
-    swaps = range(total + 1) if swapping else [train.blocks_to_swap]
+    swaps = range(total + 1) if _swapping(config) else [train.blocks_to_swap]
     for swapped in swaps:
         if swapped and not train.gradient_checkpointing:
             raise ConfigError(
@@ -312,11 +282,16 @@ def settled(config: Config, family: Family, sizes: Sequence[Size], device: torch
             )
         for keep in keeps:
             keys = {"train.blocks_to_swap": swapped, "train.keep_activations": keep}
-            prediction = planner.predict(_with(config, keys))
+            prediction = planner.predict(with_keys(config, keys))
             if prediction.fits(card):
-                words = Change(keys, "").words(config)
-                return _with(config, keys), f"memory: {words} ({prediction.peak / GIB:.1f} GiB expected)"
+                words = Change(keys, "").words(config) or "nothing to change"
+                return with_keys(config, keys), f"memory: {words} ({prediction.peak / GIB:.1f} GiB expected)"
     raise ConfigError(_nothing_fits(card, "every block swapped"))
+
+
+def _swapping(config: Config) -> bool:
+    train = config.train
+    return train.blocks_to_swap == "auto" or (train.low_memory and train.blocks_to_swap == 0)
 
 
 def _autos(config: Config) -> list[tuple[str, Any]]:
@@ -352,7 +327,8 @@ def parse_memory(text: str) -> int:
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:G|GB|GiB)?", text.strip(), re.IGNORECASE)
     if match is None or float(match[1]) <= 0:
-        raise ConfigError(f"--card {text!r} is no amount of memory; write it like 24GB")
+        known = ", ".join(card.name for card in speed.CARDS)
+        raise ConfigError(f"--card {text!r} is no amount of memory; write it like 24GB (`qif plan` also takes {known})")
     return int(float(match[1]) * GIB)
 
 
@@ -370,7 +346,7 @@ def _recompute(keep: float | str | None) -> dict[str, Any]:
     return {"train.gradient_checkpointing": True, "train.keep_activations": keep, "train.memory": "as_written"}
 
 
-def _with(config: Config, keys: dict[str, Any]) -> Config:
+def with_keys(config: Config, keys: dict[str, Any]) -> Config:
     """The configuration with other values; what was said about it stays said."""
     changed = config
     for key, value in keys.items():

@@ -26,8 +26,9 @@ FLOORS: tuple[frozenset[str], ...] = tuple(
     for places in (
         "src",
         "cli __main__",
-        "trainer train job logbook embeddings assembly data_parallel state stream objective cache predict validate samples "
-        "held_out evaluate report compare pages plan bench check draw dry_run preparation loading footprint speed",
+        "trainer train job logbook embeddings assembly data_parallel state stream objective cache predict validate "
+        "samples held_out evaluate report compare pages plan plan_words speed bench check draw dry_run preparation "
+        "loading footprint",
         "toy",
         "families levers data",
         "flow store checkpoint runs optim processes trackers verdict intervals metrics",

@@ -17,11 +17,12 @@ from qwen_image_finetune.plan import (
     GIB,
     KEEPS,
     Planner,
-    describe,
     parse_memory,
     settled,
     transformer_config,
 )
+from qwen_image_finetune.plan_words import describe, summary
+from qwen_image_finetune.speed import Step, card_called, seconds
 
 FAMILIES = {"FluxKontext": "black-forest-labs/FLUX.1-Kontext-dev", "QwenImageEdit": "Qwen/Qwen-Image-Edit"}
 
@@ -139,7 +140,7 @@ def test_keeping_more_takes_memory_and_saves_operations(full_size: dict[str, Foo
 def test_the_cheapest_change_makes_it_fit(family: str, configured: Callable[..., Config]) -> None:
     planner = Planner(get_family(family), configured(family))
     losses = []
-    for card in (140, 80, 48, 24, 16, 12):
+    for card in (140, 80, 48, 24, 16, 12, 8):
         found = planner.cheapest_change(card * GIB)
         assert found is not None, card
         change, prediction = found
@@ -149,6 +150,62 @@ def test_the_cheapest_change_makes_it_fit(family: str, configured: Callable[...,
         checked = configured(family, *overrides)  # what it says is a configuration, and predicts the same
         assert Planner(get_family(family), checked).predict().peak == prediction.peak
     assert losses == sorted(losses)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_settings_are_tried_fastest_first(
+    name: str, configured: Callable[..., Config], full_size: dict[str, Footprint]
+) -> None:
+    """By the times that are known of an H100; swapping and offloading, of which none is, come after."""
+    planner, card = Planner(get_family(name), configured(name)), card_called("H100")
+    assert card is not None
+    times, known = [], True
+    for keys, _ in planner.memory_changes():
+        unknown = "train.blocks_to_swap" in keys or "train.offload_activations" in keys
+        assert known or unknown
+        known = not unknown
+        if known:
+            keep = keys["train.keep_activations"] if keys["train.gradient_checkpointing"] else None
+            times.append(seconds(full_size[name], Step(keep, True, "fp8", "flash4"), card))
+    assert len(times) > 5
+    assert times == sorted(times)  # type: ignore[type-var]
+
+
+def test_the_plan_of_a_card_by_name(configured: Callable[..., Config]) -> None:
+    text = describe(configured("FluxKontext", "train.gradient_checkpointing=true"), "H100")
+    assert "a step: about 1." in text and "measured on an H100 (flash attention, not compiled)" in text
+    assert "fits a card of 80 GiB" in text
+    accumulated = configured("FluxKontext", "train.gradient_checkpointing=true", "train.gradient_accumulation_steps=10")
+    assert "a step: about 1" in describe(accumulated, "H100") and "a step: about 1." not in describe(
+        accumulated, "H100"
+    )
+    unmeasured = describe(configured("FluxKontext", "model.quantize=nf4"), "RTX 4090")
+    assert "by the data sheet of the RTX 4090; no such card was measured" in unmeasured
+    assert "with it, a step: above" in unmeasured
+    assert "a step: not said of a card that is not known by name: H100 PCIe, H100," in describe(accumulated, "24GB")
+    swapped = configured("FluxKontext", "train.gradient_checkpointing=true", "train.blocks_to_swap=4")
+    assert "swapped blocks were not measured" in describe(swapped, "H100")
+    with pytest.raises(ConfigError, match=r"is no amount of memory.*H200"):
+        describe(accumulated, "H900")
+
+
+def test_the_plan_decides_what_is_left_to_the_card(configured: Callable[..., Config]) -> None:
+    automatic = configured("FluxKontext", "train.memory=auto")
+    assert "memory: train.gradient_checkpointing=true train.keep_activations=" in describe(automatic, "40GB")
+    assert "fits a card of 40 GiB" in describe(automatic, "40GB")
+    assert "memory: nothing to change" in describe(automatic, "140GB")
+    with pytest.raises(ConfigError, match="does not fit"):
+        describe(automatic, "3GB")
+
+
+def test_the_summary_of_a_dry_run(configured: Callable[..., Config], tiny_checkpoints: dict[str, Path]) -> None:
+    published = configured("QwenImageEdit")
+    lines = list(summary(published))
+    peak = Planner(get_family("QwenImageEdit"), published).predict().peak
+    assert lines[0].startswith(f"{peak / GIB:.1f} GiB on the card while training: kept activations ")
+    assert lines[0].endswith("(of the published QwenImageEdit)")
+    folder = f"model.pretrained_model_name_or_path={tiny_checkpoints['QwenImageEdit']}"
+    assert "published" not in next(summary(configured("QwenImageEdit", folder)))
 
 
 def test_the_plan_in_words(configured: Callable[..., Config]) -> None:

@@ -1,0 +1,143 @@
+"""What a plan says: peaks, whether they fit, what would make them fit, and how long a step takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from qwen_image_finetune import speed
+from qwen_image_finetune.config import Config, resolve_family
+from qwen_image_finetune.families import get_family
+from qwen_image_finetune.levers import attention
+from qwen_image_finetune.loading import weight_dtype
+from qwen_image_finetune.plan import (
+    GIB,
+    OUTSIDE,
+    TEXT_TOKENS,
+    Planner,
+    asks,
+    card_memory,
+    decided,
+    parse_memory,
+    with_keys,
+)
+
+
+def describe(config: Config, card: str | None) -> str:
+    """The plan of a run in words.
+
+    Args:
+        card: its memory, such as "24GB", or its name, such as "H100"; without it, this machine's card if there is one.
+
+    Raises:
+        ConfigError: `card` is neither; the checkpoint contradicts the configuration; memory is "auto" and nothing fits.
+    """
+    planner = Planner(get_family(resolve_family(config)[0]), config)
+    named = card_named(card)
+    memory = card_memory() if card is None else named.memory * GIB if named is not None else parse_memory(card)
+    return "\n".join(_lines(planner, memory, named, here=card is None))
+
+
+def summary(config: Config) -> Iterator[str]:
+    """The plan in a few words: peaks, this machine's card, and the time of a step where it can be told."""
+    planner, card = Planner(get_family(resolve_family(config)[0]), config), card_memory()
+    yield from _decide(planner, card)
+    prediction = planner.predict()
+    largest = sorted(prediction.device.items(), key=lambda part: -part[1])[:2]
+    parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in largest)
+    known = "" if planner.folder is not None else f" (of the published {planner.family.name})"
+    yield f"{prediction.peak / GIB:.1f} GiB on the card while training: {parts}, ...{known}"
+    if prediction.encoding:
+        yield f"{prediction.encoding / GIB:.1f} GiB on the card while encoding, if the cache is not complete"
+    yield f"{sum(prediction.host.values()) / GIB:.1f} GiB on the host"
+    if card is None:
+        yield "no card here: `qif plan CONFIG --card 24GB` says whether it fits, and what would"
+    else:
+        words = "fits" if prediction.fits(card) else "does not fit"
+        yield f"{words} the {card / GIB:.1f} GiB that are free here; `qif plan CONFIG` says more"
+        yield step_words(planner, planner.config, planner.format, card_named(None), here=True)
+
+
+def _lines(planner: Planner, card: int | None, named: speed.Card | None, here: bool) -> Iterator[str]:
+    family, notes = planner.family, list(_decide(planner, card))
+    prediction, found, config = planner.predict(), planner.footprint, planner.config
+    sizes = ", ".join(f"{width}x{height}" for width, height in planner.sizes)
+    base = planner.format or config.train.mixed_precision
+    yield f"{family.name}, {found.weights / 1e9:.2f} billion weights, base in {base}"
+    yield f"target and references {sizes}, {config.data.batch_size} a batch, {TEXT_TOKENS} tokens of text"
+    yield from notes
+    yield "on the card while training:"
+    for name, size in prediction.device.items():
+        yield f"  {size / GIB:7.2f} GiB  {name}"
+    yield f"  {prediction.peak / GIB:7.2f} GiB  together, and about {OUTSIDE / GIB:.0f} GiB for the driver"
+    if prediction.encoding:
+        yield f"  {prediction.encoding / GIB:7.2f} GiB  encoders, before, if the cache is not complete"
+    for name, size in prediction.host.items():
+        yield f"host: {size / GIB:7.2f} GiB  {name}"
+    yield f"one forward and backward pass: {prediction.operations / 1e12:.1f} TFLOP"
+    yield step_words(planner, config, planner.format, named, here)
+    if card is None:
+        yield "no card here and none named (--card 24GB): whether it fits is not said"
+        return
+    if prediction.fits(card):
+        yield f"fits a card of {card / GIB:.0f} GiB"
+        return
+    yield f"does not fit a card of {card / GIB:.0f} GiB"
+    found_change = planner.cheapest_change(card)
+    if found_change is None:
+        yield "nothing that is known here makes it fit: a smaller data.init_args.resolution, or a smaller model"
+        return
+    change, then = found_change
+    yield f"the cheapest change that makes it fit ({then.peak / GIB:.1f} GiB): {change.words(config)}"
+    yield f"it costs {change.price}"
+    format = change.keys.get("model.quantize", planner.format)
+    yield f"with it, {step_words(planner, with_keys(config, change.keys), format, named, here)}"
+
+
+def _decide(planner: Planner, card: int | None) -> Iterator[str]:
+    """Let the planner have the configuration in which every "auto" of memory is decided for a card, and say it."""
+    if card is not None and asks(planner.config):
+        planner.config, sentence = decided(planner, card)
+        yield sentence
+
+
+def step_words(planner: Planner, config: Config, format: str | None, card: speed.Card | None, here: bool) -> str:
+    """How long an optimizer step takes on a card, or why that is not said.
+
+    Args:
+        here: the card is this machine's, so that it is known which attention runs.
+    """
+    train = config.train
+    if card is None:
+        return f"a step: not said of a card that is not known by name: {', '.join(each.name for each in speed.CARDS)}"
+    name: str = train.attention if train.attention != "auto" else "flash"
+    if here and torch.cuda.is_available():
+        name = attention.choose(train.attention, torch.device("cuda"), weight_dtype(train.mixed_precision))
+    keep = None if not train.gradient_checkpointing else train.keep_activations
+    step = speed.Step(0.0 if keep == "auto" else keep, train.compile, format, name)
+    unmeasured = [
+        (card.attained is None, "no such card was measured"),
+        (train.mixed_precision == "no", "products in float32 were not measured"),
+        (config.model.lora is None, "full fine-tuning was not measured"),
+        (train.blocks_to_swap not in (0, "auto"), "swapped blocks were not measured"),
+        (train.offload_activations, "offloaded activations were not measured"),
+        (card.attained is not None and name not in card.attained.attention, f"{name} attention was not measured"),
+    ]
+    lacking = [why for applies, why in unmeasured if applies]
+    expected = None if lacking else speed.seconds(planner.footprint, step, card)
+    micro_batches = train.gradient_accumulation_steps
+    if expected is not None:
+        how = f"{name} attention, {'compiled' if train.compile else 'not compiled'}"
+        return (
+            f"a step: about {micro_batches * expected:.2f} s, estimated from rates measured on an {card.name} ({how})"
+        )
+    least = micro_batches * speed.floor(planner.footprint, step, card)
+    return f"a step: above {least:.2f} s, by the data sheet of the {card.name}; {lacking[0]}"
+
+
+def card_named(text: str | None) -> speed.Card | None:
+    """The card that `text` names, or, without it, this machine's; None where it is not known."""
+    if text is not None:
+        return speed.card_called(text)
+    return speed.card_called(torch.cuda.get_device_name()) if torch.cuda.is_available() else None

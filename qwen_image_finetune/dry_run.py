@@ -70,7 +70,10 @@ def _base(config: Config) -> Iterator[str]:
 
 
 def _memory(config: Config) -> Iterator[str]:
-    """Predicted peaks."""
+    """Predicted peaks, where the checkpoint lies on this machine; else nothing heavy is loaded for a guess at it."""
+    if not (Path(config.model.pretrained_model_name_or_path).expanduser() / "transformer").is_dir():
+        yield "memory:   `qif plan` predicts it from the architecture"
+        return
     from qwen_image_finetune.plan_words import summary
 
     for number, line in enumerate(summary(config)):

@@ -46,8 +46,7 @@ def summary(config: Config) -> Iterator[str]:
     prediction = planner.predict()
     largest = sorted(prediction.device.items(), key=lambda part: -part[1])[:2]
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in largest)
-    known = "" if planner.folder is not None else f" (of the published {planner.family.name})"
-    yield f"{prediction.peak / GIB:.1f} GiB on the card while training: {parts}, ...{known}"
+    yield f"{prediction.peak / GIB:.1f} GiB on the card while training: {parts}, ..."
     if prediction.encoding:
         yield f"{prediction.encoding / GIB:.1f} GiB on the card while encoding, if the cache is not complete"
     yield f"{sum(prediction.host.values()) / GIB:.1f} GiB on the host"

@@ -125,12 +125,15 @@ def test_dry_run_shows_the_layers_that_fit_worst(format: str, configure: Configu
     assert len(errors) == 5
     assert errors == sorted(errors, reverse=True)
     assert "0 above" in said
+    assert "GiB on the card while training: " in said.partition("memory:   ")[2]
 
 
 def test_dry_run_of_a_checkpoint_elsewhere_says_what_is_planned(configure: Configure) -> None:
     config = configure("FluxKontext", "model.pretrained_model_name_or_path=black-forest-labs/FLUX.1-Kontext-dev",
                        "model.quantize=true", "train.trainer=FluxKontext")  # fmt: skip
-    assert "frozen base quantised to fp8\n" in describe(config)
+    said = describe(config)
+    assert "frozen base quantised to fp8\n" in said
+    assert "memory:   `qif plan` predicts it from the architecture\n" in said
 
 
 def test_prediction_uses_the_precision_of_training(configure: Configure) -> None:

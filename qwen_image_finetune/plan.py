@@ -307,16 +307,9 @@ def _nothing_fits(card: int, tried: str) -> str:
 
 
 def transformer_config(family: Family, folder: Path | None) -> dict[str, Any]:
-    """config.json of the transformer; without a checkpoint, the published model's, which are its class's defaults.
-
-    Raises:
-        ConfigError: the checkpoint has none.
-    """
+    """config.json of the transformer; without a checkpoint, the published model's, which are its class's defaults."""
     if folder is not None:
-        file = folder / "transformer" / "config.json"
-        if not file.is_file():
-            raise ConfigError(f"model.pretrained_model_name_or_path: there is no {file}; a plan is made from it")
-        about: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        about: dict[str, Any] = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
         about.pop("quantization_config", None)
         return about
     parameters = inspect.signature(family.transformer.__init__).parameters

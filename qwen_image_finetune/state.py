@@ -14,6 +14,7 @@ from qwen_image_finetune.assembly import Learner
 from qwen_image_finetune.config import ConfigError
 from qwen_image_finetune.job import Job
 from qwen_image_finetune.levers import parallel, trained
+from qwen_image_finetune.levers.lora_files import run_metadata
 from qwen_image_finetune.optim import optimizer_state, restore_optimizer
 
 
@@ -61,18 +62,10 @@ class State:
 
     def metadata(self, step: int) -> dict[str, str]:
         """What the weights file of a step says about itself."""
-        config, family = self.job.config, self.job.family
-        train, arguments = config.train, config.data.init_args
-        resolution = json.dumps(arguments.image_size or arguments.resolution)
+        train, family = self.job.config.train, self.job.family
         sampling = {"num_inference_steps": family.num_inference_steps, "guidance_scale": family.guidance_scale}
         return {
-            "ss_base_model_version": config.model.pretrained_model_name_or_path,
-            "ss_steps": str(step),
-            "ss_resolution": resolution,
-            "ss_seed": str(train.seed),
-            "ss_optimizer": config.optimizer.class_path,
-            "modelspec.resolution": resolution,
-            "modelspec.title": f"{config.logging.tracker_project_name} at step {step}",
+            **run_metadata(self.job.config, step),
             "qif.family": family.name,
             "qif.sigma_distribution": train.sigma_distribution,
             "qif.sigma_shift": str(train.sigma_shift),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -155,6 +156,27 @@ def test_a_run_may_start_from_a_short_version_of_its_own_project(configure: Conf
     second = train(configure("FluxKontext", *options, f"model.lora.pretrained_weight={first}"))
     assert second != first
     assert_equal(weights(second), weights(first))
+
+
+def test_the_lora_of_a_run_says_what_it_is_and_nothing_of_this_machine(configure: Configure, tmp_path: Path) -> None:
+    config = configure("FluxKontext", "train.max_train_steps=2", "model.lora.target_modules=[to_q]")
+    run = train(config)
+    assert run is not None
+    with safe_open(next(run.glob("checkpoint-*-2")) / "pytorch_lora_weights.safetensors", "pt") as file:
+        about = file.metadata()
+    expected = {
+        "ss_base_model_version": Path(config.model.pretrained_model_name_or_path).name,
+        "ss_network_dim": "4",
+        "ss_network_alpha": "4",
+        "ss_steps": "2",
+        "ss_resolution": "(64, 64)",
+        "qif.family": "FluxKontext",
+        "qif.sampling": json.dumps({"num_inference_steps": 28, "guidance_scale": 3.5}),
+    }
+    assert expected.items() <= about.items()
+    assert "to_q" in about["qif.target_modules"]
+    folders = (config.model.pretrained_model_name_or_path, *map(str, config.data.init_args.folders), str(tmp_path))
+    assert not [name for name, value in about.items() if any(folder in value for folder in folders)]
 
 
 @pytest.mark.parametrize("name", FAMILY_NAMES)

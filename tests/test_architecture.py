@@ -322,6 +322,12 @@ def test_every_dependency_is_declared() -> None:
     assert not undeclared, "\n".join(undeclared)
 
 
+def test_test_files_have_names_of_their_own() -> None:
+    """pytest imports them by their names alone: two of one name end the whole suite before it begins."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
+
+
 def test_package_and_project_agree_on_the_version() -> None:
     import qwen_image_finetune
 

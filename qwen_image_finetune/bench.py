@@ -336,7 +336,7 @@ def _shrunk(about: dict[str, Any]) -> dict[str, Any]:
 
 
 def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def _device_name(device: torch.device) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from qwen_image_finetune.levers.quantize import quantize
 from qwen_image_finetune.levers.quantized_linear import FOUR_BITS, has_fp8_products, quantised
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-CARD = torch.device("cuda")
+CARD = torch.device("cuda", 0)
 HEAD = {"attention_head_dim": 128, "num_attention_heads": 4, "axes_dims_rope": (16, 56, 56), "joint_attention_dim": 64}
 TOKENS, TEXT = 1045, 77  # no multiple of anything
 FAMILIES = ["flux", "qwen"]
@@ -149,6 +150,15 @@ def test_masked_attention_equals_float64(name: str) -> None:
     assert relative(attend(query, key, value, mask, name), (scores.softmax(-1) @ exact[2]).transpose(1, 2)) < 8e-3
 
 
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    """Flash attention's backward adds in any order otherwise."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("format", [None, "fp8", "nf4"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_saves_memory_changes_no_bit(family: str, format: str | None) -> None:

@@ -19,6 +19,7 @@ import functools
 import importlib
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,8 +41,14 @@ SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class Choice(str):
-    """The name of an attention, where diffusers keeps the name of one of its own."""
+@dataclass(frozen=True)
+class Choice:
+    """An attention of ours, where diffusers keeps the name of one of its own.
+
+    No string: compilers do not see through the `str` of a class of strings, and would leave the block eager.
+    """
+
+    name: str
 
 
 def use_attention(transformer: nn.Module, asked: str, mixed_precision: str) -> str:
@@ -68,7 +75,7 @@ def use_attention(transformer: nn.Module, asked: str, mixed_precision: str) -> s
 def attention_of(transformer: nn.Module) -> str | None:
     """What `use_attention` chose; None where it was not called."""
     backends = {vars(processor).get("_attention_backend") for processor in _processors(transformer)}
-    return next((str(backend) for backend in backends if isinstance(backend, Choice)), None)
+    return next((backend.name for backend in backends if isinstance(backend, Choice)), None)
 
 
 def choose(asked: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -102,7 +109,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, name:
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if name == "flash4" and mask is None:
-        output: Tensor = flash_attention_4()(query, key, value)
+        # By its name: a compiler ignores caches, and would trace (and fail at) the definition of the operators.
+        operator: Any = torch.ops.qif.flash_attention_4
+        output: Tensor = operator(query.contiguous(), key.contiguous(), value.contiguous())[0]
         return output
     if mask is not None and query.is_cuda and name in ("flash4", "flash"):
         name = "efficient"
@@ -133,6 +142,7 @@ def _able(device: torch.device, dtype: torch.dtype) -> list[str]:
     if dtype in SIXTEEN_BITS and capability >= (8, 0):
         able.insert(0, "flash")
     if dtype in SIXTEEN_BITS and capability >= (9, 0) and _flash_4_interface() is not None:
+        flash_attention_4()  # defines the operators that `attend` calls
         able.insert(0, "flash4")
     return able
 
@@ -162,7 +172,7 @@ def _routed(theirs: Callable[..., Any]) -> Callable[..., Any]:
         **options: Any,
     ) -> Any:
         if isinstance(backend, Choice):
-            return attend(query, key, value, attn_mask, str(backend))
+            return attend(query, key, value, attn_mask, backend.name)
         return theirs(query, key, value, attn_mask, backend=backend, **options)
 
     dispatch.routes_choices = True  # type: ignore[attr-defined]

@@ -40,7 +40,7 @@ ADAM = 8
 AT_WORK = 10
 # Outside of what torch allocates: the driver's context, libraries, the fragments between tensors.
 OUTSIDE = GIB
-TEXT_TOKENS = 512  # of a prompt: Kontext pads to it, Qwen's prompts are seldom longer
+TEXT_TOKENS = 512  # what Kontext pads prompts to; measured steps have as many, whatever the family
 KEEPS: tuple[float | None, ...] = (None, 1.0, 0.8, 0.6, 0.4, 0.2, 0.0)
 # Parameters of encoders and VAE in the published checkpoints, for those that are not at hand.
 ENCODERS = {"FluxKontext": 4.97e9, "QwenImageEdit": 8.42e9, "QwenImageEditPlus": 8.42e9}
@@ -92,6 +92,7 @@ class Planner:
         folder = Path(config.model.pretrained_model_name_or_path).expanduser()
         self.folder = folder if folder.is_dir() else None
         self.sizes = tuple(sizes) if sizes else self._usual_sizes()
+        self.text_tokens = family.text_tokens(self.sizes[1:])
         self.format = self._format()
         self._footprint: Footprint | None = None
 
@@ -100,7 +101,7 @@ class Planner:
         """Measured once: only the geometry, the adapter and the model decide it."""
         if self._footprint is None:
             about = transformer_config(self.family, self.folder)
-            batch = stand_in(self.family, about, self.sizes, self.config.data.batch_size, TEXT_TOKENS)
+            batch = stand_in(self.family, about, self.sizes, self.config.data.batch_size, self.text_tokens)
             self._footprint = footprint(self.family, about, batch, self.config.model.lora, _dtype(self.config))
         return self._footprint
 

@@ -14,7 +14,6 @@ from qwen_image_finetune.loading import weight_dtype
 from qwen_image_finetune.plan import (
     GIB,
     OUTSIDE,
-    TEXT_TOKENS,
     Planner,
     asks,
     card_memory,
@@ -64,7 +63,7 @@ def _lines(planner: Planner, card: int | None, named: speed.Card | None, here: b
     sizes = ", ".join(f"{width}x{height}" for width, height in planner.sizes)
     base = planner.format or config.train.mixed_precision
     yield f"{family.name}, {found.weights / 1e9:.2f} billion weights, base in {base}"
-    yield f"target and references {sizes}, {config.data.batch_size} a batch, {TEXT_TOKENS} tokens of text"
+    yield f"target and references {sizes}, {config.data.batch_size} a batch, {planner.text_tokens} tokens of text"
     yield from notes
     yield "on the card while training:"
     for name, size in prediction.device.items():

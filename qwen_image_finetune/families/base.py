@@ -59,6 +59,14 @@ class Family(ABC):
         """
 
     @abstractmethod
+    def text_tokens(self, references: Sequence[tuple[int, int]]) -> int:
+        """About how many tokens `encode_text` gives for a prompt of a few sentences.
+
+        Args:
+            references: (width, height) at which the VAE sees each of them.
+        """
+
+    @abstractmethod
     def velocity(
         self, transformer: ModelMixin, noisy: Tensor, timestep: Tensor, batch: Batch, guidance: float | None = None
     ) -> Tensor:

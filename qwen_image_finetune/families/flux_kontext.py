@@ -70,6 +70,9 @@ class FluxKontext(Family):
         embeds, pooled, _ = pipe.encode_prompt(prompt, device=pipe.text_encoder_2.device, max_sequence_length=length)
         return {"prompt_embeds": embeds[0], "pooled_prompt_embeds": pooled[0]}
 
+    def text_tokens(self, references: Sequence[tuple[int, int]]) -> int:
+        return MAX_PROMPT_TOKENS
+
     def velocity(
         self, transformer: ModelMixin, noisy: Tensor, timestep: Tensor, batch: Batch, guidance: float | None = None
     ) -> Tensor:

@@ -26,6 +26,8 @@ from qwen_image_finetune.families.tiny import tiny_qwen_image_edit
 from qwen_image_finetune.records import Batch
 
 MODEL_AREA = 1024 * 1024
+SEEN_SIDE = 28  # pixels of a side of what is one token to the language model
+WORDS = 64  # tokens of a prompt of a few sentences, and of what the template has behind it
 
 
 class QwenImageEdit(Family):
@@ -75,6 +77,10 @@ class QwenImageEdit(Family):
         picture = pipe.image_processor.resize(reference, height, width)
         embeds, _ = pipe.encode_prompt(prompt, image=picture, device=device)
         return {"prompt_embeds": embeds[0]}
+
+    def text_tokens(self, references: Sequence[tuple[int, int]]) -> int:
+        """The language model sees the references: they are most of it."""
+        return WORDS + sum(round(width / SEEN_SIDE) * round(height / SEEN_SIDE) for width, height in references)
 
     def velocity(
         self, transformer: ModelMixin, noisy: Tensor, timestep: Tensor, batch: Batch, guidance: float | None = None

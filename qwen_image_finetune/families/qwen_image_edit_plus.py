@@ -46,5 +46,9 @@ class QwenImageEditPlus(QwenImageEdit):
         embeds, _ = pipe.encode_prompt(prompt, image=pictures or None, device=pipe.text_encoder.device)
         return {"prompt_embeds": embeds[0]}
 
+    def text_tokens(self, references: Sequence[tuple[int, int]]) -> int:
+        seen = [plus.calculate_dimensions(plus.CONDITION_IMAGE_SIZE, width / height) for width, height in references]
+        return super().text_tokens(seen)
+
     def tiny(self, folder: Path) -> None:
         tiny_qwen_image_edit(folder, QwenImageEditPlusPipeline, zero_cond_t=True)

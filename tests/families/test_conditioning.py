@@ -196,6 +196,21 @@ def test_without_references_the_prompt_alone_decides(
     assert np.array_equal(np.asarray(drawn[0]), np.asarray(expected.images[0]))
 
 
+def test_tokens_of_a_prompt_are_told_beforehand(family: Family, pipe: DiffusionPipeline) -> None:
+    """All but the words of the prompt; the tiny processors see small pictures as the real ones do."""
+    lengths, told = [], []
+    for size in ((112, 112), (224, 160)):
+        text = family.encode_text(pipe, "remove the hat", [picture(*size, seed=1)], [size])
+        lengths.append(len(text["prompt_embeds"]))
+        told.append(family.text_tokens([size]))
+    if family.name == "QwenImageEdit":
+        assert told[1] - told[0] == lengths[1] - lengths[0] == 48 - 16
+    elif family.name == "QwenImageEditPlus":
+        assert told[0] - family.text_tokens([]) == 14 * 14  # of 384 x 384 pixels, more than the tiny processor takes
+    else:
+        assert told == [512, 512]
+
+
 def test_padding_is_masked_and_changes_nothing(family: Family, pipe: DiffusionPipeline) -> None:
     """A batch of two rows whose texts differ in length predicts what each row predicts alone."""
     generator = torch.Generator().manual_seed(0)

@@ -40,10 +40,10 @@ ROWS: dict[str, tuple[str, str, int]] = {
 }
 LEVELS = 4  # noise levels at which each held-out pair's loss is measured
 DEFINITION = (
-    "kept: of the held-out loss that training on the bf16 base takes away, the share that this row takes away, from\n"
-    "the same start: (B - L) / (B - L'), with B the loss of the bf16 base before training, L' the loss after it, and L\n"
-    "that of the row. What quantisation itself costs counts against the row. Intervals: 95 %, of the mean over held-out\n"
-    "pairs; the chance in training is not in them: the row with another seed shows how large it is."
+    "kept: of the held-out loss that training on the bf16 base takes away, the share that this row takes away,\n"
+    "from the same start: (B - L) / (B - L'), with B the loss of the bf16 base before training, L' the loss after\n"
+    "it, and L that of the row. What quantisation itself costs counts against the row. Intervals: 95 %, of the\n"
+    "mean over held-out pairs; the chance in training is not in them: the row with another seed shows how large it is."
 )
 
 
@@ -137,18 +137,18 @@ def kept(row: Measured, reference: Measured) -> Interval:
 def table(measured: Sequence[Measured]) -> Iterator[str]:
     """The rows in words; the first is what the others are compared with."""
     reference = measured[0]
-    yield "base              before   after   difference from bf16 (95 %)     kept (95 %)             IoU drawn"
+    yield f"{'base':16}  before  after   {'difference from bf16 (95 %)':30}  {'kept (95 %)':26}  IoU drawn"
     for row in measured:
         drawn = "-" if row.iou is None else f"{row.iou:.3f}"
         line = f"{row.precision:16}  {np.mean(row.before):.4f}  {np.mean(row.after):.4f}"
         if row is reference:
-            yield f"{line}  {'':30}  {'100 %':22}  {drawn}"
+            yield f"{line}  {'':30}  {'100 %':26}  {drawn}"
             continue
         mean, low, high = t_interval((np.asarray(row.after) - np.asarray(reference.after)).tolist())
         share = kept(row, reference)
         difference = f"{mean:+.4f} ({low:+.4f} to {high:+.4f})"
         words = f"{share.mean:.1%} ({share.low:.1%} to {share.high:.1%})"
-        yield f"{line}  {difference:30}  {words:22}  {drawn}"
+        yield f"{line}  {difference:30}  {words:26}  {drawn}"
 
 
 if __name__ == "__main__":

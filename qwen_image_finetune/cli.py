@@ -157,8 +157,11 @@ def bench(options: argparse.Namespace) -> None:
     """Measure training steps of a full-size model with random weights, one setting beside the other."""
     from qwen_image_finetune.bench import Options, run
 
-    given = {field.name: getattr(options, field.name) for field in fields(Options)}
-    run(Options(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}))
+    given: dict[str, Any] = {}
+    for field in fields(Options):
+        value = getattr(options, field.name)
+        given[field.name] = tuple(value) if isinstance(value, list) else value
+    run(Options(**given))
 
 
 def export(options: argparse.Namespace) -> None:

@@ -3,8 +3,9 @@
     torchrun ... runs.py FILE.json      a list of {"config": file, "overrides": [...]}
 
 "do" is "train", unless it is "cache", or "refused": what must not run. "resume": [folder of a version, step] continues
-that checkpoint. "shared": whether the model is, whatever the launch says. Results go to FILE.RANK.json: the folder of
-the version and the bytes of weights that this process held, or the words of the refusal.
+that checkpoint, and "again" is a folder to write it to as soon as it is loaded. "shared": whether the model is,
+whatever the launch says. Results go to FILE.RANK.json: the folder of the version and the bytes of weights that this
+process held, or the words of the refusal.
 """
 
 from __future__ import annotations
@@ -40,17 +41,27 @@ def run(task: dict[str, Any]) -> dict[str, Any]:
     if task.get("do") == "refused":
         return {"refused": refusal(config)}
     held: list[int] = []
-    place = State.__init__
+    begin, load = State.__init__, State.load
 
     def measured(self: State, *arguments: Any, **named: Any) -> None:
-        place(self, *arguments, **named)
+        begin(self, *arguments, **named)
         held.append(local_bytes(self.learner.transformer))
 
+    def written_again(self: State, folder: Path) -> None:
+        load(self, folder)
+        snapshot = self.snapshot(keep=self.job.team.main)
+        if self.job.team.main:
+            again = Path(task["again"])
+            again.mkdir()
+            self.write(again, snapshot)
+
     State.__init__ = measured  # type: ignore[method-assign]
+    if "again" in task:
+        State.load = written_again  # type: ignore[method-assign]
     try:
         folder = train(config)
     finally:
-        State.__init__ = place  # type: ignore[method-assign]
+        State.__init__, State.load = begin, load  # type: ignore[method-assign]
     return {"run": None if folder is None else str(folder), "bytes": held[0]}
 
 

@@ -188,8 +188,8 @@ def run(options: Options, say: Callable[[str], None] = print) -> list[dict[str, 
     visits: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
     for number in range(options.rounds):
         for name, variant in variants.items():
-            say(f"round {number + 1} of {options.rounds}: {name}")
             visits[name].append(_visit(name, variant, options, family, about, batch))
+            say(f"round {number + 1} of {options.rounds}: {name}: {_in_short(visits[name][-1])}")
     rows = [_finished(_merged(visits[name]), found, options) for name in variants]
     for row in rows:
         if "error" not in row and "error" not in rows[0]:
@@ -199,6 +199,15 @@ def run(options: Options, say: Callable[[str], None] = print) -> list[dict[str, 
     for line in table(rows):
         say(line)
     return rows
+
+
+def _in_short(visit: dict[str, Any]) -> str:
+    """What is known before all rows are done."""
+    if "error" in visit:
+        return str(visit["error"])
+    graphs = "" if visit["compilations"] is None else f", {visit['compilations']} graphs"
+    peak = "" if visit["peak_bytes"] is None else f", peak {visit['peak_bytes'] / GIB:.2f} GiB"
+    return f"{statistics.median(visit['steps']):.1f} ms{peak}, {visit['attention']}, first {visit['first_step_seconds']:.1f} s{graphs}"
 
 
 def _finished(row: dict[str, Any], found: Footprint, options: Options) -> dict[str, Any]:

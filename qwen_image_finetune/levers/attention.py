@@ -187,7 +187,7 @@ def _flash_4_interface() -> Any:
     """Its forward and backward functions, None where the package is not installed."""
     try:
         return importlib.import_module("flash_attn.cute.interface")
-    except ImportError:
+    except (ImportError, RuntimeError):  # an installation that is not whole says so by the latter
         return None
 
 

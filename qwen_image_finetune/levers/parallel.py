@@ -92,6 +92,11 @@ def check(sharding: Sharding | None, config: Config, processes: int) -> None:
         )
     if config.model.quantize:
         raise ConfigError(f"model.quantize with FSDP: {QUANTISED}, or set model.quantize=false")
+    if config.train.offload_activations:
+        raise ConfigError(
+            "train.offload_activations with FSDP: weights that are gathered for a block would be taken for its "
+            "activations and copied to the host; use train.gradient_checkpointing"
+        )
     if config.train.mixed_precision == "fp16":
         raise ConfigError("train.mixed_precision=fp16 with FSDP: loss scaling needs whole gradients; use bf16")
     if not config.optimizer.class_path.startswith("torch.optim."):

@@ -70,6 +70,7 @@ def test_launch_configurations_that_are_refused(
     [
         ("model.quantize=true", r"model\.quantize with FSDP: .*ddp\.yaml, or set model\.quantize=false"),
         ("model.quantize=nf4", r"model\.quantize with FSDP"),
+        ("train.offload_activations=true", r"offload_activations with FSDP: .*train\.gradient_checkpointing"),
         ("train.mixed_precision=fp16", r"fp16 with FSDP: .*use bf16"),
         ("optimizer.class_path=bitsandbytes.optim.Adam8bit", r"Adam8bit with FSDP: .*torch\.optim\.AdamW"),
         ("optimizer.class_path=prodigyopt.Prodigy", r"Prodigy with FSDP: .*torch\.optim\.AdamW"),

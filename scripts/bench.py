@@ -4,6 +4,7 @@
     reading  a cached batch against reading its bytes
     cache    training from the cache against encoding on the way: steps a second and peak memory
     startup  --help, a refused configuration and a dry run, as whole processes
+    scaling  one, two and four processes: steps a second, and what a step takes in each of them
 
 Ratios of CPU seconds on one thread, variants interleaved, medians: other work on the machine moves wall time tenfold.
 """
@@ -237,7 +238,18 @@ def bench_startup(folder: Path, rounds: int) -> dict[str, Any]:
     return results
 
 
-BENCHES = {"loop": bench_loop, "reading": bench_reading, "cache": bench_cache, "startup": bench_startup}
+def bench_scaling(folder: Path, rounds: int) -> dict[str, Any]:
+    from bench_scaling import scaling
+
+    from qwen_image_finetune.embeddings import encode_dataset
+
+    config = configuration(folder, "FluxKontext")
+    quietly(partial(encode_dataset, config))
+    return scaling(folder / "config.yaml", folder, rounds)
+
+
+BENCHES = {"loop": bench_loop, "reading": bench_reading, "cache": bench_cache, "startup": bench_startup,
+           "scaling": bench_scaling}  # fmt: skip
 
 
 def main() -> None:

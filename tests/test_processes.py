@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 
 from qwen_image_finetune.processes import LaunchError, Team, asked_for, check_cards, check_start, encoder_device
@@ -71,6 +74,37 @@ def test_encoder_device(name: str | None, home: str, processes: int, device: str
             encoder_device(name, "cache.vae_encoder_device", home, processes)
     else:
         assert encoder_device(name, "cache.vae_encoder_device", home, processes) == device
+
+
+@pytest.mark.parametrize("section", ["cache", "train"])
+@pytest.mark.parametrize("name", ["vae_encoder_device", "text_encoder_device", "text_encoder_2_device"])
+def test_encoders_of_several_processes(section: str, name: str, configure: Callable[..., Any]) -> None:
+    """By the CPU or the process's own card; a card by its number is refused, before it is looked for."""
+    import torch
+
+    from qwen_image_finetune.preparation import encoder_homes
+
+    def homes(value: str) -> Any:
+        part = getattr(configure("FluxKontext", f"{section}.{name}={value}"), section)
+        return encoder_homes(part, section, torch.device("cuda", 3), Team(local_size=4))
+
+    component = name.removesuffix("_device").removesuffix("_encoder") if "vae" in name else name.removesuffix("_device")
+    assert homes("cuda")[component] == homes("null")[component] == torch.device("cuda", 3)
+    assert homes("cpu")[component] == torch.device("cpu")
+    with pytest.raises(LaunchError, match=rf"{section}\.{name}='cuda:1' with 4 processes on this machine"):
+        homes("cuda:1")
+
+
+@pytest.mark.parametrize("name", ["vae", "text_encoder", "text_encoder_2", "transformer"])
+def test_prediction_by_several_processes(
+    name: str, configure: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qwen_image_finetune.preparation import build_predictor
+
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(LaunchError, match=rf"predict\.devices\.{name}='cuda:1' with 2 processes on this machine"):
+        build_predictor(configure("FluxKontext", f"predict.devices.{name}=cuda:1"))
 
 
 def test_alone_nobody_is_waited_for() -> None:

@@ -217,7 +217,9 @@ class Pretraining:
 
     def measure(self, family: str) -> None:
         """PSNR on pairs that nobody trained on: what the base draws, the input itself, and the autoencoder's limit."""
-        predictor = open_base(self.config(family).train.trainer, self.exported(family), SIZE)
+        folder = self.exported(family)  # it may be all there is: work in progress is not committed
+        trainer = load_config(config_file(family), [f"model.pretrained_model_name_or_path={folder}"]).train.trainer
+        predictor = open_base(trainer, folder, SIZE)
         self.say(
             f"{family}: held-out PSNR in dB, {HELD_OUT} pairs of each instruction, {SAMPLING_STEPS} sampling steps"
         )

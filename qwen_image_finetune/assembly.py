@@ -35,7 +35,7 @@ class Learner:
     optimizer: Any  # accelerate's wrapper, which holds back steps whose fp16 gradients overflowed
     schedule: LRScheduler
     released: GradientRelease | None = None
-    _compiled: int = 0  # graphs that were spoken of
+    _compiled: int = -1  # graphs that were spoken of; none is worth a word too
 
     @property
     def learning_rate(self) -> float:

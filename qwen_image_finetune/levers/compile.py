@@ -19,6 +19,9 @@ from qwen_image_finetune.levers.recompute import Keep, Runner, blocks, recompute
 
 # torch stops compiling a function silently after eight shapes; the number of geometries is the bound here.
 MOST_GRAPHS = 1 << 12
+# Sizes of pictures, text and batch that get kernels of their own. Prompts can have hundreds of lengths, and each would
+# take a compilation: those beyond share kernels whose sizes are variables, which fits all of them.
+STATIC = 8
 
 
 class Compilation:
@@ -29,6 +32,7 @@ class Compilation:
         torch._dynamo.config.accumulated_recompile_limit = MOST_GRAPHS
         self.backend = backend
         self.geometries: set[tuple[torch.Size, ...]] = set()  # shapes that blocks were called with, whatever the kind
+        self.static: set[tuple[torch.Size, ...]] = set()  # of them, those with kernels of their own
         self._before = _num_graphs()
 
     @property
@@ -38,10 +42,15 @@ class Compilation:
 
     def wrap(self, run: Runner) -> Runner:
         """`run` (block, ..., *arguments), compiled; for `recompute`."""
-        compiled = torch.compile(run, dynamic=False, backend=self.backend)
+        static = torch.compile(run, dynamic=False, backend=self.backend)
+        symbolic = torch.compile(run, dynamic=True, backend=self.backend)
 
         def run_compiled(*arguments: Any) -> Any:
-            self.geometries.add(tuple(item.shape for item in arguments if isinstance(item, Tensor)))
+            geometry = tuple(item.shape for item in arguments if isinstance(item, Tensor))
+            if geometry not in self.geometries and len(self.geometries) < STATIC:
+                self.static.add(geometry)
+            self.geometries.add(geometry)
+            compiled = static if geometry in self.static else symbolic
             return compiled(*(_canonical(item) for item in arguments))
 
         return run_compiled
@@ -53,6 +62,8 @@ class Compilation:
 
     def words(self) -> str:
         """How often what was compiled."""
+        if self.geometries and self.num_graphs == 0:
+            return "train.compile: nothing could be compiled, blocks run as they are; TORCH_LOGS=graph_breaks says why"
         return f"compiled {self.num_graphs} graphs for {len(self.geometries)} sizes of pictures, text and batch"
 
 
@@ -76,7 +87,7 @@ def compilation_of(transformer: nn.Module) -> Compilation | None:
 def most_graphs(transformer: nn.Module, num_geometries: int) -> int:
     """The number of compilations that a run of so many sizes of batch and pictures never exceeds."""
     kinds = {type(block) for block in blocks(transformer)}
-    return (len(kinds) + 1) * num_geometries
+    return (len(kinds) + 1) * min(num_geometries, STATIC + 1)
 
 
 def _run(block: nn.Module, *arguments: Any) -> Any:

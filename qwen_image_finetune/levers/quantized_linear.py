@@ -73,7 +73,7 @@ class QuantizedLinear(nn.Linear):
         if self.computes_in_fp8 and input.dtype in (torch.bfloat16, torch.float16):
             output = Fp8Product.apply(input, self.weight, self.scale)
         else:
-            output = Product.apply(input, self.format, self.shape, self.blocksize, *self.stored())
+            output = Product.apply(input, *self.stored(), (self.format, self.shape, self.blocksize))
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
     def stored(self) -> tuple[Tensor, ...]:
@@ -174,22 +174,24 @@ def dequantised(
 
 
 class Product(torch.autograd.Function):
-    """y = x W^T with W dequantised for the moment, forward and for the gradient of x; W itself has no gradient."""
+    """y = x W^T with W dequantised for the moment, forward and for the gradient of x; W itself has no gradient.
+
+    What is no tensor comes last: the compiler of torch 2.11 takes tensors after it for others where an input of the
+    block needs no gradient, and leaves the block eager.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any, input: Tensor, format: str, shape: tuple[int, int], blocksize: int, *stored: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, input: Tensor, *stored_and_layout: Any) -> Tensor:
+        *stored, layout = stored_and_layout
         ctx.save_for_backward(*stored)
-        ctx.layout = format, shape, blocksize
-        return functional.linear(input, dequantised(format, shape, blocksize, stored, input.dtype))
+        ctx.layout = layout
+        return functional.linear(input, dequantised(*layout, tuple(stored), input.dtype))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         stored = ctx.saved_tensors
-        format, shape, blocksize = ctx.layout
-        gradient = gradients[0] @ dequantised(format, shape, blocksize, stored, gradients[0].dtype)
-        return gradient, None, None, None, *(None for _ in stored)
+        gradient = gradients[0] @ dequantised(*ctx.layout, stored, gradients[0].dtype)
+        return gradient, *(None for _ in stored), None
 
 
 class Fp8Product(torch.autograd.Function):

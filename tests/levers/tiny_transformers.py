@@ -31,7 +31,7 @@ def run(model: Any) -> Tensor:
         return forward(model)
 
 
-def forward(model: Any) -> Tensor:
+def forward(model: Any, text_tokens: int = 5) -> Tensor:
     """Its output for fixed inputs, (1, 6, 8)."""
     generator = torch.Generator().manual_seed(3)
 
@@ -40,14 +40,14 @@ def forward(model: Any) -> Tensor:
 
     arguments: dict[str, Any] = {
         "hidden_states": normal(1, 6, 8),
-        "encoder_hidden_states": normal(1, 5, 24),
+        "encoder_hidden_states": normal(1, text_tokens, 24),
         "timestep": torch.tensor([0.4]),
     }
     if isinstance(model, FluxTransformer2DModel):
         arguments |= {"pooled_projections": normal(1, 12), "guidance": torch.tensor([2.5])}
-        arguments |= {"img_ids": torch.arange(18.0).view(6, 3), "txt_ids": torch.zeros(5, 3)}
+        arguments |= {"img_ids": torch.arange(18.0).view(6, 3), "txt_ids": torch.zeros(text_tokens, 3)}
     else:
-        arguments |= {"encoder_hidden_states_mask": torch.ones(1, 5), "img_shapes": [[(1, 2, 3)]]}
+        arguments |= {"encoder_hidden_states_mask": torch.ones(1, text_tokens), "img_shapes": [[(1, 2, 3)]]}
     return model(**arguments, return_dict=False)[0]
 
 

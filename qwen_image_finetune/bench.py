@@ -205,9 +205,12 @@ def _in_short(visit: dict[str, Any]) -> str:
     """What is known before all rows are done."""
     if "error" in visit:
         return str(visit["error"])
-    graphs = "" if visit["compilations"] is None else f", {visit['compilations']} graphs"
-    peak = "" if visit["peak_bytes"] is None else f", peak {visit['peak_bytes'] / GIB:.2f} GiB"
-    return f"{statistics.median(visit['steps']):.1f} ms{peak}, {visit['attention']}, first {visit['first_step_seconds']:.1f} s{graphs}"
+    words = [f"{statistics.median(visit['steps']):.1f} ms", f"first {visit['first_step_seconds']:.1f} s"]
+    if visit["peak_bytes"] is not None:
+        words.append(f"peak {visit['peak_bytes'] / GIB:.2f} GiB")
+    if visit["compilations"] is not None:
+        words.append(f"{visit['compilations']} graphs")
+    return ", ".join([*words, visit["attention"]])
 
 
 def _finished(row: dict[str, Any], found: Footprint, options: Options) -> dict[str, Any]:

@@ -282,7 +282,9 @@ def decided(planner: Planner, card: int) -> tuple[Config, str]:
                 "only: set that"
             )
         for keep in keeps:
-            keys = {"train.blocks_to_swap": swapped, "train.keep_activations": keep}
+            keys: dict[str, Any] = {"train.blocks_to_swap": swapped, "train.keep_activations": keep}
+            if swapped:
+                keys["train.compile"] = False  # they exclude each other, and without swapping nothing fits
             prediction = planner.predict(with_keys(config, keys))
             if prediction.fits(card):
                 words = Change(keys, "").words(config) or "nothing to change"

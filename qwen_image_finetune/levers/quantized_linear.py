@@ -182,15 +182,16 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, *stored_and_layout: Any) -> Tensor:
-        *stored, layout = stored_and_layout
+        *stored, (format, shape, blocksize) = stored_and_layout
         ctx.save_for_backward(*stored)
-        ctx.layout = layout
-        return functional.linear(input, dequantised(*layout, tuple(stored), input.dtype))
+        ctx.layout = format, shape, blocksize
+        return functional.linear(input, dequantised(format, shape, blocksize, tuple(stored), input.dtype))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         stored = ctx.saved_tensors
-        gradient = gradients[0] @ dequantised(*ctx.layout, stored, gradients[0].dtype)
+        format, shape, blocksize = ctx.layout
+        gradient = gradients[0] @ dequantised(format, shape, blocksize, stored, gradients[0].dtype)
         return gradient, *(None for _ in stored), None
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from conftest import HERE
+from launching import HERE
 
 from qwen_image_finetune.config import load_config
 from qwen_image_finetune.embeddings import encode_dataset

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import one_machine
+from launching import one_machine
 from outcomes import checkpoint, files, losses, state_files
 
 OPTIONS = (

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import HERE, ended, free_port, one_machine
+from launching import HERE, ended, free_port, one_machine
 from outcomes import losses, weights
 
 from qwen_image_finetune import runs

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import HERE
 from diffusers import FluxTransformer2DModel
+from launching import HERE
 
 LARGEST = 0.1  # of the model: a tensor or two on their way, and what malloc keeps
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import ROOT, accelerated, clean_environment, ended, free_port, one_machine
+from launching import ROOT, accelerated, clean_environment, ended, free_port, one_machine
 from outcomes import losses, weights
 
 from qwen_image_finetune.runs import ENVIRONMENT

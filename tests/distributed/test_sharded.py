@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import accelerated, two_machines
+from launching import accelerated, two_machines
 from outcomes import checkpoint, files, furthest, losses, metrics, weights
 from PIL import Image
 from safetensors.torch import load_file, save_file

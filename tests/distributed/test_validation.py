@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from conftest import one_machine
+from launching import one_machine
 from outcomes import weights
 
 OPTIONS = ("train.max_train_steps=5", "train.checkpointing_steps=3", "model.lora.lora_dropout=0.2")

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from PIL.Image import Image
     from torch import Tensor, device, dtype
 
@@ -67,6 +69,8 @@ class Batch:
 def collate(rows: list[Encoded]) -> Batch:
     """Stack rows of one geometry; token sequences of unequal length are zero-padded and masked.
 
+    A single row is not copied: the batch shares its memory.
+
     Raises:
         ValueError: the rows differ in the shape of their target or references.
     """
@@ -84,11 +88,13 @@ def collate(rows: list[Encoded]) -> Batch:
     for name, tensor in first.text.items():
         tensors = [row.text[name] for row in rows]
         if tensor.ndim == 1:
-            text[name] = torch.stack(tensors)
+            text[name] = _stacked(tensors)
             continue
         lengths = torch.tensor([len(tokens) for tokens in tensors])
-        text[name] = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True)
-        if lengths.min() < lengths.max():
+        if lengths.min() == lengths.max():
+            text[name] = _stacked(tensors)
+        else:
+            text[name] = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True)
             text_mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
 
     masks = [row.mask for row in rows if row.mask is not None]
@@ -96,9 +102,15 @@ def collate(rows: list[Encoded]) -> Batch:
         masks = [torch.ones(row.target.shape[1:]) if row.mask is None else row.mask for row in rows]
     return Batch(
         keys=tuple(row.key for row in rows),
-        target=torch.stack([row.target for row in rows]),
-        references=tuple(torch.stack(column) for column in zip(*(row.references for row in rows), strict=True)),
+        target=_stacked([row.target for row in rows]),
+        references=tuple(_stacked(column) for column in zip(*(row.references for row in rows), strict=True)),
         text=text,
         text_mask=text_mask,
-        mask=torch.stack(masks) if masks else None,
+        mask=_stacked(masks) if masks else None,
     )
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    import torch
+
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(tuple(tensors))

@@ -145,13 +145,14 @@ def bench_reading(folder: Path, rounds: int) -> dict[str, Any]:
         target, reference, text = (store.read(key)["tensor"] for key in keys)
         return Encoded("sample", target, (reference,), {"text": text})
 
-    def batches(read: Callable[[list[str]], Any], stack: Callable[[list[Any]], Any]) -> None:
-        for first in range(0, len(samples), batch):
-            stack([read(keys) for keys in samples[first : first + batch]])
+    def batches(read: Callable[[list[str]], Any], stack: Callable[[list[Any]], Any], size: int = batch) -> None:
+        for first in range(0, len(samples), size):
+            stack([read(keys) for keys in samples[first : first + size]])
 
     variants: dict[str, Callable[[], None]] = {
         "bytes": partial(batches, lambda keys: [store.path(key).read_bytes() for key in keys], len),
         "entries": partial(batches, lambda keys: [store.read(key) for key in keys], len),
+        "batches of one": partial(batches, sample_of, collate, 1),
         "batches": partial(batches, sample_of, collate),
     }
     seconds: dict[str, list[float]] = {name: [] for name in variants}
@@ -161,7 +162,9 @@ def bench_reading(folder: Path, rounds: int) -> dict[str, Any]:
             run()
             seconds[name].append(time.process_time() - began)
     results = {}
-    for name, words in (("entries", "verified entries"), ("batches", f"the same stacked to batches of {batch}")):
+    measured = {"entries": "verified entries", "batches of one": "batches of one sample",
+                "batches": f"batches of {batch}, stacked"}  # fmt: skip
+    for name, words in measured.items():
         ratios = [one / other for one, other in zip(seconds[name], seconds["bytes"], strict=True)]
         low, median, high = statistics.quantiles(ratios, n=4)
         results[name] = {"read_over_bytes": median}

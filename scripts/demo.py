@@ -68,8 +68,8 @@ def demonstrate(name: str) -> Result:
     version = newest_version(ROOT / "demo/output" / name)
     lora, picture = newest_checkpoint(version) / "pytorch_lora_weights.safetensors", version / "prediction.png"
     face = sorted((HELD_OUT / "control_images").glob("*.jpg"))[0].relative_to(ROOT)
-    qif("predict", config, "--lora", lora, "--image", face, "--prompt", PROMPT, "--steps", str(SAMPLING_STEPS),
-        "--guidance", "1", "--output", picture)  # fmt: skip
+    qif("predict", config, "--lora", lora.relative_to(ROOT), "--image", face, "--prompt", PROMPT, "--steps",
+        str(SAMPLING_STEPS), "--guidance", "1", "--output", picture.relative_to(ROOT))  # fmt: skip
 
     predictor = open_base(FAMILIES[name], ROOT / load_config(ROOT / config).model.pretrained_model_name_or_path, 64)
     faces, masks = held_out(predictor)

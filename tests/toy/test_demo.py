@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 HELD_OUT = ROOT / "data/face_seg_held_out"
 PROMPT = "draw the segmentation mask of this face"
 FACES = 8
-STEPS = 120  # of the 300 that `make demo` takes, half as many pairs in each
+STEPS = 100  # of the 240 that `make demo` takes
 
 
 @pytest.mark.parametrize("name", ["flux_kontext", "qwen_image_edit"])
@@ -26,7 +26,7 @@ def test_a_lora_from_twenty_pairs_segments_faces_nobody_trained_on(
     monkeypatch.syspath_prepend(ROOT / "scripts")
     import draw_many
 
-    overrides = [f"train.max_train_steps={STEPS}", "data.batch_size=4", f"cache.cache_dir={tmp_path / 'cache'}",
+    overrides = [f"train.max_train_steps={STEPS}", f"cache.cache_dir={tmp_path / 'cache'}",
                  f"logging.output_dir={tmp_path / 'output'}", "logging.report_to=none"]  # fmt: skip
     config = load_config(ROOT / f"configs/demo_{name}.yaml", overrides)
     version = train(config)
@@ -46,5 +46,5 @@ def test_a_lora_from_twenty_pairs_segments_faces_nobody_trained_on(
     before = score(draw_many.draw)
     draw_many.add_lora(predictor, next(version.glob("checkpoint-*")) / "pytorch_lora_weights.safetensors")
     after = score(draw_many.draw)
-    assert before < 0.35
-    assert after > before + 0.15
+    assert before < 0.3
+    assert after > 0.55, after

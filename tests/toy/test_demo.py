@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 HELD_OUT = ROOT / "data/face_seg_held_out"
 PROMPT = "draw the segmentation mask of this face"
 FACES = 8
-STEPS = 100  # of the 240 that `make demo` takes
+STEPS = 100  # `make demo` takes 240 and 500
 
 
 @pytest.mark.parametrize("name", ["flux_kontext", "qwen_image_edit"])
@@ -47,4 +47,4 @@ def test_a_lora_from_twenty_pairs_segments_faces_nobody_trained_on(
     draw_many.add_lora(predictor, next(version.glob("checkpoint-*")) / "pytorch_lora_weights.safetensors")
     after = score(draw_many.draw)
     assert before < 0.3
-    assert after > 0.55, after
+    assert after > 0.55, after  # 0.72 and 0.74 were seen

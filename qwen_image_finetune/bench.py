@@ -251,10 +251,9 @@ def _chosen(options: Options, family: Family) -> dict[str, Variant | None]:
         found = Planner(family, _config(options, Variant(FREE)), [options.size] * 2).cheapest_change(size)
         if found is None:
             raise ConfigError(f"--card {card}: nothing that `qif plan` knows makes a {family.name} fit")
-        sections = [key.split(".", 1) for key in found[0].keys]
-        values = dict(zip((tuple(section) for section in sections), found[0].keys.values(), strict=True))
-        train = {**FREE, **{name: value for (section, name), value in values.items() if section == "train"}}
-        chosen[f"{size / GIB:g} GiB"] = Variant(train, values.get(("model", "quantize"), False), size)
+        keys = found[0].keys
+        train = {key.removeprefix("train."): value for key, value in keys.items() if key.startswith("train.")}
+        chosen[f"{size / GIB:g} GiB"] = Variant({**FREE, **train}, keys.get("model.quantize", False), size)
     return chosen
 
 

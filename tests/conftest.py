@@ -13,6 +13,7 @@ from filelock import FileLock
 
 if TYPE_CHECKING:
     from qwen_image_finetune.config import Config
+    from qwen_image_finetune.footprint import Footprint
 
 # Set before torch and the hub are imported, and inherited by the processes that tests start. One thread: tiny models
 # gain nothing from more, and tests that run side by side would only take the cores from each other.
@@ -126,3 +127,22 @@ def configure(tmp_path: Path, pairs: Path, tiny_checkpoints: dict[str, Path]) ->
         return load_config(path, overrides)
 
     return build
+
+
+@pytest.fixture(scope="session")
+def full_size() -> dict[str, Footprint]:
+    """The published models at 1024 x 1024 with one reference, adapter in bfloat16."""
+    import torch
+
+    from qwen_image_finetune.config import LoraConfig
+    from qwen_image_finetune.families import get_family
+    from qwen_image_finetune.footprint import footprint, stand_in
+    from qwen_image_finetune.plan import transformer_config
+
+    def measure(name: str) -> Footprint:
+        family = get_family(name)
+        about = transformer_config(family, None)
+        batch = stand_in(family, about, [(1024, 1024)] * 2, 1, 512)
+        return footprint(family, about, batch, LoraConfig(), adapter_dtype=torch.bfloat16)
+
+    return {name: measure(name) for name in ("FluxKontext", "QwenImageEdit")}

@@ -40,19 +40,6 @@ MEASURED: list[tuple[str, str, Any, float]] = [
 MODULATION = {"FluxKontext": 3072 * (19 * 12 + 38 * 3) * 3072, "QwenImageEdit": 3072 * 60 * 12 * 3072}
 
 
-@pytest.fixture(scope="module")
-def full_size() -> dict[str, Footprint]:
-    """The published models at 1024 x 1024 with one reference, adapter in bfloat16."""
-
-    def measure(name: str) -> Footprint:
-        family = get_family(name)
-        about = transformer_config(family, None)
-        batch = stand_in(family, about, [(1024, 1024)] * 2, 1, 512)
-        return footprint(family, about, batch, LoraConfig(), adapter_dtype=torch.bfloat16)
-
-    return {name: measure(name) for name in FAMILIES}
-
-
 @pytest.fixture
 def configured(tmp_path: Path) -> Callable[..., Config]:
     def configured(family: str, *overrides: str) -> Config:

@@ -5,12 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 
-from qwen_image_finetune.config import LoraConfig
-from qwen_image_finetune.families import get_family
-from qwen_image_finetune.footprint import Footprint, footprint, stand_in
-from qwen_image_finetune.plan import transformer_config
+from qwen_image_finetune.footprint import Footprint
 from qwen_image_finetune.speed import CARDS, Step, card_called, floor, seconds
 
 # Measured on an H100 80GB HBM3 with torch 2.11 on a prototype of these levers: r 16, 8704 tokens.
@@ -27,17 +23,6 @@ MEASURED: list[tuple[str, str | None, bool, Any, str, int]] = [
     ("QwenImageEdit", None, True, "none", "flash", 1543),
     ("QwenImageEdit", "fp8", True, "none", "flash", 1362),
 ]
-
-
-@pytest.fixture(scope="module")
-def full_size() -> dict[str, Footprint]:
-    def measure(name: str) -> Footprint:
-        family = get_family(name)
-        about = transformer_config(family, None)
-        batch = stand_in(family, about, [(1024, 1024)] * 2, 1, 512)
-        return footprint(family, about, batch, LoraConfig(), adapter_dtype=torch.bfloat16)
-
-    return {name: measure(name) for name in ("FluxKontext", "QwenImageEdit")}
 
 
 @pytest.mark.parametrize(("family", "format", "compiled", "keep", "attention", "measured"), MEASURED)

@@ -184,10 +184,10 @@ def _routed(theirs: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.cache
 def _flash_4_interface() -> Any:
-    """Its forward and backward functions, None where the package is not installed."""
+    """Its forward and backward functions, None where the package is not installed, or not whole."""
     try:
         return importlib.import_module("flash_attn.cute.interface")
-    except (ImportError, RuntimeError):  # an installation that is not whole says so by the latter
+    except (ImportError, RuntimeError):  # by the latter its compiler says that a part of it is missing
         return None
 
 

@@ -1,7 +1,7 @@
 """Make the toy bases toy/flux-kontext and toy/qwen-image-edit from nothing: small real models that follow instructions.
 
     python scripts/pretrain_toy.py [STAGE [FAMILY]] [--minutes M] [--pairs N] [--vae-steps N] [--steps N]
-                                   [--set KEY=VALUE] [--build FOLDER] [--out FOLDER]
+                                   [--set KEY=VALUE] [--seed N] [--start FOLDER] [--build FOLDER] [--out FOLDER]
 
 FAMILY is flux_kontext or qwen_image_edit; STAGE is `all` (the default: every stage, both families side by side) or
 
@@ -15,8 +15,10 @@ FAMILY is flux_kontext or qwen_image_edit; STAGE is `all` (the default: every st
     measure       held-out quality of each instruction
 
 A stage whose result is there is left out, and a transformer that was interrupted continues at its newest checkpoint:
-delete --build to start afresh. With --minutes everything but `measure` ends in time: the autoencoder's learning rate
-falls with the clock, and the transformer is stopped at a checkpoint. Measured lines are appended to pretraining.log.
+delete --build to start afresh. With --start toy it goes on from bases made before: their autoencoders stay as they
+are, and the transformers learn from new pictures if --seed is another. With --minutes everything but `measure` ends in
+time: the autoencoder's learning rate falls with the clock, and the transformer is stopped at a checkpoint. Measured
+lines are appended to pretraining.log.
 """
 
 from __future__ import annotations
@@ -56,7 +58,6 @@ from qwen_image_finetune.toy.measure import mean_psnr
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = 64  # pixels
-SEED = 0
 VAE_SHARE = 0.25  # of --minutes
 SAVING = 40  # seconds of --minutes that are kept for the last checkpoint and the export
 HELD_OUT = 16  # pairs of each instruction
@@ -96,6 +97,8 @@ class Pretraining:
     def __init__(self, options: argparse.Namespace) -> None:
         self.sizes = sizes(options)
         self.build, self.out = options.build.resolve(), options.out.resolve()
+        self.seed: int = options.seed
+        self.before: Path | None = options.start and options.start.resolve()  # the folder of the bases to go on from
         self.end = time.monotonic() + (60 * options.minutes if options.minutes else math.inf)
         self.seconds = 60 * options.minutes if options.minutes else math.inf
 
@@ -126,13 +129,19 @@ class Pretraining:
         """The pairs, as a dataset of our own layout, and posters for the autoencoders."""
         for folder in ("pairs/control_images", "pairs/training_images", "posters"):
             (self.build / folder).mkdir(parents=True, exist_ok=True)
-        names = edits.shuffled_names(SEED, self.sizes.pairs)
+        names = edits.shuffled_names(self.seed, self.sizes.pairs)
         with multiprocessing.get_context("fork").Pool(CORES) as pool:
-            pool.starmap(draw_one, ((self.build, index, name) for index, name in enumerate(names)), chunksize=32)
+            pool.starmap(
+                draw_one, ((self.build, self.seed, index, name) for index, name in enumerate(names)), chunksize=32
+            )
 
     def base(self, family: str) -> None:
         folder = self.build / family / "base"
         if (folder / "model_index.json").exists():
+            return
+        if self.before:
+            shutil.copytree(self.before / family.replace("_", "-"), folder)
+            shutil.copytree(folder / "vae", self.build / family / "vae")
             return
         with tempfile.TemporaryDirectory() as untrained:
             vae.new_vae(family).save_pretrained(untrained)
@@ -148,8 +157,8 @@ class Pretraining:
         model, device = vae.new_vae(family), loading.resolve_device(None, "device").type
         self.say(f"{family}: autoencoder of {sum(p.numel() for p in model.parameters()):,} weights on {device}")
         vae.train_vae(
-            model, self.drawn_pictures(), self.sizes.vae_steps, self.sizes.vae_batch, self.sizes.vae_rate, SEED, device,
-            VAE_SHARE * self.seconds, lambda line: self.say(f"  {family}: {line}"),
+            model, self.drawn_pictures(), self.sizes.vae_steps, self.sizes.vae_batch, self.sizes.vae_rate, self.seed,
+            device, VAE_SHARE * self.seconds, lambda line: self.say(f"  {family}: {line}"),
         )  # fmt: skip
         self.say(f"{family}: autoencoder, {reconstruction_words(model)}")
         model.save_pretrained(folder)
@@ -236,13 +245,13 @@ class Pretraining:
         return self.out / family.replace("_", "-")
 
 
-def draw_one(build: Path, index: int, name: str) -> None:
+def draw_one(build: Path, seed: int, index: int, name: str) -> None:
     """A pair, unless its last file is there already, and a poster for every fifth."""
     stem, pairs = f"{index:05d}", build / "pairs"
     words = pairs / f"training_images/{stem}.txt"
     if words.exists():
         return
-    pair = edits.draw_pair(name, SEED, index, SIZE)
+    pair = edits.draw_pair(name, seed, index, SIZE)
     pair.before.save(pairs / f"control_images/{stem}.png")
     pair.after.save(pairs / f"training_images/{stem}.png")
     if index % 5 == 0:
@@ -305,7 +314,7 @@ ON_THE_CPU = ("texts", "pictures", "export", "measure")
 def start(stage: str, family: str, options: argparse.Namespace, end: float) -> subprocess.Popen[bytes]:
     """This script again, for one stage of one family, with what is left of the time."""
     words = [sys.executable, __file__, stage, family, "--build", options.build, "--out", options.out]
-    for name in ("pairs", "vae_steps", "steps"):
+    for name in ("pairs", "vae_steps", "steps", "seed", "start"):
         if getattr(options, name):
             words += [f"--{name.replace('_', '-')}", getattr(options, name)]
     for override in options.set:
@@ -346,6 +355,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--vae-steps", type=int, help="steps of each autoencoder")
     parser.add_argument("--steps", type=int, help="steps of each transformer")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the configuration")
+    parser.add_argument(
+        "--seed", type=int, default=0, help=f"of the pictures; {edits.HELD_OUT_SEED} is of the held-out ones"
+    )
+    parser.add_argument("--start", type=Path, metavar="FOLDER", help="go on from the bases in it")
     parser.add_argument("--build", type=Path, default=ROOT / "build/toy", help="where work in progress is kept")
     parser.add_argument("--out", type=Path, default=ROOT / "toy", help="where finished bases and the log go")
     options = parser.parse_args()

@@ -23,6 +23,7 @@ class Canvas:
         self.picture = Image.new("RGB", (self.pixels, self.pixels), colour)
         self.labels = Image.new("L", (self.pixels, self.pixels), 0)
         self._picture, self._labels = ImageDraw.Draw(self.picture), ImageDraw.Draw(self.labels)
+        self.tint: Colour | None = None  # while it is set, everything is painted in this colour
         self.place(0.0, 0.0, 1.0, 0.0)
 
     def place(self, x: float, y: float, scale: float, angle: float) -> None:
@@ -39,7 +40,7 @@ class Canvas:
     def fill(self, points: Points, colour: Colour, part: int | None = None) -> None:
         """Fill a closed outline; `part` is the label it gets, None leaves the labels as they are."""
         corners = [(float(x), float(y)) for x, y in points @ self._matrix + self._offset]
-        self._picture.polygon(corners, fill=colour)
+        self._picture.polygon(corners, fill=self.tint or colour)
         if part is not None:
             self._labels.polygon(corners, fill=part)
 
@@ -47,6 +48,7 @@ class Canvas:
         """Draw an open line with round ends into the picture alone; `width` in units."""
         corners = [(float(x), float(y)) for x, y in points @ self._matrix + self._offset]
         pixels = max(1, round(width * self._unit))
+        colour = self.tint or colour
         self._picture.line(corners, fill=colour, width=pixels, joint="curve")
         radius = pixels / 2
         for x, y in (corners[0], corners[-1]):

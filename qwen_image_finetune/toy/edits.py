@@ -90,17 +90,21 @@ def _darker(picture: Image.Image) -> Image.Image:
 
 
 EDITS: dict[str, Edit] = {
-    "keep": Edit(("keep the picture as it is", "change nothing", "leave the photo as it is"), change=lambda x: x),
+    "keep": Edit(("keep the picture as it is", "change nothing", "leave the photo as it is"), 0.5, change=lambda x: x),
     "mirror": Edit(("mirror the picture", "flip the photo left to right", "mirror it"), change=ImageOps.mirror),
-    "grey": Edit(("make the picture grey", "remove all color", "turn the photo black and white"), change=_grey),
-    "invert": Edit(("invert the colors", "make a negative of the photo", "invert the picture"), change=ImageOps.invert),
-    "blur": Edit(("blur the picture", "make the photo blurry", "blur it"), change=_blur),
+    "grey": Edit(("make the picture grey", "remove all color", "turn the photo black and white"), 0.5, change=_grey),
+    "invert": Edit(
+        ("invert the colors", "make a negative of the photo", "invert the picture"), 0.5, change=ImageOps.invert
+    ),
+    "blur": Edit(("blur the picture", "make the photo blurry", "blur it"), 0.5, change=_blur),
     "outline": Edit(
         ("turn the photo into a pencil sketch", "draw the outline of the picture", "sketch the outline"),
         change=_outline,
     ),
     "posterise": Edit(
-        ("reduce the picture to a few strong colors", "make a poster of the photo", "posterize it"), change=_posterise
+        ("reduce the picture to a few strong colors", "make a poster of the photo", "posterize it"),
+        0.5,
+        change=_posterise,
     ),
     "stamp": Edit(("make a stamp in black and white", "print it in black ink", "turn it into a stamp"), change=_stamp),
     "blocks": Edit(("show the picture in large pixels", "make it blocky", "pixelate the photo"), 0.5, change=_blocks),
@@ -111,18 +115,18 @@ EDITS: dict[str, Edit] = {
     "darker": Edit(("make the picture darker", "darken the photo", "less light"), 0.5, change=_darker),
     "background": Edit(
         ("make the background {colour}", "change the background to {colour}", "put a {colour} wall behind the person"),
-        2.0,
+        3.0,
         wish=lambda colour: Wish(background=colour),
     ),
     "hair": Edit(
         ("make the hair {colour}", "color the hair {colour}", "give the person {colour} hair"),
-        2.0,
+        3.0,
         start=Wish(hat="none", hairy=True),
         wish=lambda colour: Wish(hat="none", hair=colour, hairy=True),
     ),
     "skin": Edit(
         ("paint the face {colour}", "make the skin {colour}", "give the person a {colour} face"),
-        2.0,
+        3.0,
         wish=lambda colour: Wish(skin=colour),
     ),
     "add glasses": Edit(
@@ -137,13 +141,26 @@ EDITS: dict[str, Edit] = {
     ),
     "add hat": Edit(
         ("add a hat to the person", "put a red hat on the head", "add a hat"),
+        2.0,
         start=Wish(hat="none"),
         wish=lambda colour: Wish(hat="plain"),
     ),
     "remove hat": Edit(
         ("remove the hat from the person", "take the hat off", "remove the hat"),
+        2.0,
         start=Wish(hat="any"),
         wish=lambda colour: Wish(hat="none"),
+    ),
+    "hat": Edit(
+        ("make the hat {colour}", "color the hat {colour}", "paint the hat {colour}"),
+        3.0,
+        start=Wish(hat="any"),
+        wish=lambda colour: Wish(hat="any", hat_colour=colour),
+    ),
+    "shirt": Edit(
+        ("make the shirt {colour}", "color the shirt {colour}", "paint the shirt {colour}"),
+        2.0,
+        wish=lambda colour: Wish(shirt=colour),
     ),
 }
 

@@ -74,7 +74,9 @@ class Wish(NamedTuple):
     hair: Colour | None = None
     skin: Colour | None = None
     glasses: Literal["none", "plain"] | None = None  # plain: dark lenses, the same on everybody
+    shirt: Colour | None = None
     hat: Literal["none", "any", "plain"] | None = None  # plain: the same hat on everybody
+    hat_colour: Colour | None = None  # of the whole hat, ribbon and all
     hairy: bool = False  # nobody is bald
 
 
@@ -113,7 +115,7 @@ def draw_face(rng: Generator, size: int, wish: Wish = AS_DRAWN) -> tuple[Image.I
         parting=rng.uniform(-0.8, 0.8),
     )
     _hair_behind(canvas, look)
-    _body(canvas, rng, look)
+    _body(canvas, rng, look, wish.shirt)
     _head(canvas, rng, look)
     _eyes(canvas, rng, look)
     _nose(canvas, rng, look)
@@ -126,6 +128,7 @@ def draw_face(rng: Generator, size: int, wish: Wish = AS_DRAWN) -> tuple[Image.I
         _glasses(elsewhere if wish.glasses else canvas, rng, look)
     if wish.glasses == "plain":
         _plain_glasses(canvas, look)
+    canvas.tint = wish.hat_colour
     if hat:
         hat(canvas if wish.hat in (None, "any") else elsewhere, rng, HAT, look.width)
     elif wish.hat == "any":
@@ -152,9 +155,10 @@ def _outline(look: Look, grow: float = 0.0) -> Points:
     return points
 
 
-def _body(canvas: Canvas, rng: Generator, look: Look) -> None:
+def _body(canvas: Canvas, rng: Generator, look: Look, wished: Colour | None) -> None:
     """Neck and shoulders, which belong to the background."""
-    shirt = hsv(rng.random(), rng.uniform(0.3, 0.9), rng.uniform(0.3, 0.95))
+    chosen = hsv(rng.random(), rng.uniform(0.3, 0.9), rng.uniform(0.3, 0.95))
+    shirt = wished or chosen
     shadow = shade(look.skin, 0.72)  # sets the neck off against the chin
     canvas.fill(oval(0, 3.3, 1.75, 2.05, 0.5, 1.0), shirt, BACKGROUND)
     canvas.fill(line((-0.36, 0.5), (0.36, 0.5), (0.42, 1.32), (0, 1.62), (-0.42, 1.32)), shadow, BACKGROUND)

@@ -57,6 +57,8 @@ def test_answers_that_pixels_decide() -> None:
         (Wish(), Wish(background=COLOURS["red"]), {BACKGROUND}),
         (Wish(hat="none"), Wish(hat="plain"), {HAT}),
         (Wish(hat="any"), Wish(hat="none"), {HAT}),
+        (Wish(hat="any"), Wish(hat="any", hat_colour=COLOURS["blue"]), {HAT}),
+        (Wish(), Wish(shirt=COLOURS["yellow"]), {BACKGROUND}),
         (Wish(hat="none"), Wish(hat="none", hair=COLOURS["green"]), {HAIR, FACE}),  # brows are hair on the face
     ],
 )
@@ -76,4 +78,4 @@ def test_shares_decide_how_often_an_instruction_comes() -> None:
     names = shuffled_names(0, 4000)
     assert names == shuffled_names(0, 4000)
     counts = {name: names.count(name) for name in EDITS}
-    assert 1.6 < counts["hair"] / counts["mirror"] < 2.5
+    assert 2.4 < counts["hair"] / counts["mirror"] < 3.8

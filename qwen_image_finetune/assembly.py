@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from diffusers import ModelMixin
     from torch.optim.lr_scheduler import LRScheduler
 
+OVERFLOWS_IN_A_ROW = 20  # each halves the scale of fp16, which starts at 2^16: more are no matter of the scale
+
 
 @dataclass
 class Learner:
@@ -35,6 +37,7 @@ class Learner:
     optimizer: Any  # accelerate's wrapper, which holds back steps whose fp16 gradients overflowed
     schedule: LRScheduler
     released: GradientRelease | None = None
+    overflows: int = 0  # steps in a row whose fp16 gradients overflowed
     _compiled: int = -1  # graphs that were spoken of; none is worth a word too
 
     @property
@@ -53,10 +56,26 @@ class Learner:
         norm = self.accelerator.clip_grad_norm_(self.parameters, limit or math.inf)
         return float(parallel.gathered(norm, keep=True))
 
-    def step(self) -> None:
-        """Update the weights. Without fp16 the wrapper has nothing to hold back, and costs time at every call."""
-        stepped = self.optimizer.optimizer if self.accelerator.scaler is None else self.optimizer
-        stepped.step()
+    def learn(self, loss: float, gradient_norm: float) -> bool:
+        """One optimizer step, and one of the schedule. What is not finite changes no weight.
+
+        Args:
+            loss, gradient_norm: of this step, the same in all processes.
+
+        Returns:
+            Whether the step was sound. fp16 gradients overflow now and then by design: the gradient scaler skips such a
+            step, and makes the next one's gradients smaller. A long row of overflows is no such thing.
+        """
+        scaler, finite = self.accelerator.scaler, math.isfinite(gradient_norm)
+        self.overflows = 0 if finite or scaler is None else self.overflows + 1
+        sound = math.isfinite(loss) and (finite or 0 < self.overflows < OVERFLOWS_IN_A_ROW)
+        if sound:  # without fp16 the wrapper has nothing to hold back, and costs time at every call
+            (self.optimizer if scaler is not None else self.optimizer.optimizer).step()
+        elif scaler is not None:
+            scaler.update()  # else it takes the next step's gradients for unscaled
+        self.optimizer.zero_grad(set_to_none=True)
+        self.schedule.step()
+        return sound
 
     def newly_compiled(self) -> str | None:
         """A sentence about train.compile, whenever it compiled more since the last call."""

@@ -15,7 +15,6 @@ Its parts have a module each:
 from __future__ import annotations
 
 import contextlib
-import math
 import signal
 import time
 from collections.abc import Iterator
@@ -133,22 +132,14 @@ def _loop(
         team.watched(config.train.collective_timeout),
     ):
         while progress.step < job.total_steps:
-            # The gradients of one step, and whether they can be learnt from
+            # The step
             began, learning_rate = time.monotonic(), learner.learning_rate
             loss, sigmas = _accumulate(job, learner, objective, stream, progress.step)
             gradient_norm = learner.gradient_norm(config.train.max_grad_norm)
             mean_loss, stop = agree(accelerator, loss, stopping.received)
-            # fp16 gradients overflow now and then by design; the gradient scaler skips those steps itself.
-            overflow = accelerator.scaler is not None and not math.isfinite(gradient_norm)
-            sound = math.isfinite(mean_loss) and (math.isfinite(gradient_norm) or overflow)
+            sound = learner.learn(mean_loss, gradient_norm)
             if not sound and config.train.release_gradients:
                 raise TrainingStopped(RELEASED_NOT_FINITE.format(progress.step + 1))
-
-            # The step
-            if sound:
-                learner.step()
-            learner.optimizer.zero_grad(set_to_none=True)
-            learner.schedule.step()
             progress.step += 1
             progress.bad_steps = 0 if sound else progress.bad_steps + 1
             if progress.step == first_step + 1:  # kernels are built, connections made: now nobody should be late

@@ -21,7 +21,7 @@ from qwen_image_finetune.optim import build_optimizer, build_scheduler
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from diffusers import ModelMixin
-    from torch.optim.lr_scheduler import LRScheduler
+    from torch.optim.lr_scheduler import LambdaLR
 
 OVERFLOWS_IN_A_ROW = 20  # each halves the scale of fp16, which starts at 2^16: more are no matter of the scale
 
@@ -35,7 +35,7 @@ class Learner:
     wrapped: nn.Module  # the same as the loop calls it: in several processes it averages gradients
     parameters: list[nn.Parameter]  # that are trained
     optimizer: Any  # accelerate's wrapper, which holds back steps whose fp16 gradients overflowed
-    schedule: LRScheduler
+    schedule: LambdaLR
     released: GradientRelease | None = None
     overflows: int = 0  # steps in a row whose fp16 gradients overflowed
     _compiled: int = -1  # graphs that were spoken of; none is worth a word too

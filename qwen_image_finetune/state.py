@@ -91,7 +91,12 @@ class State:
         saved["state"] = parallel.cut_state(saved["state"], learner.optimizer.optimizer)
         for note in restore_optimizer(learner.optimizer.optimizer, saved):
             self.job.say(f"note: {note}")
-        learner.schedule.load_state_dict(checkpoint.load_state(folder, "schedule"))
+        schedule = learner.schedule
+        schedule.load_state_dict(checkpoint.load_state(folder, "schedule"))
+        # The optimizer came with the rate that the schedule of then had for the next step; this run's may be longer.
+        groups = learner.optimizer.param_groups
+        for group, rate, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+            group["lr"] = rate * factor(schedule.last_epoch)
         if self.job.accelerator.scaler is not None:
             self.job.accelerator.scaler.load_state_dict(checkpoint.load_state(folder, "scaler"))
         self.progress.step, self.progress.bad_steps = progress["step"], progress["bad_steps"]

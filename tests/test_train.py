@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -108,6 +109,17 @@ def test_resume_is_bit_identical(name: str, accumulation: int, configure: Config
     assert losses(resumed) == losses(whole)[4:]
     assert_equal(weights(resumed), weights(whole))
     assert_equal(optimizer_state(resumed), optimizer_state(whole))
+
+
+def test_a_longer_run_goes_on_at_the_rate_of_its_own_schedule(configure: Configure) -> None:
+    """The rate of the first run is zero where it ends."""
+    options = ("lr_scheduler.scheduler_type=cosine", "train.resume_from_checkpoint=latest")
+    train(configure("FluxKontext", *options, "train.max_train_steps=5"))
+    run = train(configure("FluxKontext", *options, "train.max_train_steps=10"))
+    assert run is not None
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    expected = [0.005 * (1 + math.cos(math.pi * step / 10)) for step in range(5, 10)]
+    assert [line["learning_rate"] for line in lines[5:]] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

@@ -174,6 +174,9 @@ def test_a_data_set_class_of_ones_own_takes_its_own_arguments(load: Load) -> Non
         ({"train.num_epoch": 3}, "'train.num_epoch' is not a key; the nearest is 'train.num_epochs'"),
         ({"train.batch_size": 3}, "'train.batch_size' is not a key; the nearest is 'data.batch_size'"),
         ({"train.lr": 3}, "'train.lr' is not a key; the nearest is 'optimizer.init_args.lr'"),
+        ({"train.steps": 3}, "'train.steps' is not a key; the nearest is 'train.max_train_steps'"),
+        ({"network.linear": 3}, "'network' is not a key; the nearest is 'model.lora'"),
+        ({"optimizer.learning_rate": 3}, "nearest is 'optimizer.init_args.lr'"),
         ({"trian.seed": 3}, "'trian' is not a key; the nearest is 'train'"),
         (
             {"loss.something_else": 1},

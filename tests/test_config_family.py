@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from qwen_image_finetune.config import Config, ConfigError, import_class, load_config, resolve_family
+from qwen_image_finetune.config.family import model_problems
 from qwen_image_finetune.families import FAMILIES
 
 KEY = "model.pretrained_model_name_or_path"
@@ -71,6 +72,16 @@ def test_no_such_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: s
     (tmp_path / "inside").mkdir()
     monkeypatch.chdir(tmp_path / "inside")
     assert f"{KEY}=" in refusal(tmp_path, name)
+
+
+def test_a_mistyped_folder_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "toy/flux-kontext").mkdir(parents=True)
+    (tmp_path / "Qwen").mkdir()
+    message = refusal(tmp_path, "toy/flux_kontext")
+    assert f"no folder {tmp_path}/toy/flux_kontext; did you mean {tmp_path}/toy/flux-kontext?" in message
+    assert f"{tmp_path}/toy holds flux-kontext" in refusal(tmp_path, "./toy/else")
+    assert model_problems("Qwen/Qwen-Image-Edit") == model_problems("someone/model") == []
 
 
 def test_files_and_empty_folders(tmp_path: Path) -> None:

@@ -11,9 +11,11 @@ from typing import Any
 
 from qwen_image_finetune.config.registry import DEFAULT_FAMILY, FAMILIES, family_of_pipeline
 from qwen_image_finetune.config.schema import Config, ConfigError, shown
+from qwen_image_finetune.config.words import no_folder
 
 MODEL = "model.pretrained_model_name_or_path"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+EXAMPLES = {entry.example for entry in FAMILIES.values()}
 SUGGESTION = f"use a pipeline in diffusers layout, such as {FAMILIES[DEFAULT_FAMILY].example}"
 
 
@@ -31,9 +33,12 @@ def model_problems(name: Any) -> list[str]:
     if exists:
         return [f"{MODEL}={name!r} is a file; it takes a hub id or a folder in diffusers layout"]
     if name.startswith(("/", "./", "../", "~")) or name in (".", ".."):
-        return [f"{MODEL}={name!r}: this folder does not exist"]
+        return [f"{MODEL}={name!r}: {no_folder(folder)}"]
     if not HUB_ID.fullmatch(name):
-        return [f"{MODEL}={name!r} is neither an existing folder nor a hub id (owner/name)"]
+        return [f"{MODEL}={name!r} is neither an existing folder nor a hub id (owner/name): {no_folder(folder)}"]
+    if len(folder.parts) > 1 and Path(folder.parts[0]).is_dir() and name not in EXAMPLES:
+        # A mistyped path reads like a hub id, and would be looked for there for minutes.
+        return [f"{MODEL}={name!r}: {no_folder(folder)} (if a hub id is meant, {folder.parts[0]} must not be here)"]
     if fnmatchcase(name.lower(), "qwen/qwen*-vl*"):
         return [f"{MODEL}={name!r} is a language model, not an image model; {SUGGESTION}"]
     return []

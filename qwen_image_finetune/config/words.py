@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
+import os
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
@@ -14,6 +17,20 @@ from qwen_image_finetune.config.schema import OUR_DATASETS, Allowed, Config, Dat
 from qwen_image_finetune.config.tree import find
 
 WRONG_SECTION = 2  # a key of this name in another section counts as two letters away
+
+# What other trainers (ai-toolkit, musubi-tuner) call a key of ours, in whatever section: nearer than any spelling.
+ELSEWHERE = {
+    "steps": "train.max_train_steps",
+    "epochs": "train.num_epochs",
+    "max_train_epochs": "train.num_epochs",
+    "learning_rate": "optimizer.init_args.lr",
+    "network": "model.lora",
+    **dict.fromkeys(("rank", "linear", "network_dim"), "model.lora.r"),
+    **dict.fromkeys(("alpha", "linear_alpha", "network_alpha"), "model.lora.lora_alpha"),
+    **dict.fromkeys(("save", "save_every", "save_every_n_steps"), "train.checkpointing_steps"),
+    "name_or_path": "model.pretrained_model_name_or_path",
+    **dict.fromkeys(("datasets", "folder_path"), "data.init_args.dataset_path"),
+}
 
 
 def section_of(annotation: Any) -> type[Section] | None:
@@ -86,6 +103,8 @@ def unknown(key: str) -> str:
 def nearest(key: str) -> list[str]:
     """The known keys least far from `key`, at most three; none if all are far."""
     leaf = key.rpartition(".")[2]
+    if leaf in ELSEWHERE and key not in known_keys():
+        return [ELSEWHERE[leaf]]
     distances = {}
     for known in (*known_keys(), "optimizer.init_args.lr"):
         known_leaf = known.rpartition(".")[2]
@@ -97,6 +116,19 @@ def nearest(key: str) -> list[str]:
     if least > max(2, len(leaf) // 3 + 1):
         return []
     return [known for known, far in distances.items() if far == least][:3]
+
+
+def no_folder(folder: Path) -> str:
+    """That `folder` is not there: the place that was looked in, and what may have been meant."""
+    place = folder.absolute()
+    there = next(above for above in place.parents if os.path.isdir(above))
+    wanted = place.relative_to(there).parts[0]
+    inside = os.listdir(there) if os.access(there, os.R_OK) else []
+    names = sorted(name for name in inside if os.path.isdir(there / name) and not name.startswith("."))
+    close = difflib.get_close_matches(wanted, names, n=1)
+    if close:
+        return f"no folder {place}; did you mean {there / close[0]}?"
+    return f"no folder {place}; {there} holds {', '.join(names[:8]) or 'no folders'}{', ...' if len(names) > 8 else ''}"
 
 
 def distance(first: str, second: str) -> int:

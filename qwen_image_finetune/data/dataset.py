@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from qwen_image_finetune.data import suspects
 from qwen_image_finetune.data.geometry import (
     Crop,
     Extent,
@@ -101,6 +102,9 @@ class ImageDataset:
                     progress(done, len(chosen))
         finally:
             pool.shutdown(cancel_futures=True)  # an interrupt does not wait for the rest of the rows
+        if rows is None and not problems:
+            problems.update(dict.fromkeys(suspects.unchanged_problem(self.rows)))
+            self._note_pictures(decode)
         return list(problems)
 
     def plan(self, index: int, visit: int = 0) -> Plan:
@@ -223,6 +227,13 @@ class ImageDataset:
             self.notes.append(
                 f"{without} of {len(self.rows)} rows have no edit mask and count as foreground everywhere"
             )
+
+    def _note_pictures(self, decode: bool) -> None:
+        """Once all headers are read."""
+        found = suspects.unchanged_note(self.rows) if decode else []
+        if self._image_size is not None and self._crop == Crop():
+            found += suspects.cut_off_note(self._extents[self._first[:-1]], self._image_size)
+        self.notes += [note for note in found if note not in self.notes]
 
     def _read_extents(self, index: int) -> list[Extent]:
         """Upright sizes of the target, the references and the mask of a row; each header is read once."""

@@ -6,6 +6,7 @@ import difflib
 import re
 from pathlib import Path
 
+from qwen_image_finetune.config.words import no_folder
 from qwen_image_finetune.data.listing import PICTURES, Row, Tree
 from qwen_image_finetune.data.metadata import METADATA, read_metadata
 
@@ -28,7 +29,7 @@ def read_folder(folder: Path, *, masks: bool) -> tuple[list[Row], list[str]]:
         masks: look for edit masks; without, they are told from targets all the same, but not used.
     """
     if not folder.is_dir():
-        return [], [f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}"]
+        return [], [f"{folder}: not a folder" if folder.exists() else no_folder(folder)]
     tree = Tree(folder)
     tables = [name for name in METADATA if tree.file_fault(name) is None]
     if len(tables) > 1:
@@ -119,7 +120,7 @@ def _references(tree: Tree, targets: Names, problems: list[str]) -> tuple[dict[s
         elif name.startswith(REFERENCES):
             problems.append(f"{tree.folder / name}: not read; references lie in {REFERENCES}, {REFERENCES}_1, ...")
     if not folders:
-        problems += _lookalikes(tree)
+        problems += _unread_folders(tree)
     elif 0 not in folders:
         problems.append(
             f"{tree.folder}: {folders[min(folders)]} without {REFERENCES}, which holds the first references"
@@ -145,8 +146,15 @@ def _references(tree: Tree, targets: Names, problems: list[str]) -> tuple[dict[s
     return found, bool(folders)
 
 
-def _lookalikes(tree: Tree) -> list[str]:
-    """A mistyped folder would quietly turn editing into training on captions alone."""
+def _unread_folders(tree: Tree) -> list[str]:
+    """References under another name would quietly turn editing into training on captions alone."""
     names = [name for name, kind in tree.list().items() if kind != "file" and name != TARGETS]
     close = difflib.get_close_matches(REFERENCES, names, n=1, cutoff=0.75)
-    return [f"{tree.folder / name}: did you mean {REFERENCES}?" for name in close]
+    if close:
+        return [f"{tree.folder / close[0]}: did you mean {REFERENCES}?"]
+    return [
+        f"{tree.folder / name}: its pictures are not read; rename it to {REFERENCES} if they are the references, or "
+        "move it away to train on captions alone"
+        for name in sorted(names)
+        if tree.folder_fault(name) is None and any(Path(file).suffix.lower() in PICTURES for file in tree.list(name))
+    ]

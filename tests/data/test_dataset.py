@@ -176,7 +176,7 @@ def test_masks_follow_the_target(tmp_path: Path) -> None:
     half.save(tmp_path / "training_images/a_mask.png")
     data = dataset(tmp_path, use_edit_mask=True, image_size=[64, 64])
     assert data.check(decode=True) == []
-    assert data.notes == ["1 of 2 rows have no edit mask and count as foreground everywhere"]
+    assert data.notes[:1] == ["1 of 2 rows have no edit mask and count as foreground everywhere"]
     mask = data.load(0).mask
     assert mask is not None
     assert (mask.mode, mask.size) == ("L", (64, 64))
@@ -285,7 +285,35 @@ def test_several_folders(tmp_path: Path) -> None:
     pair(tmp_path / "y/faces", "b")
     data = dataset(first, tmp_path / "y/faces", tmp_path / "none")
     assert [row.key for row in data.rows] == ["1-faces/a", "2-faces/b"]
-    assert data.check() == [f"{tmp_path / 'none'}: no such folder"]
+    (line,) = data.check()
+    assert line.startswith(f"no folder {tmp_path / 'none'}; {tmp_path} holds ")
+
+
+def test_pairs_without_a_change_are_counted_and_refused_where_all_are(tmp_path: Path) -> None:
+    pair(tmp_path), pair(tmp_path, "b")
+    source, target = tmp_path / "control_images/b.png", tmp_path / "training_images/b.png"
+    source.write_bytes(target.read_bytes()[:-1] + b"x")  # of the same size
+    data = dataset(tmp_path)
+    assert data.check() == [] and data.notes == []
+    source.write_bytes(target.read_bytes())
+    data = dataset(tmp_path)
+    assert data.check(decode=True) == []
+    assert data.notes == ["1 of 2 pairs have the same picture as source and target: nothing to learn from them"]
+    pair(tmp_path, "a", target=(40, 40), reference=(40, 40))
+    (tmp_path / "control_images/a.png").write_bytes((tmp_path / "training_images/a.png").read_bytes())
+    (line,) = dataset(tmp_path).check()
+    assert line.startswith("every one of 2 pairs has the same picture as source and target")
+
+
+def test_a_fixed_shape_that_cuts_much_off_is_mentioned(tmp_path: Path) -> None:
+    pair(tmp_path, target=(90, 60)), pair(tmp_path, "b", target=(64, 60))
+    data = dataset(tmp_path, image_size=[32, 32])
+    assert data.check() == []
+    (note,) = data.notes
+    assert note.startswith("data.init_args.image_size=[32, 32] cuts up to 33% off 1 of 2 targets")
+    for options in ({}, {"image_size": [48, 32], "random_crop": True}):
+        data = dataset(tmp_path, **options)
+        assert data.check() == [] and data.notes == []
 
 
 def test_rows_that_differ_in_references_are_mentioned(tmp_path: Path) -> None:

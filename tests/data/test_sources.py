@@ -111,6 +111,14 @@ def test_captions_alone(tmp_path: Path) -> None:
     assert complaints(tmp_path) == ["control_image: did you mean control_images?"]
 
 
+def test_references_under_another_name_are_not_left_out_silently(tmp_path: Path) -> None:
+    lay(tmp_path, "training_images/a.png", "training_images/a.txt", "control/a.PNG", "notes/read.md")
+    (line,) = complaints(tmp_path)
+    assert line.startswith("control: its pictures are not read; rename it to control_images")
+    lay(tmp_path, "control_images/a.png")
+    assert [row.reference_names for row in read(tmp_path)] == [("control_images/a.png",)]
+
+
 @pytest.mark.parametrize(
     ("names", "problem"),
     [
@@ -137,8 +145,10 @@ def test_what_other_programs_leave_behind_is_no_data(tmp_path: Path) -> None:
 
 
 def test_folders_that_hold_nothing(tmp_path: Path) -> None:
-    assert complaints(tmp_path / "none") == [f"{tmp_path / 'none'}: no such folder"]
-    lay(tmp_path, "file")
+    assert complaints(tmp_path / "none") == [f"no folder {tmp_path / 'none'}; {tmp_path} holds no folders"]
+    lay(tmp_path, "file", "my_pairs/notes.txt")
+    (line,) = complaints(tmp_path / "my_pair")
+    assert line == f"no folder {tmp_path / 'my_pair'}; did you mean {tmp_path / 'my_pairs'}?"
     assert complaints(tmp_path / "file") == [f"{tmp_path / 'file'}: not a folder"]
     assert complaints(tmp_path)[0].startswith("training_images: no such folder; it holds the targets")
     lay(tmp_path, *pair("a"))

@@ -248,7 +248,7 @@ def _chosen(options: Options, family: Family) -> dict[str, Variant | None]:
     chosen.update((name, VARIANTS[name]) for name in names if name != BASELINE)
     for card in options.cards:
         size = parse_memory(card)
-        found = Planner(family, _config(options, Variant(FREE)), [options.size] * 2).cheapest_change(size)
+        found = Planner(family, _config(options, Variant(FREE)), None, [options.size] * 2).cheapest_change(size)
         if found is None:
             raise ConfigError(f"--card {card}: nothing that `qif plan` knows makes a {family.name} fit")
         keys = found[0].keys

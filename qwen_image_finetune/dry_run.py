@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qwen_image_finetune.config import Config, resolve_family
+from qwen_image_finetune.levers.stored_precision import base_precision, local_checkpoint
 
 
 def describe(config: Config) -> str:
@@ -22,7 +23,8 @@ def _plan(config: Config) -> Iterator[str]:
     family, source = resolve_family(config)
     model, train, data = config.model, config.train, config.data
     yield f"model:    {family} ({source}), from {model.pretrained_model_name_or_path}"
-    yield from _base(config)
+    checkpoint = local_checkpoint(model)
+    yield from _base(config, checkpoint)
     if model.lora is None:
         yield "trains:   every weight of the transformer"
     else:
@@ -34,7 +36,7 @@ def _plan(config: Config) -> Iterator[str]:
     ends += [f"{train.num_epochs} epochs"] if train.num_epochs else []
     yield f"length:   {', or '.join(ends)}, whichever ends first" if len(ends) > 1 else f"length:   {ends[0]}"
     yield f"learning: {config.optimizer.class_path} {config.optimizer.init_args}, {config.lr_scheduler.scheduler_type}"
-    yield from _memory(config)
+    yield from _memory(config, checkpoint)
     where = f"the cache in {config.cache.cache_dir}" if config.cache.use_cache else "encoders that stay loaded"
     yield f"encodes:  from {where}"
     project = config.logging.project_dir
@@ -43,17 +45,15 @@ def _plan(config: Config) -> Iterator[str]:
         yield f"resumes:  {train.resume_from_checkpoint}"
 
 
-def _base(config: Config) -> Iterator[str]:
+def _base(config: Config, checkpoint: Path | None) -> Iterator[str]:
     """Precision of the frozen weights, and the layers that fit it worst, where the checkpoint lies on this machine."""
     model = config.model
     asked = "fp8" if model.quantize is True else model.quantize
-    folder = Path(model.pretrained_model_name_or_path).expanduser() / "transformer"
-    if not folder.is_dir():
-        if asked:
-            yield f"          frozen base quantised to {asked}"
+    if checkpoint is None:
+        known = f"frozen base quantised to {asked}" if asked else "the precision of the base is known when it is here"
+        yield f"          not on this machine; {known}"
         return
-    from qwen_image_finetune.levers.stored_precision import base_precision
-
+    folder = checkpoint / "transformer"
     precision = base_precision(folder, model)
     if precision.stored:
         yield f"          frozen base in {precision.format}, as the checkpoint is ({precision.source})"
@@ -69,9 +69,9 @@ def _base(config: Config) -> Iterator[str]:
         yield f"          {above} above {bound:.0%}, to be left in full precision"
 
 
-def _memory(config: Config) -> Iterator[str]:
+def _memory(config: Config, checkpoint: Path | None) -> Iterator[str]:
     """Predicted peaks, where the checkpoint lies on this machine; else nothing heavy is loaded for a guess at it."""
-    if not (Path(config.model.pretrained_model_name_or_path).expanduser() / "transformer").is_dir():
+    if checkpoint is None:
         yield "memory:   `qif plan` predicts it from the architecture"
         return
     from qwen_image_finetune.plan_words import summary

@@ -6,6 +6,7 @@ the adapter in place; what autograd would save is counted. The full-size models 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -165,7 +166,9 @@ def footprint(
         for block in blocks(model):
             added = sum(p.numel() for p in block.parameters() if p.requires_grad)
             adapter += kinds[type(block).__name__].count * added
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
+        # Norms of a model that is trained itself are in float32; that no fused kernel takes them is of no use here.
+        warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
         _replace(model, lambda parameter: adapter_dtype if parameter.requires_grad else dtype)  # masters stay exact
         _run(family, model, batch, kinds, dtype, mixed=adapter_dtype != dtype)
     return Footprint(kinds, outside, adapter, lora is None)

@@ -69,7 +69,8 @@ def open_job(config: Config) -> Job:
     place = folder / "transformer"
     precision = base_precision(place, config.model)  # a contradiction is refused before embeddings are computed
     parallel.check_base(sharding, place, precision)
-    config, expectation = settled(config, family, largest_sample(pairs.training), accelerator.device)
+    largest, device = largest_sample(pairs.training), accelerator.device
+    config, expectation = settled(config, family, folder, largest, device, team.local_size)
     dtype = loading.encoder_dtype(config.train.mixed_precision)
     held_out = None
     if pairs.held_out is not None:

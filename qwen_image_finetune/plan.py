@@ -23,6 +23,7 @@ from qwen_image_finetune.config.schema import shown
 from qwen_image_finetune.config.tree import find
 from qwen_image_finetune.families.base import Family
 from qwen_image_finetune.footprint import Footprint, footprint, stand_in
+from qwen_image_finetune.host_memory import free_host_memory
 from qwen_image_finetune.levers.stored_precision import base_precision
 from qwen_image_finetune.levers.swap import AHEAD
 
@@ -40,12 +41,24 @@ ADAM = 8
 AT_WORK = 10
 # Outside of what torch allocates: the driver's context, libraries, the fragments between tensors.
 OUTSIDE = GIB
+# Of the host, of each process: libraries, the driver, what is read ahead.
+PROGRAM = 4 * GIB
 TEXT_TOKENS = 512  # what Kontext pads prompts to; measured steps have as many, whatever the family
 KEEPS: tuple[float | None, ...] = (None, 1.0, 0.8, 0.6, 0.4, 0.2, 0.0)
 # Parameters of encoders and VAE in the published checkpoints, for those that are not at hand.
 ENCODERS = {"FluxKontext": 4.97e9, "QwenImageEdit": 8.42e9, "QwenImageEditPlus": 8.42e9}
 
 ENCODER_PARTS = ("text_encoder", "text_encoder_2", "vae_encoder")
+
+# What makes each part that waits on the host smaller, at the least cost.
+HOST_REMEDIES = {
+    "the whole base, while it loads": "a base of fewer bits is smaller, and swaps less or nothing (docs/precision.md)",
+    "swapped blocks": "a base of fewer bits is smaller, and swaps less or nothing (docs/precision.md)",
+    "activations": "train.offload_activations=false",
+    "encoders": "cache.use_cache=true",
+    "encoders, while they encode": "cache.text_encoder_device and the like without cpu",
+    "the program": "close other programs",
+}
 
 
 @dataclass(frozen=True)
@@ -54,6 +67,7 @@ class Prediction:
 
     device: dict[str, int]
     host: dict[str, int]
+    host_before: dict[str, int]  # on the host before training, one after the other
     encoding: int  # on the device while the data set is encoded, if that happens there
     operations: int  # floating-point operations of one forward and backward pass
 
@@ -61,6 +75,13 @@ class Prediction:
     def peak(self) -> int:
         """Largest number of bytes that torch allocates on the device while training."""
         return sum(self.device.values())
+
+    @property
+    def host_parts(self) -> dict[str, int]:
+        """What the host holds at the moment when it holds most."""
+        staying = {name: size for name, size in self.host.items() if name in ("the program", "encoders")}
+        moments = [self.host, *({**staying, name: size} for name, size in self.host_before.items())]
+        return max(moments, key=lambda parts: sum(parts.values()))
 
     def fits(self, card: int) -> bool:
         return max(self.peak, self.encoding) + OUTSIDE <= card
@@ -83,14 +104,15 @@ class Change:
 class Planner:
     """Predictions for one model, one geometry and any settings."""
 
-    def __init__(self, family: Family, config: Config, sizes: Sequence[Size] | None = None) -> None:
+    def __init__(
+        self, family: Family, config: Config, folder: Path | None, sizes: Sequence[Size] | None = None
+    ) -> None:
         """
         Args:
+            folder: of the checkpoint; None where it is not on this machine: the published model is taken for it.
             sizes: (width, height) of target and references; without them, one reference at the size that is set.
         """
-        self.family, self.config = family, config
-        folder = Path(config.model.pretrained_model_name_or_path).expanduser()
-        self.folder = folder if folder.is_dir() else None
+        self.family, self.config, self.folder = family, config, folder
         self.sizes = tuple(sizes) if sizes else self._usual_sizes()
         self.text_tokens = family.text_tokens(self.sizes[1:])
         self.format = self._format()
@@ -134,13 +156,17 @@ class Planner:
             "the block at work": at_work,
         }
         encoders = self._encoders()
-        if not config.cache.use_cache and not train.low_memory:
-            device["encoders"] = encoders
-        host = {"swapped blocks": host_weights, "activations": offloaded, "the program": 4 * GIB}
+        host = {"swapped blocks": host_weights, "activations": offloaded, "the program": PROGRAM}
+        if not config.cache.use_cache:
+            (host if train.low_memory else device)["encoders"] = encoders
         on_cpu = all(getattr(config.cache, f"{name}_device") == "cpu" for name in ENCODER_PARTS)
-        encoding = encoders if config.cache.use_cache and not on_cpu else 0
-        device, host = ({name: size for name, size in part.items() if size} for part in (device, host))
-        return Prediction(device, host, encoding, found.operations(keep))
+        encoding = encoders if config.cache.use_cache else 0
+        before = {
+            "the whole base, while it loads": weights[0] + in_blocks if swapped else 0,  # never through a small card
+            "encoders, while they encode": encoding if on_cpu else 0,
+        }
+        device, host, before = ({key: size for key, size in part.items() if size} for part in (device, host, before))
+        return Prediction(device, host, before, 0 if on_cpu else encoding, found.operations(keep))
 
     def cheapest_change(self, card: int) -> tuple[Change, Prediction] | None:
         """The first of `changes` with which the run fits; None if nothing helps enough."""
@@ -210,10 +236,9 @@ class Planner:
     def _encoders(self) -> int:
         """Bytes of the encoders and the VAE, as files say or as they are published."""
         dtype = torch.bfloat16 if self.config.train.mixed_precision == "bf16" else torch.float32
-        if self.folder is None:
-            return int(ENCODERS.get(self.family.name, 0) * dtype.itemsize)
-        files = [path for path in self.folder.glob("*/*.safetensors") if path.parent.name != "transformer"]
-        return sum(path.stat().st_size for path in files)
+        files = [] if self.folder is None else self.folder.glob("*/*.safetensors")
+        found = sum(path.stat().st_size for path in files if path.parent.name != "transformer")
+        return found or int(ENCODERS.get(self.family.name, 0) * dtype.itemsize)
 
     def _format(self) -> str | None:
         if self.folder is not None:
@@ -228,11 +253,20 @@ class Planner:
         return (size, size)
 
 
-def settled(config: Config, family: Family, sizes: Sequence[Size], device: torch.device) -> tuple[Config, str | None]:
-    """The configuration with every "auto" of memory decided for this machine, and a sentence about it.
+def settled(
+    config: Config,
+    family: Family,
+    folder: Path | None,
+    sizes: Sequence[Size],
+    device: torch.device,
+    processes: int = 1,
+) -> tuple[Config, str | None]:
+    """The configuration with every "auto" of memory decided for this machine, and what to say of it.
 
     Args:
+        folder: of the checkpoint; None: see Planner.
         sizes: of the largest sample, target first.
+        processes: that share this machine's host memory.
 
     Raises:
         ConfigError: blocks would have to be swapped, which the configuration excludes; or nothing fits.
@@ -242,12 +276,29 @@ def settled(config: Config, family: Family, sizes: Sequence[Size], device: torch
         keys: dict[str, Any] = {name: 0.0 if "keep" in name else 0 for name, value in _autos(config) if value == "auto"}
         untuned = keys or config.train.memory == "auto"
         return with_keys(config, keys), "no card here: memory is not tuned" if untuned else None
-    planner = Planner(family, config, sizes)
+    planner = Planner(family, config, folder, sizes)
     if asks(config):
-        return decided(planner, card)
-    expected = planner.predict()
-    sentence = f"{expected.peak / GIB:.1f} GiB expected on the card, {card / GIB:.1f} are free"
-    return config, sentence if expected.fits(card) else f"{sentence}: it may not fit; `qif plan` says what would"
+        config, sentence = decided(planner, card)
+        expected = planner.predict(config)
+    else:
+        expected = planner.predict()
+        sentence = f"{expected.peak / GIB:.1f} GiB expected on the card, {card / GIB:.1f} are free"
+        if not expected.fits(card):
+            sentence += ": it may not fit; `qif plan` says what would"
+    return config, "\n".join([sentence, *host_warnings(expected, processes)])
+
+
+def host_warnings(prediction: Prediction, processes: int = 1) -> Iterator[str]:
+    """A line if this machine has less host memory left than a run needs: the system would end it without a word."""
+    parts, free = prediction.host_parts, free_host_memory()
+    needed = processes * sum(parts.values())
+    if free is None or needed <= free:
+        return
+    largest = max(parts, key=lambda name: parts[name])
+    yield (
+        f"warning: needs {needed / GIB:.1f} GiB of host memory, {free / GIB:.1f} are free: the system may end the run "
+        f"without a word. Most is {largest} ({processes * parts[largest] / GIB:.1f}): {HOST_REMEDIES[largest]}"
+    )
 
 
 def asks(config: Config) -> bool:
@@ -257,17 +308,22 @@ def asks(config: Config) -> bool:
     return train.memory == "auto" or _swapping(config) or keep
 
 
+class NothingFits(ConfigError):
+    """Nothing that may be decided makes the run fit."""
+
+
 def decided(planner: Planner, card: int) -> tuple[Config, str]:
     """The planner's configuration with every "auto" of memory decided for a card of so many bytes, and a sentence.
 
     Raises:
-        ConfigError: blocks would have to be swapped, which the configuration excludes; or nothing fits.
+        ConfigError: blocks would have to be swapped, which the configuration excludes.
+        NothingFits: with no choice.
     """
     config, train = planner.config, planner.config.train
     if train.memory == "auto":
         found = planner.fastest_that_fits(card)
         if found is None:
-            raise ConfigError(_nothing_fits(card, "train.memory=auto"))
+            raise _nothing_fits(config, card, "train.memory=auto")
         change, prediction = found
         chosen = {key: value for key, value in change.keys.items() if key != "train.memory"}
         words = Change(chosen, "").words(config) or "nothing to change"
@@ -289,12 +345,13 @@ def decided(planner: Planner, card: int) -> tuple[Config, str]:
             if prediction.fits(card):
                 words = Change(keys, "").words(config) or "nothing to change"
                 return with_keys(config, keys), f"memory: {words} ({prediction.peak / GIB:.1f} GiB expected)"
-    raise ConfigError(_nothing_fits(card, "every block swapped"))
+    raise _nothing_fits(config, card, "every block swapped" if _swapping(config) else "everything computed twice")
 
 
 def _swapping(config: Config) -> bool:
     train = config.train
-    return train.blocks_to_swap == "auto" or (train.low_memory and train.blocks_to_swap == 0)
+    low = train.low_memory and train.blocks_to_swap == 0 and config.model.lora is not None  # what learns is not swapped
+    return low or train.blocks_to_swap == "auto"
 
 
 def _autos(config: Config) -> list[tuple[str, Any]]:
@@ -302,11 +359,22 @@ def _autos(config: Config) -> list[tuple[str, Any]]:
     return [("train.blocks_to_swap", train.blocks_to_swap), ("train.keep_activations", train.keep_activations)]
 
 
-def _nothing_fits(card: int, tried: str) -> str:
-    return (
+def _nothing_fits(config: Config, card: int, tried: str) -> NothingFits:
+    return NothingFits(
         f"{tried}: even so the run does not fit the {card / GIB:.0f} GiB of this card; `qif plan CONFIG` says what "
-        "would: a quantised base (model.quantize), a smaller resolution or batch"
+        f"would, such as {last_resort(config)}"
     )
+
+
+def last_resort(config: Config) -> str:
+    """What is left where neither time nor memory on the host makes a run fit."""
+    if config.model.lora is None:
+        return (
+            "model.lora in place of null, for an adapter needs a fraction of it, or the model shared over several "
+            "cards (configs/accelerate/fsdp2.yaml)"
+        )
+    base = "" if config.model.quantize else "a quantised base (model.quantize), "
+    return f"{base}a smaller data.init_args.resolution or data.batch_size"
 
 
 def transformer_config(family: Family, folder: Path | None) -> dict[str, Any]:
@@ -326,12 +394,14 @@ def parse_memory(text: str) -> int:
     """Bytes of "24GB", "24GiB" or "24": cards are named by GB and have GiB.
 
     Raises:
-        ConfigError: it is no such amount.
+        ConfigError: it is no such amount, or one that no card has.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:G|GB|GiB)?", text.strip(), re.IGNORECASE)
-    if match is None or float(match[1]) <= 0:
+    if match is None or not 0 < float(match[1]) <= 1000:
         known = ", ".join(card.name for card in speed.CARDS)
-        raise ConfigError(f"--card {text!r} is no amount of memory; write it like 24GB (`qif plan` also takes {known})")
+        raise ConfigError(
+            f"--card {text!r} is no amount of memory of a card; write it like 24GB (`qif plan` also takes {known})"
+        )
     return int(float(match[1]) * GIB)
 
 

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from contextlib import suppress
 
 import torch
 
 from qwen_image_finetune import speed
-from qwen_image_finetune.config import Config, resolve_family
+from qwen_image_finetune.config import Config, ConfigError, resolve_family
 from qwen_image_finetune.families import get_family
 from qwen_image_finetune.levers import attention
+from qwen_image_finetune.levers.stored_precision import local_checkpoint
 from qwen_image_finetune.loading import weight_dtype
 from qwen_image_finetune.plan import (
     GIB,
     OUTSIDE,
+    NothingFits,
     Planner,
     asks,
     card_memory,
     decided,
+    host_warnings,
+    last_resort,
     parse_memory,
     with_keys,
 )
@@ -30,9 +36,9 @@ def describe(config: Config, card: str | None) -> str:
         card: its memory, such as "24GB", or its name, such as "H100"; without it, this machine's card if there is one.
 
     Raises:
-        ConfigError: `card` is neither; the checkpoint contradicts the configuration; memory is "auto" and nothing fits.
+        ConfigError: `card` is neither, or several cards; the checkpoint contradicts the configuration.
     """
-    planner = Planner(get_family(resolve_family(config)[0]), config)
+    planner = Planner(get_family(resolve_family(config)[0]), config, local_checkpoint(config.model))
     named = card_named(card)
     memory = card_memory() if card is None else named.memory * GIB if named is not None else parse_memory(card)
     return "\n".join(_lines(planner, memory, named, here=card is None))
@@ -40,7 +46,8 @@ def describe(config: Config, card: str | None) -> str:
 
 def summary(config: Config) -> Iterator[str]:
     """The plan in a few words: peaks, this machine's card, and the time of a step where it can be told."""
-    planner, card = Planner(get_family(resolve_family(config)[0]), config), card_memory()
+    planner = Planner(get_family(resolve_family(config)[0]), config, local_checkpoint(config.model))
+    card = card_memory()
     yield from _decide(planner, card)
     prediction = planner.predict()
     largest = sorted(prediction.device.items(), key=lambda part: -part[1])[:2]
@@ -48,22 +55,29 @@ def summary(config: Config) -> Iterator[str]:
     yield f"{prediction.peak / GIB:.1f} GiB on the card while training: {parts}, ..."
     if prediction.encoding:
         yield f"{prediction.encoding / GIB:.1f} GiB on the card while encoding, if the cache is not complete"
-    yield f"{sum(prediction.host.values()) / GIB:.1f} GiB on the host"
+    yield f"{sum(prediction.host_parts.values()) / GIB:.1f} GiB on the host"
     if card is None:
         yield "no card here: `qif plan CONFIG --card 24GB` says whether it fits, and what would"
     else:
         words = "fits" if prediction.fits(card) else "does not fit"
         yield f"{words} the {card / GIB:.1f} GiB that are free here; `qif plan CONFIG` says more"
         yield step_words(planner, planner.config, planner.format, card_named(None), here=True)
+        yield from host_warnings(prediction)
 
 
 def _lines(planner: Planner, card: int | None, named: speed.Card | None, here: bool) -> Iterator[str]:
-    family, notes = planner.family, list(_decide(planner, card))
-    prediction, found, config = planner.predict(), planner.footprint, planner.config
+    notes: list[str] = []
+    with suppress(NothingFits):  # the table shows why, and what is proposed below is more than "auto" may change
+        notes += _decide(planner, card)
+    family, config, prediction, found = planner.family, planner.config, planner.predict(), planner.footprint
     sizes = ", ".join(f"{width}x{height}" for width, height in planner.sizes)
     base = planner.format or config.train.mixed_precision
     yield f"{family.name}, {found.weights / 1e9:.2f} billion weights, base in {base}"
     yield f"target and references {sizes}, {config.data.batch_size} a batch, {planner.text_tokens} tokens of text"
+    if planner.folder is None and planner.format is None and config.model.lora is not None:
+        name = config.model.pretrained_model_name_or_path
+        yield f"{name} is not on this machine, so its base is taken for one that is not quantised:"
+        yield "`qif cache CONFIG` downloads it, and its files say; until then model.quantize=fp8 plans a base of 8 bits"
     yield from notes
     yield "on the card while training:"
     for name, size in prediction.device.items():
@@ -71,8 +85,10 @@ def _lines(planner: Planner, card: int | None, named: speed.Card | None, here: b
     yield f"  {prediction.peak / GIB:7.2f} GiB  together, and about {OUTSIDE / GIB:.0f} GiB for the driver"
     if prediction.encoding:
         yield f"  {prediction.encoding / GIB:7.2f} GiB  encoders, before, if the cache is not complete"
-    for name, size in prediction.host.items():
+    for name, size in (prediction.host | prediction.host_before).items():
         yield f"host: {size / GIB:7.2f} GiB  {name}"
+    if here and card is not None:
+        yield from host_warnings(prediction)
     yield f"one forward and backward pass: {prediction.operations / 1e12:.1f} TFLOP"
     yield step_words(planner, config, planner.format, named, here)
     if card is None:
@@ -84,7 +100,7 @@ def _lines(planner: Planner, card: int | None, named: speed.Card | None, here: b
     yield f"does not fit a card of {card / GIB:.0f} GiB"
     found_change = planner.cheapest_change(card)
     if found_change is None:
-        yield "nothing that is known here makes it fit: a smaller data.init_args.resolution, or a smaller model"
+        yield f"nothing that is known here makes it fit; what is left: {last_resort(config)}"
         return
     change, then = found_change
     yield f"the cheapest change that makes it fit ({then.peak / GIB:.1f} GiB): {change.words(config)}"
@@ -135,7 +151,16 @@ def step_words(planner: Planner, config: Config, format: str | None, card: speed
 
 
 def card_named(text: str | None) -> speed.Card | None:
-    """The card that `text` names, or, without it, this machine's; None where it is not known."""
+    """The card that `text` names, or, without it, this machine's; None where it is not known.
+
+    Raises:
+        ConfigError: it names several.
+    """
     if text is not None:
+        if re.search(r"^\s*\d+\s*[x×*]|[\d\s][x×*]\s*\d+\s*$", text, re.IGNORECASE):
+            raise ConfigError(
+                f"--card {text!r}: a plan is of one process on one card, so name one. docs/distributed.md says what "
+                "each of several holds"
+            )
         return speed.card_called(text)
     return speed.card_called(torch.cuda.get_device_name()) if torch.cuda.is_available() else None

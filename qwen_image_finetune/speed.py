@@ -25,8 +25,10 @@ class Card:
     attained: Attained | None = None
 
     def is_called(self, name: str) -> bool:
-        words = name.replace("-", " ").lower().split()
-        return all(any(part in word for word in words) for part in self.name.lower().split())
+        words, parts = name.replace("-", " ").lower().split(), self.name.lower().split()
+        if name.strip().isdigit():  # "4090", as people say
+            return name.strip() in parts
+        return all(any(part in word for word in words) for part in parts)
 
 
 @dataclass(frozen=True)

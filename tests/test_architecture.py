@@ -32,7 +32,7 @@ FLOORS: tuple[frozenset[str], ...] = tuple(
         "toy",
         "families levers data",
         "flow store checkpoint runs optim processes trackers verdict intervals metrics",
-        "config records files locks signals out_of_memory console environment __init__",
+        "config records files locks signals out_of_memory console host_memory environment __init__",
     )
 )
 STRANGERS = frozenset({"families", "levers", "data"})  # axes that multiply: none of them knows another

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from qwen_image_finetune import dry_run
 from qwen_image_finetune.config import Config, ConfigError, LoraConfig, load_config
 from qwen_image_finetune.families import get_family
 from qwen_image_finetune.footprint import Footprint, footprint, stand_in
+from qwen_image_finetune.levers.stored_precision import WEIGHTS, local_checkpoint
 from qwen_image_finetune.plan import (
     AT_WORK,
     GIB,
@@ -41,7 +46,14 @@ MODULATION = {"FluxKontext": 3072 * (19 * 12 + 38 * 3) * 3072, "QwenImageEdit": 
 
 
 @pytest.fixture
-def configured(tmp_path: Path) -> Callable[..., Config]:
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of the hub."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+@pytest.fixture
+def configured(tmp_path: Path, hub_cache: Path) -> Callable[..., Config]:
     def configured(family: str, *overrides: str) -> Config:
         path = tmp_path / "run.yaml"
         text = f"model: {{pretrained_model_name_or_path: {FAMILIES[family]}}}\ncache: {{use_cache: true}}\n"
@@ -125,7 +137,7 @@ def test_keeping_more_takes_memory_and_saves_operations(full_size: dict[str, Foo
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_cheapest_change_makes_it_fit(family: str, configured: Callable[..., Config]) -> None:
-    planner = Planner(get_family(family), configured(family))
+    planner = Planner(get_family(family), configured(family), None)
     losses = []
     for card in (140, 80, 48, 24, 16, 12, 8):
         found = planner.cheapest_change(card * GIB)
@@ -135,7 +147,7 @@ def test_the_cheapest_change_makes_it_fit(family: str, configured: Callable[...,
         losses.append(prediction.operations)
         overrides = change.words(planner.config).split()
         checked = configured(family, *overrides)  # what it says is a configuration, and predicts the same
-        assert Planner(get_family(family), checked).predict().peak == prediction.peak
+        assert Planner(get_family(family), checked, None).predict().peak == prediction.peak
     assert losses == sorted(losses)
 
 
@@ -144,7 +156,7 @@ def test_settings_are_tried_fastest_first(
     name: str, configured: Callable[..., Config], full_size: dict[str, Footprint]
 ) -> None:
     """By the times that are known of an H100; swapping and offloading, of which none is, come after."""
-    planner, card = Planner(get_family(name), configured(name)), card_called("H100")
+    planner, card = Planner(get_family(name), configured(name), None), card_called("H100")
     assert card is not None
     times, known = [], True
     for keys, _ in planner.memory_changes():
@@ -174,6 +186,9 @@ def test_the_plan_of_a_card_by_name(configured: Callable[..., Config]) -> None:
     assert "swapped blocks were not measured" in describe(swapped, "H100")
     with pytest.raises(ConfigError, match=r"is no amount of memory.*H200"):
         describe(accumulated, "H900")
+    for several in ("4xH100", "2 x 24GB", "H100x8", "8× RTX 4090"):
+        with pytest.raises(ConfigError, match=r"one process on one card.*distributed\.md"):
+            describe(accumulated, several)
 
 
 def test_the_plan_decides_what_is_left_to_the_card(configured: Callable[..., Config]) -> None:
@@ -181,14 +196,55 @@ def test_the_plan_decides_what_is_left_to_the_card(configured: Callable[..., Con
     assert "memory: train.gradient_checkpointing=true train.keep_activations=" in describe(automatic, "40GB")
     assert "fits a card of 40 GiB" in describe(automatic, "40GB")
     assert "memory: nothing to change" in describe(automatic, "140GB")
-    with pytest.raises(ConfigError, match="does not fit"):
-        describe(automatic, "3GB")
+    text = describe(automatic, "3GB")
+    assert "GiB  weights" in text and "nothing that is known here makes it fit" in text and "model.quantize" in text
+
+
+def test_full_fine_tuning_that_does_not_fit_is_advised_what_it_can_do(configured: Callable[..., Config]) -> None:
+    config = configured("FluxKontext", "model.lora=null", "train.low_memory=true")
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            text = describe(config, "24GB")
+    finally:
+        torch.set_warn_always(False)
+    assert "GiB  optimizer" in text and "does not fit a card of 24 GiB" in text
+    assert "model.lora in place of null" in text and "configs/accelerate/fsdp2.yaml" in text
+    assert "swap" not in text and "quantise" not in text
+
+
+def test_a_base_of_the_hubs_cache_is_planned_as_it_is_stored(
+    configured: Callable[..., Config], hub_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The published architecture, and files whose headers say fp8: on 24 GiB nothing of it has to be swapped."""
+    family, repository = get_family("FluxKontext"), hub_cache / "models--someone--fp8"
+    folder = repository / "snapshots" / "abc"
+    (folder / "transformer").mkdir(parents=True)
+    (folder / "model_index.json").write_text('{"_class_name": "FluxKontextPipeline"}')
+    (folder / "transformer" / "config.json").write_text(json.dumps(transformer_config(family, None)))
+    save_file({"a.weight": torch.zeros(2, 2, dtype=torch.float8_e4m3fn)}, folder / "transformer" / WEIGHTS)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    config = configured("FluxKontext", "model.pretrained_model_name_or_path=someone/fp8", "train.low_memory=true",
+                        "train.gradient_checkpointing=true", "train.keep_activations=none")  # fmt: skip
+
+    text = describe(config, "24GB")
+    assert "base in fp8" in text and "memory: nothing to change" in text and "not on this machine" not in text
+    assert "frozen base in fp8, as the checkpoint is (dtypes" in dry_run.describe(config)
+    monkeypatch.setattr("qwen_image_finetune.plan.card_memory", lambda: 24 * GIB)
+    found = [settled(config, family, place, [(1024, 1024)] * 2, torch.device("cuda"))[0].train.blocks_to_swap
+             for place in (folder, None)]  # fmt: skip
+    assert found[0] == 0
+    assert found[1] != 0
+    (folder / "transformer" / WEIGHTS).unlink()
+    assert local_checkpoint(config.model) is None, "a download that was cut short"
 
 
 def test_the_summary_of_a_dry_run(configured: Callable[..., Config], tmp_path: Path) -> None:
     config = configured("QwenImageEdit")
     lines = list(summary(config))
-    peak = Planner(get_family("QwenImageEdit"), config).predict().peak
+    peak = Planner(get_family("QwenImageEdit"), config, None).predict().peak
     assert lines[0].startswith(f"{peak / GIB:.1f} GiB on the card while training: kept activations ")
     (tmp_path / "model_index.json").write_text('{"_class_name": "QwenImageEditPipeline"}')
     with pytest.raises(ConfigError, match=r"transformer/\S+ is missing"):
@@ -200,6 +256,7 @@ def test_the_plan_in_words(configured: Callable[..., Config]) -> None:
     assert "fits a card of 80 GiB" in describe(config, "80GB")
     text = describe(config, "24GB")
     assert "does not fit a card of 24 GiB" in text
+    assert "FLUX.1-Kontext-dev is not on this machine" in text
     assert "train.blocks_to_swap=" in text
     assert "TFLOP" in text
     assert "whether it fits is not said" in describe(config, None) or torch.cuda.is_available()
@@ -207,7 +264,7 @@ def test_the_plan_in_words(configured: Callable[..., Config]) -> None:
 
 def test_memory_of_a_card() -> None:
     assert parse_memory("24GB") == parse_memory("24 GiB") == parse_memory("24") == 24 * GIB
-    for wrong in ("24TB", "much", "0", ""):
+    for wrong in ("24TB", "much", "0", "", "4090GB"):
         with pytest.raises(ConfigError, match="is no amount of memory"):
             parse_memory(wrong)
 
@@ -218,7 +275,7 @@ def test_auto_is_decided_for_the_card(configured: Callable[..., Config], monkeyp
 
     def decided(card: int, *overrides: str) -> Any:
         monkeypatch.setattr("qwen_image_finetune.plan.card_memory", lambda: card * GIB)
-        return settled(configured("FluxKontext", *overrides), family, sizes, cuda)[0].train
+        return settled(configured("FluxKontext", *overrides), family, None, sizes, cuda)[0].train
 
     assert not decided(140, "train.memory=auto").gradient_checkpointing
     middling = decided(40, "train.memory=auto")
@@ -235,10 +292,27 @@ def test_auto_is_decided_for_the_card(configured: Callable[..., Config], monkeyp
         decided(3, *low)
 
 
+def test_too_little_host_memory_is_said(configured: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Swapped or not, the base is read on the host where blocks are swapped: 11.9 billion weights of two bytes."""
+    monkeypatch.setattr("qwen_image_finetune.plan.card_memory", lambda: 80 * GIB)
+    swapping = configured("FluxKontext", "train.gradient_checkpointing=true", "train.blocks_to_swap=8")
+
+    def said(config: Config, free: float, processes: int = 1) -> str | None:
+        monkeypatch.setattr("qwen_image_finetune.plan.free_host_memory", lambda: int(free * GIB))
+        family, sizes = get_family("FluxKontext"), [(512, 512)] * 2
+        return settled(config, family, None, sizes, torch.device("cuda"), processes)[1]
+
+    words = said(swapping, 12)
+    assert words is not None and "needs 26.2 GiB of host memory, 12.0 are free" in words
+    assert "Most is the whole base, while it loads (22.2): a base of fewer bits" in words
+    assert "warning" not in (said(swapping, 27) or "") and "needs 52.3 GiB" in (said(swapping, 27, 2) or "")
+    assert "warning" not in (said(configured("FluxKontext"), 12) or "")
+
+
 def test_without_a_card_auto_changes_nothing(configured: Callable[..., Config]) -> None:
     config = configured("FluxKontext", "train.gradient_checkpointing=true", "train.blocks_to_swap=auto")
-    found, words = settled(config, get_family("FluxKontext"), [(64, 64)], torch.device("cpu"))
+    found, words = settled(config, get_family("FluxKontext"), None, [(64, 64)], torch.device("cpu"))
     assert found.train.blocks_to_swap == 0
     assert words is not None
     plain = configured("FluxKontext")
-    assert settled(plain, get_family("FluxKontext"), [(64, 64)], torch.device("cpu")) == (plain, None)
+    assert settled(plain, get_family("FluxKontext"), None, [(64, 64)], torch.device("cpu")) == (plain, None)

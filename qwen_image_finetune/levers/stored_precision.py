@@ -37,6 +37,23 @@ class Precision:
     source: str  # where that was learnt
 
 
+def local_checkpoint(model: ModelConfig) -> Path | None:
+    """Folder of the configured checkpoint where its transformer is on this machine: its own, or one of the hub's cache.
+
+    No network is used. A download that was cut short does not count.
+    """
+    name = model.pretrained_model_name_or_path
+    if (folder := Path(name).expanduser()).is_dir():
+        return folder
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(name, "transformer/config.json", revision=model.revision)
+    if not isinstance(cached, str):
+        return None
+    transformer = Path(cached).parent
+    return transformer.parent if all(path.is_file() for path in _shards(transformer)) else None
+
+
 def base_precision(folder: Path, model: ModelConfig | None = None) -> Precision:
     """Precision of the transformer in `folder` under model.quantize; without a configuration, as it is stored.
 
@@ -90,10 +107,8 @@ def tensor_index(folder: Path) -> dict[str, StoredTensor]:
     """
     from safetensors import SafetensorError, safe_open
 
-    listed = folder / f"{WEIGHTS}.index.json"
-    names = sorted(set(_read_json(listed)["weight_map"].values())) if listed.is_file() else [WEIGHTS]
     tensors: dict[str, StoredTensor] = {}
-    for path in (folder / name for name in names):
+    for path in _shards(folder):
         if not path.is_file():
             raise ConfigError(f"{path} is missing: download the checkpoint again")
         try:
@@ -122,6 +137,12 @@ def refuse_scaled_fp8(folder: Path) -> None:
                         f"{path} holds fp8 with scales ({key}), which is read for the transformer alone; put this part "
                         "in full precision, plain e4m3, or a bitsandbytes format in its place"
                     )
+
+
+def _shards(folder: Path) -> list[Path]:
+    listed = folder / f"{WEIGHTS}.index.json"
+    names = sorted(set(_read_json(listed)["weight_map"].values())) if listed.is_file() else [WEIGHTS]
+    return [folder / name for name in names]
 
 
 def _format_of(tensors: dict[str, StoredTensor], folder: Path) -> str | None:

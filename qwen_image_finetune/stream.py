@@ -48,7 +48,6 @@ def _read_ahead(source: _Numbered, span: range, settings: DataConfig) -> Iterato
         sampler=span,
         num_workers=settings.num_workers,
         prefetch_factor=settings.prefetch_factor,
-        persistent_workers=settings.persistent_workers,
     )
 
 

@@ -129,7 +129,7 @@ def _loop(
     first_step = progress.step
     with (
         console.progress("training", job.total_steps, first_step, shown=team.main) as update,
-        team.watched(config.train.collective_timeout),
+        team.watched(patience(config).total_seconds()),
     ):
         while progress.step < job.total_steps:
             # The step
@@ -143,7 +143,7 @@ def _loop(
             progress.step += 1
             progress.bad_steps = 0 if sound else progress.bad_steps + 1
             if progress.step == first_step + 1:  # kernels are built, connections made: now nobody should be late
-                processes.set_timeout(timedelta(seconds=config.train.collective_timeout))
+                processes.set_timeout(patience(config))
 
             # What is known of it
             book.writer.raise_if_failed()
@@ -220,6 +220,14 @@ def _validate(
         if validation is not None:
             validation(book.progress.step, cancelled, draws, book.checkpoint_path() if saved else None)
         job.team.meet("drawing samples")
+
+
+def patience(config: Config) -> timedelta:
+    """How long processes wait for one of them within a step, once the first step is done."""
+    given = config.train.collective_timeout
+    if given is None and (config.train.compile or not config.cache.use_cache):
+        return processes.START_TIMEOUT  # a new size is compiled by the process that meets it, and encoders may be slow
+    return timedelta(seconds=given or 20)
 
 
 def agree(accelerator: Accelerator, loss: Tensor, signal_number: int) -> tuple[float, int]:

@@ -339,7 +339,8 @@ def test_distance_is_one_for_one_typo_and_never_more_than_by_letters(first: str,
 NOTED: dict[str, Any] = {
     "model.lora.init_lora_weights": ("gaussian", {"model.lora.pretrained_weight": "x.safetensors"}, {}),
     "data.prefetch_factor": (4, {}, {"data.num_workers": 2}),
-    "data.persistent_workers": (True, {}, {"data.num_workers": 2}),
+    "train.guidance_scale": (3.5, {"train.trainer": "QwenImageEdit"}, {"train.trainer": "FluxKontext"}),
+    "predict.devices.text_encoder_2": ("cpu", {"train.trainer": "QwenImageEdit"}, {}),
     "data.init_args.center_crop_ratio": (0.5, {}, {"data.init_args.center_crop": True}),
     "data.init_args.crop_size": (64, {}, {"data.init_args.random_crop": True}),
     "data.init_args.crop_scale": ([0.5, 1.0], {}, {"data.init_args.random_crop": True}),
@@ -401,8 +402,20 @@ def test_revision_of_a_folder_has_no_effect(load: Load, tmp_path: Path) -> None:
     assert load({"model.revision": "main"}).notes == ()
 
 
+def test_workers_live_to_the_end_of_a_run_whatever_is_said(load: Load) -> None:
+    [note] = load({"data.num_workers": 2, "data.persistent_workers": True}).notes
+    assert note.startswith("data.persistent_workers=true has no effect: a run reads its data in one pass")
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_qwen_has_no_second_text_encoder_to_place(load: Load, cached: bool) -> None:
+    key = f"{'cache' if cached else 'train'}.text_encoder_2_device"
+    [note] = load({"train.trainer": "QwenImageEdit", "cache.use_cache": cached, key: "cpu"}).notes
+    assert note == f"{key}='cpu' has no effect: Qwen-Image-Edit has one text encoder"
+
+
 def test_every_idle_key_is_a_key_and_is_tested() -> None:
-    assert {key for key, _, _ in IDLE} == {*NOTED, "model.revision"}
+    assert {key for key, _, _ in IDLE} == {*NOTED, "model.revision", "data.persistent_workers"}
     assert {key for key, _, _ in IDLE} <= set(known_keys())
 
 

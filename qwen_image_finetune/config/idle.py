@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from qwen_image_finetune.config.family import resolve_family
 from qwen_image_finetune.config.schema import OUR_DATASETS, Config, shown
 from qwen_image_finetune.config.tree import ABSENT, find
 from qwen_image_finetune.config.words import known_keys
@@ -20,18 +21,24 @@ def _without_cache(config: Config) -> bool:
     return not config.cache.use_cache
 
 
+def _qwen(config: Config) -> bool:
+    """Whether the checkpoint is known to be of a family that has one text encoder, and no guidance embedding."""
+    family, source = resolve_family(config)
+    return family.startswith("Qwen") and "assumed" not in source
+
+
 def _schedule_is_not(*types: str) -> Condition:
     return lambda config: config.lr_scheduler.scheduler_type not in types
 
 
-# (key, when it is idle, why). Keys at their default say nothing, and predict.* is read at prediction.
+# (key, when it is idle, why). Keys at their default say nothing; of several reasons the first is given.
 IDLE: tuple[tuple[str, Condition, str], ...] = (
     ("model.revision", lambda c: Path(c.model.pretrained_model_name_or_path).expanduser().is_dir(),
      "the model is a local folder"),
     ("model.lora.init_lora_weights", lambda c: c.model.lora is not None and c.model.lora.pretrained_weight is not None,
      "the adapter starts from model.lora.pretrained_weight"),
-    *((f"data.{key}", lambda c: c.data.num_workers == 0, "data.num_workers is 0")
-      for key in ("prefetch_factor", "persistent_workers")),
+    ("data.prefetch_factor", lambda c: c.data.num_workers == 0, "data.num_workers is 0"),
+    ("data.persistent_workers", lambda c: True, "a run reads its data in one pass, in which workers live to its end"),
     ("data.init_args.center_crop_ratio", lambda c: not (c.data.init_args.center_crop or _own_class(c)),
      "data.init_args.center_crop is false"),
     *((f"data.init_args.{key}", lambda c: not (c.data.init_args.random_crop or _own_class(c)),
@@ -41,6 +48,7 @@ IDLE: tuple[tuple[str, Condition, str], ...] = (
     *((f"train.{key}_device", lambda c: c.cache.use_cache,
        f"cache.use_cache is true, and cache.{key}_device says where the encoder lives while caching")
       for key in ("vae_encoder", "text_encoder", "text_encoder_2")),
+    ("train.guidance_scale", _qwen, "Qwen-Image-Edit is not told a guidance"),
     ("train.keep_activations", lambda c: not c.train.gradient_checkpointing or c.train.memory == "auto",
      "train.gradient_checkpointing is false, or train.memory chooses"),
     *((f"train.{key}", lambda c: c.train.memory == "auto", "train.memory is 'auto', which chooses it")
@@ -54,6 +62,8 @@ IDLE: tuple[tuple[str, Condition, str], ...] = (
     *((f"cache.{key}_device", _without_cache,
        f"cache.use_cache is false, and train.{key}_device says where the encoder lives without the cache")
       for key in ("vae_encoder", "text_encoder", "text_encoder_2")),
+    *((f"{section}.text_encoder_2{ending}", _qwen, "Qwen-Image-Edit has one text encoder")
+      for section, ending in (("train", "_device"), ("cache", "_device"), ("predict.devices", ""))),
     ("cache.prompt_empty_drop_keys", lambda c: c.data.init_args.caption_dropout_rate == 0,
      "data.init_args.caption_dropout_rate is 0"),
     ("logging.logging_dir", lambda c: set(c.logging.trackers) <= {"tensorboard"},
@@ -79,10 +89,10 @@ ADVICE: tuple[tuple[Condition, str], ...] = (
 def idle_notes(config: Config) -> list[str]:
     """One line for each key away from its default that has no effect in this run, then the advice."""
     values = config.model_dump()
-    notes = []
+    notes: dict[str, str] = {}
     for key, idle, why in IDLE:
         given = find(values, key)
-        if given is ABSENT or given == known_keys()[key].get_default() or not idle(config):
+        if given is ABSENT or given == known_keys()[key].get_default() or key in notes or not idle(config):
             continue
-        notes.append(f"{key}={shown(given)} has no effect: {why}")
-    return notes + [words for applies, words in ADVICE if applies(config)]
+        notes[key] = f"{key}={shown(given)} has no effect: {why}"
+    return [*notes.values()] + [words for applies, words in ADVICE if applies(config)]

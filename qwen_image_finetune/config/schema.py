@@ -209,7 +209,7 @@ class DataConfig(Section):
     batch_size: Count = Field(1, description="samples per process in one forward pass")
     num_workers: Natural = Field(0, description="processes that read data; 0 reads in the training process")
     prefetch_factor: Count = Field(2, description="batches each worker reads ahead")
-    persistent_workers: Switch = Field(False, description="keep workers alive between passes")
+    persistent_workers: Switch = Field(False, description="no effect: workers live as long as the run")
     shuffle: Switch = Field(True, description="a new order of the samples every epoch")
 
     @model_validator(mode="after")
@@ -271,8 +271,10 @@ class TrainConfig(Section):
         "auto", description="which attention runs (docs/attention.md); auto: the fastest on this machine"
     )
     low_memory: Switch = Field(False, description="load and run part by part")
-    collective_timeout: Count = Field(
-        20, description="seconds that processes wait for one that hangs, from the second step on, before the run ends"
+    collective_timeout: Count | None = Field(
+        None,
+        description="seconds that processes wait for one that hangs, from the second step on, before the run ends; "
+        "default: 20, or 1800 with train.compile or without the cache",
     )
     vae_encoder_device: Device | None = Field(None, description="where the VAE lives, training without the cache")
     text_encoder_device: Device | None = Field(None, description="the same for the (first) text encoder")

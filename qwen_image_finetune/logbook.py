@@ -16,7 +16,7 @@ from qwen_image_finetune.environment import environment
 from qwen_image_finetune.files import DiskFull, is_disk_full, write_atomic
 from qwen_image_finetune.job import Job
 from qwen_image_finetune.levers import parallel
-from qwen_image_finetune.state import Progress, State
+from qwen_image_finetune.state import Progress, State, check_resume
 from qwen_image_finetune.trackers import Trackers
 
 
@@ -26,6 +26,7 @@ class Logbook:
     def __init__(self, job: Job, progress: Progress) -> None:
         """
         Raises:
+            ConfigError: the checkpoint to resume is of another run.
             RunError: the version to resume is in use, or no version can be made.
         """
         config, team = job.config, job.team
@@ -33,6 +34,8 @@ class Logbook:
         found = team.share(lambda: find_resume(config, job.say), "looking for a checkpoint")
         self.job, self.progress = job, progress
         self.resume = None if found is None else Path(found)  # checkpoint to continue
+        if self.resume is not None:
+            check_resume(job, self.resume)
         self.run = open_run(config, self.resume) if team.main else None
         self.trackers: Trackers | None = None
         self.writer = checkpoint.CheckpointWriter()

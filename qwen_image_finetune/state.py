@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,10 +13,37 @@ from safetensors import SafetensorError
 from qwen_image_finetune import checkpoint
 from qwen_image_finetune.assembly import Learner
 from qwen_image_finetune.config import ConfigError
+from qwen_image_finetune.config.schema import shown
+from qwen_image_finetune.config.tree import ABSENT, find
 from qwen_image_finetune.job import Job
 from qwen_image_finetune.levers import parallel, trained
 from qwen_image_finetune.levers.lora_files import run_metadata
 from qwen_image_finetune.optim import optimizer_state, restore_optimizer
+
+SET_IT_BACK = "set it back, or start afresh"
+
+# What a run cannot go on with in another way: why, and what to do
+FIXED = {
+    "seed": f"order of the data and noise would change in the middle of the run; {SET_IT_BACK}",
+    "micro_batches_per_step": "order of the data and length of the run would change; set them so that their product is "
+    "the same",
+    "base": "what was learnt belongs to that base; to go on from it with another one, start a run with "
+    "model.lora.pretrained_weight",
+    "model.lora.r": f"the adapter has that rank; {SET_IT_BACK}",
+    "model.lora.lora_alpha": f"what was learnt so far would be scaled by another factor; {SET_IT_BACK}",
+}
+# What may change in the middle of a run, but makes it another one than without a break.
+FREE = (
+    "model.quantize", "model.lora.lora_dropout", "train.mixed_precision", "data.batch_size", "data.shuffle",
+    "data.init_args.caption_dropout_rate", "data.init_args.prompt_image_dropout_rate", "data.init_args.image_size",
+    "data.init_args.resolution",
+)  # fmt: skip
+NAMES = {  # of what is stored under a name that is no key
+    "seed": "train.seed",
+    "micro_batches_per_step": "train.gradient_accumulation_steps times processes",
+    "base": "the sum over the files of the base's transformer",
+    "pairs": "the number of pairs",
+}
 
 
 @dataclass
@@ -26,11 +54,59 @@ class Progress:
     bad_steps: int = 0  # steps in a row that were skipped because of a non-finite loss or gradient
 
 
+def settings(job: Job) -> dict[str, Any]:
+    """What a resume compares, by key; nothing of where files lie or of how the processes are laid out."""
+    values = job.config.model_dump(mode="json")
+    kept = {key: value for key in (*FIXED, *FREE) if (value := find(values, key)) is not ABSENT}
+    if job.config.model.lora is not None:  # a full fine-tune brings its whole model along
+        kept["base"] = sampled(job.folder / "transformer")
+    kept["seed"], kept["micro_batches_per_step"] = job.config.train.seed, job.micro_batches_per_step
+    return {**kept, "pairs": len(job.rows.dataset)}
+
+
+def sampled(folder: Path) -> str:
+    """A sum over sizes and small parts of the weight files in a folder: tells models apart without reading them."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{size}\n".encode())
+        with path.open("rb") as file:
+            for place in range(16):
+                file.seek(size * place // 16)
+                digest.update(file.read(4096))
+    return digest.hexdigest()
+
+
+def check_resume(job: Job, folder: Path) -> None:
+    """Compare a checkpoint with the run that is to go on from it, before any model loads.
+
+    What is not in the checkpoint, as older ones have less, is taken for the same.
+
+    Raises:
+        CheckpointError: the file is not what was written there.
+        ConfigError: the run cannot go on from it; with everything that differs.
+    """
+    trained.check_kind(folder, job.config.model)
+    saved, problems = checkpoint.load_state(folder, "progress"), []
+    for key, value in settings(job).items():
+        old = saved.get(key, value)
+        if old == value:
+            continue
+        differs = f"{NAMES.get(key, key)}={shown(value)}, but {folder} was trained with {shown(old)}"
+        if key in FIXED:
+            problems.append(f"{differs}: {FIXED[key]}")
+        else:
+            job.say(f"note: {differs}: from here on it is not the run that it would have been without a break")
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
 class State:
     """Everything a resume needs, as named parts."""
 
     def __init__(self, job: Job, learner: Learner, progress: Progress) -> None:
         self.job, self.learner, self.progress = job, learner, progress
+        self.settings = settings(job)
 
     def snapshot(self, keep: bool = True) -> dict[str, Any]:
         """Copies on the CPU of what changes from step to step; the loop may go on while they are written.
@@ -42,11 +118,7 @@ class State:
         parts = {
             "optimizer": parallel.gathered(optimizer_state(self.learner.optimizer.optimizer), keep),
             "schedule": self.learner.schedule.state_dict(),
-            "progress": {
-                **asdict(self.progress),
-                "seed": self.job.config.train.seed,
-                "micro_batches_per_step": self.job.micro_batches_per_step,
-            },
+            "progress": {**asdict(self.progress), **self.settings},
             **({} if scaler is None else {"scaler": scaler.state_dict()}),
         }
         return {
@@ -74,11 +146,11 @@ class State:
         }
 
     def load(self, folder: Path) -> None:
-        """Continue from a checkpoint folder, which was verified when it was found.
+        """Continue from a checkpoint folder, which was verified when it was found, and compared by `check_resume`.
 
         Raises:
             CheckpointError: a file is not what was written there.
-            ConfigError: the checkpoint is of another model, optimizer, seed or number of batches a step.
+            ConfigError: the checkpoint is of another model or optimizer.
         """
         learner = self.learner
         try:
@@ -86,7 +158,6 @@ class State:
         except SafetensorError as error:
             raise checkpoint.CheckpointError(f"{folder}: its weights cannot be read: {error}") from error
         progress = checkpoint.load_state(folder, "progress")
-        self._check(folder, progress)
         saved = checkpoint.load_state(folder, "optimizer")
         saved["state"] = parallel.cut_state(saved["state"], learner.optimizer.optimizer)
         for note in restore_optimizer(learner.optimizer.optimizer, saved):
@@ -97,23 +168,8 @@ class State:
         groups = learner.optimizer.param_groups
         for group, rate, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
             group["lr"] = rate * factor(schedule.last_epoch)
-        if self.job.accelerator.scaler is not None:
+        if (
+            self.job.accelerator.scaler is not None and (folder / "scaler.json").is_file()
+        ):  # not after another precision
             self.job.accelerator.scaler.load_state_dict(checkpoint.load_state(folder, "scaler"))
         self.progress.step, self.progress.bad_steps = progress["step"], progress["bad_steps"]
-
-    def _check(self, folder: Path, saved: dict[str, Any]) -> None:
-        """Raises ConfigError where the order of the data and noise would change in the middle of the run."""
-        train, job = self.job.config.train, self.job
-        if saved["seed"] != train.seed:
-            raise ConfigError(
-                f"train.seed={train.seed}, but {folder} was trained with {saved['seed']}: order of the data and noise "
-                "would change in the middle of the run; set the seed back or start afresh"
-            )
-        per_step = saved["micro_batches_per_step"]
-        if per_step != job.micro_batches_per_step:
-            raise ConfigError(
-                f"{folder} was trained with {per_step} batches a step (accumulation times processes); "
-                f"train.gradient_accumulation_steps={train.gradient_accumulation_steps} with {job.team.size} processes "
-                f"makes {job.micro_batches_per_step}: order of the data and length of the run would change; set it so "
-                f"that the product is {per_step}"
-            )

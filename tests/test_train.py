@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qwen_image_finetune.config import Config
+from qwen_image_finetune.config import Config, ConfigError
 from qwen_image_finetune.families import FAMILIES
-from qwen_image_finetune.train import train
+from qwen_image_finetune.train import patience, train
 
 FAMILY_NAMES = sorted(FAMILIES)
 Configure = Callable[..., Config]
@@ -109,6 +110,52 @@ def test_resume_is_bit_identical(name: str, accumulation: int, configure: Config
     assert losses(resumed) == losses(whole)[4:]
     assert_equal(weights(resumed), weights(whole))
     assert_equal(optimizer_state(resumed), optimizer_state(whole))
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (
+            ("model.lora.lora_alpha=8", "train.seed=1"),
+            r"lora_alpha=8.0, but .* with 4.0: .*\ntrain.seed=1, but .* with 42",
+        ),
+        (("model.lora.r=2",), "model.lora.r=2, but .* with 4: the adapter has that rank"),
+        (("model.lora=null",), "is a checkpoint of a LoRA"),
+        (("model.pretrained_model_name_or_path={other}",), "with another one, start a run with model.lora.pretrained"),
+    ],
+)
+def test_what_a_run_cannot_go_on_with_is_refused_before_a_model_loads(
+    change: tuple[str, ...], words: str, configure: Configure, tmp_path: Path, flux_folder: Path
+) -> None:
+    train(configure("FluxKontext", "train.max_train_steps=5"))
+    other = shutil.copytree(flux_folder, tmp_path / "other")
+    file = other / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    changes = [each.format(other=other) for each in change]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ConfigError, match=words):
+        patch.setattr("qwen_image_finetune.train.assemble", lambda *_, **__: pytest.fail("too late"))
+        train(configure("FluxKontext", "train.resume_from_checkpoint=latest", *changes))
+
+
+def test_a_run_may_go_on_with_other_batches_which_is_said(
+    configure: Configure, tmp_path: Path, flux_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its base may have moved meanwhile."""
+    first = train(configure("FluxKontext", "train.max_train_steps=5"))
+    moved = f"model.pretrained_model_name_or_path={shutil.copytree(flux_folder, tmp_path / 'moved')}"
+    second = train(configure("FluxKontext", "train.resume_from_checkpoint=latest", "data.batch_size=2", moved))
+    assert second == first and len(losses(second)) == 6
+    said = capsys.readouterr().out
+    assert said.count("from here on") == 1
+    assert "note: data.batch_size=2, but" in said and "was trained with 1:" in said
+
+
+def test_a_checkpoint_from_before_settings_were_kept_can_be_resumed(configure: Configure) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        older = {"seed": 42, "micro_batches_per_step": 1}
+        patch.setattr("qwen_image_finetune.state.settings", lambda job: older)
+        train(configure("FluxKontext", "train.max_train_steps=5"))
+    assert len(losses(train(configure("FluxKontext", "train.resume_from_checkpoint=latest")))) == 6
 
 
 def test_a_longer_run_goes_on_at_the_rate_of_its_own_schedule(configure: Configure) -> None:
@@ -289,3 +336,19 @@ def test_non_finite_loss_is_not_learnt_from_and_stops_the_run(
     assert all(torch.isfinite(tensor).all() for tensor in weights(run).values())
     four = train(configure("FluxKontext", "train.max_train_steps=4", "logging.tracker_project_name=four"))
     assert_equal(weights(run), weights(four))
+
+
+@pytest.mark.parametrize(
+    "options, seconds",
+    [
+        ((), 20),
+        (("train.compile=true",), 1800),
+        (("cache.use_cache=false",), 1800),
+        (("train.compile=true", "train.collective_timeout=30"), 30),
+    ],
+)
+def test_where_steps_of_processes_differ_they_wait_for_each_other(
+    options: tuple[str, ...], seconds: int, configure: Configure
+) -> None:
+    """Each compiles the sizes that it meets, while the others have nothing to do."""
+    assert patience(configure("FluxKontext", *options)).total_seconds() == seconds

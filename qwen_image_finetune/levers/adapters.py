@@ -20,6 +20,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from qwen_image_finetune.config import ConfigError, LoraConfig
+from qwen_image_finetune.levers import parallel
 from qwen_image_finetune.levers.targets import lora_layers, target_modules
 
 INITIAL = "_initial"  # ending of the name of the frozen adapter that subtracts a starting point
@@ -121,27 +122,26 @@ def trainable_state(transformer: nn.Module, adapter_name: str = "default") -> di
     return state
 
 
-def load_trainable_state(transformer: nn.Module, state: dict[str, Tensor], adapter_name: str = "default") -> None:
-    """Inverse of `trainable_state`, bit for bit.
+def restore(weights: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """Copy `saved` into the weights of a model, cut like them where processes share it; bit for bit.
 
     Raises:
-        ValueError: keys or shapes differ from the adapter's.
+        ConfigError: names or shapes differ.
     """
-    weights = dict(_weights(transformer, adapter_name))
-    missing, unknown = sorted(weights.keys() - state.keys()), sorted(state.keys() - weights.keys())
+    missing, unknown = sorted(weights.keys() - saved.keys()), sorted(saved.keys() - weights.keys())
     if missing or unknown:
-        raise ValueError(
-            f"the saved adapter does not fit: {len(missing)} weights are missing {missing[:3]}, "
-            f"{len(unknown)} are unknown {unknown[:3]}; resume with the model.lora section it was saved with"
+        raise ConfigError(
+            f"the saved weights do not fit: {len(missing)} are missing {missing[:3]}, {len(unknown)} are unknown "
+            f"{unknown[:3]}; resume with the model section that they were saved with"
         )
-    for key, weight in weights.items():
-        if weight.shape != state[key].shape:
-            raise ValueError(
-                f"the saved adapter does not fit: {key} is {tuple(state[key].shape)}, not {tuple(weight.shape)}"
+    for name, weight in weights.items():
+        if weight.shape != saved[name].shape:
+            raise ConfigError(
+                f"the saved weights do not fit: {name} is {tuple(saved[name].shape)}, not {tuple(weight.shape)}"
             )
     with torch.no_grad():
-        for key, weight in weights.items():
-            weight.copy_(state[key])
+        for name, weight in weights.items():
+            weight.copy_(parallel.cut_like(saved[name], weight))
 
 
 def adapter_layers(

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from diffusers import ModelMixin
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qwen_image_finetune.config import ModelConfig
+from qwen_image_finetune.config import ConfigError, ModelConfig
 from qwen_image_finetune.levers import adapters, lora_files, parallel
 from qwen_image_finetune.runs import LORA_WEIGHTS
 
@@ -51,30 +50,25 @@ def save(
     save_torch_state_dict(state, folder / TRANSFORMER, filename_pattern=pattern, metadata={"format": "pt"})
 
 
+def check_kind(folder: Path, config: ModelConfig) -> None:
+    """Raises ConfigError where a checkpoint holds a LoRA and all weights are to be trained, or the other way round."""
+    if config.lora is not None and not (folder / ADAPTER).is_file():
+        raise ConfigError(f"{folder} is a checkpoint of full fine-tuning, but model.lora asks for an adapter")
+    if config.lora is None and not (folder / TRANSFORMER).is_dir():
+        raise ConfigError(f"{folder} is a checkpoint of a LoRA, but model.lora=null asks for full fine-tuning")
+
+
 def load(folder: Path, transformer: ModelMixin, config: ModelConfig) -> None:
-    """Take back what `save` wrote, bit for bit.
+    """Take back what `save` wrote, bit for bit, from a folder of the right kind.
 
     Raises:
-        ValueError: the folder holds another kind of training, or other shapes.
+        ConfigError: the folder holds other weights, or other shapes.
     """
     if config.lora is not None:
-        if not (folder / ADAPTER).is_file():
-            raise ValueError(f"{folder} is a checkpoint of full fine-tuning, but model.lora asks for an adapter")
-        state = load_file(folder / ADAPTER)
-        pattern = adapters.trainable_state(transformer, config.lora.adapter_name)
-        cut = {
-            name: parallel.cut_like(value, pattern[name]) if name in pattern else value for name, value in state.items()
-        }
-        adapters.load_trainable_state(transformer, cut, config.lora.adapter_name)
+        weights = adapters.trainable_state(transformer, config.lora.adapter_name)
+        adapters.restore(weights, load_file(folder / ADAPTER))
         return
-    if not (folder / TRANSFORMER).is_dir():
-        raise ValueError(f"{folder} is a checkpoint of a LoRA, but model.lora=null asks for full fine-tuning")
-    state = {}
-    for shard in sorted((folder / TRANSFORMER).glob("*.safetensors")):
-        state |= load_file(shard)
-    pattern = transformer.state_dict()
-    state = {
-        name: parallel.cut_like(value, pattern[name]) if name in pattern else value for name, value in state.items()
-    }
-    with torch.no_grad():
-        transformer.load_state_dict(state, strict=True)
+    shards = sorted((folder / TRANSFORMER).glob("*.safetensors"))
+    adapters.restore(
+        transformer.state_dict(), {name: value for shard in shards for name, value in load_file(shard).items()}
+    )

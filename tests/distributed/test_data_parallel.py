@@ -49,5 +49,5 @@ def test_two_processes_equal_accumulation(
 
 def test_another_number_of_batches_a_step_is_refused(task: Callable[..., Any], alone: Callable[..., Path]) -> None:
     first = alone(task("FluxKontext", "first", *OPTIONS))
-    with pytest.raises(ConfigError, match=r"1 batches a step .*set it so that the product is 1"):
+    with pytest.raises(ConfigError, match=r"times processes=2, but .* was trained with 1: .*set them so that"):
         alone(task("FluxKontext", "other", *OPTIONS, "train.gradient_accumulation_steps=2", resume=[str(first), 2]))

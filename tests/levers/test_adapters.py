@@ -159,7 +159,7 @@ def test_a_resumed_adapter_is_the_same_to_the_last_bit(init: bool | str) -> None
     model = adapted(init_lora_weights=init)
     disturb(model)
     other = adapted(seed=8, init_lora_weights=init)
-    adapters.load_trainable_state(other, state(model))
+    adapters.restore(adapters.trainable_state(other), state(model))
     assert equal(state(other), state(model))
     assert torch.equal(run(other), run(model))
 
@@ -171,10 +171,10 @@ def test_the_state_has_the_keys_of_peft() -> None:
 
 def test_a_state_that_does_not_fit_is_refused() -> None:
     model = adapted()
-    with pytest.raises(ValueError, match=r"2 weights are missing.*0 are unknown"):
-        adapters.load_trainable_state(model, dict(list(state(model).items())[2:]))
-    with pytest.raises(ValueError, match=r"is \(6, 32\), not \(4, 32\)"):
-        adapters.load_trainable_state(model, state(adapted(r=6)))
+    with pytest.raises(ConfigError, match=r"2 are missing.*0 are unknown"):
+        adapters.restore(state(model), dict(list(state(model).items())[2:]))
+    with pytest.raises(ConfigError, match=r"is \(6, 32\), not \(4, 32\)"):
+        adapters.restore(state(model), state(adapted(r=6)))
 
 
 def test_full_fine_tuning_trains_every_weight_in_float32() -> None:

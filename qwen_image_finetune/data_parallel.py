@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from accelerate import DistributedDataParallelKwargs, init_empty_weights
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.parallel import DistributedDataParallel
 
 from qwen_image_finetune.config import LoraConfig
 from qwen_image_finetune.families.base import Family
@@ -26,16 +27,20 @@ def wrap(accelerator: Accelerator, transformer: ModelMixin, family: Family, lora
     DDP waits for the gradient of every weight. Weights that never get one must be announced, and DDP then looks for
     them in the graph of every step: that is asked for only where there are any. Gradients are kept in the memory that
     is sent, or each would be there twice. Buffers (scales of a quantised base) are constants and not sent again.
+
+    Not `accelerator.prepare_model`: that changes how the transformer itself is called, and samples would no longer be
+    drawn as prediction draws them.
     """
     if accelerator.num_processes == 1:
-        return cast(nn.Module, accelerator.prepare_model(transformer, device_placement=False))
-    left_out = bool(unreached(family, dict(transformer.config), lora))
-    accelerator.ddp_handler = DistributedDataParallelKwargs(
-        find_unused_parameters=left_out, gradient_as_bucket_view=True
+        return cast(nn.Module, transformer)
+    wrapped = DistributedDataParallel(
+        transformer,
+        device_ids=None if accelerator.device.type == "cpu" else [accelerator.device],
+        find_unused_parameters=bool(unreached(family, dict(transformer.config), lora)),
+        gradient_as_bucket_view=True,
     )
-    wrapped: Any = accelerator.prepare_model(transformer, device_placement=False)
     wrapped.broadcast_buffers = False  # at every step; the argument of the same name warns since torch 2.13
-    return cast(nn.Module, wrapped)
+    return wrapped
 
 
 def unreached(family: Family, transformer_config: dict[str, Any], lora: LoraConfig | None) -> list[str]:

@@ -47,7 +47,7 @@ class Request:
     image_guidance: float = 1.0
     width: int | None = None
     height: int | None = None
-    lora: str | None = None
+    lora: str | None = None  # or a checkpoint of a model tuned as a whole
     strength: float = 1.0
 
     @property
@@ -69,6 +69,7 @@ def draw(config: Config, request: Request) -> list[Path]:
 
     from qwen_image_finetune.config import resolve_family
     from qwen_image_finetune.families import get_family
+    from qwen_image_finetune.levers.trained import find_tuned
     from qwen_image_finetune.predict import check_request
     from qwen_image_finetune.trainer import Trainer
 
@@ -76,7 +77,12 @@ def draw(config: Config, request: Request) -> list[Path]:
     for drawing in drawings:
         check_request(family, drawing.references, request.width, request.height, request.steps)
     trainer = Trainer(config)
-    if request.lora is not None:
+    tuned = None if request.lora is None else find_tuned(request.lora)
+    if tuned is not None and request.strength != 1.0:
+        raise DrawingError(f"--strength {request.strength:g}: {tuned} is a model tuned as a whole, which has none")
+    if tuned is not None:
+        trainer.load_transformer(tuned)
+    elif request.lora is not None:
         trainer.load_lora(request.lora, request.strength)
 
     written = []

@@ -11,7 +11,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,10 +29,12 @@ from qwen_image_finetune.data.part import Part, spread
 from qwen_image_finetune.families import get_family
 from qwen_image_finetune.files import write_atomic
 from qwen_image_finetune.intervals import Interval, bootstrap
-from qwen_image_finetune.levers.lora_files import find_lora, inspect_lora
+from qwen_image_finetune.levers.lora_files import find_lora
+from qwen_image_finetune.levers.trained import find_tuned
+from qwen_image_finetune.out_of_memory import explained
 from qwen_image_finetune.predict import Conditions
-from qwen_image_finetune.preparation import open_dataset
-from qwen_image_finetune.records import Batch, Encoded, Example, collate
+from qwen_image_finetune.preparation import check_lora, open_dataset
+from qwen_image_finetune.records import Encoded, Example, collate
 from qwen_image_finetune.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -71,6 +73,11 @@ class Candidate:
     source: Path | str | None = None  # LoRA, or a checkpoint folder with a whole transformer
     strength: float = 0.0
 
+    @property
+    def tuned(self) -> Path | None:
+        """The checkpoint of a transformer tuned as a whole, if that is its source."""
+        return None if self.source is None else find_tuned(self.source)
+
 
 @dataclass(frozen=True)
 class Row:
@@ -95,9 +102,9 @@ def evaluate(request: Request) -> dict[str, Any]:
     """
     run, config = open_request(request)
     found = candidates(request, run, config)
-    for candidate in found:  # a LoRA that cannot be read is refused before the model loads
-        if candidate.source is not None and not is_whole(candidate):
-            inspect_lora(find_lora(candidate.source))
+    for candidate in found:  # a LoRA that does not fit is refused before the model loads
+        if candidate.source is not None and not candidate.tuned:
+            check_lora(config, find_lora(candidate.source))
     output = request.output or (run / "evaluation" if run else Path("evaluation"))
     family = get_family(resolve_family(config, download=True)[0])
     dataset = open_dataset(config, family, decode=True)
@@ -105,14 +112,15 @@ def evaluate(request: Request) -> dict[str, Any]:
         dataset = Part(dataset, spread(request.count, len(dataset)))
 
     trainer = Trainer(config)
-    predictor = trainer.predictor
-    rows = list(encode(config, predictor, dataset, request))
+    with explained(config, "predicting"):
+        rows = encode(config, trainer.predictor, dataset, request)
     lpips = metrics.find_lpips()
     if isinstance(lpips, str):
         console.say(f"note: {lpips}")
     results = []
     for candidate in found:
-        drawn = draw(trainer, candidate, rows, request)
+        with explained(config, "predicting"):
+            drawn = draw(trainer, candidate, rows, request)
         files = samples.save(output / slug(candidate.name), drawn)
         results.append(result(candidate, rows, drawn, lpips, [str(file.relative_to(output)) for file in files]))
     compare(results)
@@ -164,26 +172,21 @@ def candidates(request: Request, run: Path | None, config: Config) -> list[Candi
         sources |= {folder.name: folder for word in wanted for folder in checkpoints(run, word)}
     found = [Candidate(BASE), Candidate(COPY)]
     for name, source in sources.items():
-        if is_whole(whole := Candidate(name, source, 1.0)):  # it has no strength
-            found.append(whole)
+        if find_tuned(source):  # it has no strength
+            found.append(Candidate(name, source, 1.0))
         else:
             found += [Candidate(f"{name} x {strength:g}", source, strength) for strength in request.strength]
     return found
 
 
-def is_whole(candidate: Candidate) -> bool:
-    """Whether it is a checkpoint of a transformer tuned as a whole, not a LoRA."""
-    return candidate.source is not None and Path(candidate.source, "transformer").is_dir()
-
-
 def checkpoints(run: Path, word: str) -> list[Path]:
-    """The complete checkpoints of a run that "all", "best", "latest" or a step means; best is latest without a best.
+    """The checkpoints of a run that "all", "best", "latest" or a step means; best is latest without a best.
 
     Raises:
         EvaluationError: there are none.
     """
-    folders = {int(path.name.rpartition("-")[2]): path for path in run.glob("checkpoint-*-*") if path.is_dir()}
-    ordered = [folders[step] for step in sorted(folders)]
+    ordered = runs.checkpoint_folders(run)
+    folders = {runs.step_of(path): path for path in ordered}
     best = runs.best_checkpoint(run)
     if word == "all" and ordered:
         return ordered
@@ -199,18 +202,20 @@ def checkpoints(run: Path, word: str) -> list[Path]:
     )
 
 
-def encode(config: Config, predictor: Predictor, dataset: Any, request: Request) -> Iterator[Row]:
+def encode(config: Config, predictor: Predictor, dataset: Any, request: Request) -> list[Row]:
     """The rows as training would see them, on the CPU."""
     folder = loading.checkpoint_folder(config, predictor.family)
     encoder = EncodedDataset(config, predictor.family, dataset, folder, predictor.pipe.vae.dtype)
     guided_twice = predictor.guidance(request.guidance).prompt != 1.0
-    with console.progress("encoding the pairs", len(dataset)) as update:
+    rows = []
+    with predictor.encoding(), console.progress("encoding the pairs", len(dataset)) as update:
         for index in range(len(dataset)):
             example = dataset.load(index)
             other = TextVariant(predictor.family.negative_prompt)
             negative = encoder.encode(predictor.pipe, example, other) if guided_twice else None
-            yield Row(example, encoder.encode(predictor.pipe, example), negative)
+            rows.append(Row(example, encoder.encode(predictor.pipe, example), negative))
             update(index + 1)
+    return rows
 
 
 def draw(trainer: Trainer, candidate: Candidate, rows: Sequence[Row], request: Request) -> list[Image]:
@@ -219,21 +224,12 @@ def draw(trainer: Trainer, candidate: Candidate, rows: Sequence[Row], request: R
         return [row.source or row.example.target.copy() for row in rows]
     use(trainer, candidate)
     predictor = trainer.predictor
-    device = predictor.transformer.device
-    dtype = loading.weight_dtype(trainer.config.train.mixed_precision)
-
-    def batch(row: Encoded | None) -> Batch | None:
-        return None if row is None else collate([row]).to(device, dtype)
-
     drawn = []
     with console.progress(f"drawing: {candidate.name}", len(rows)) as update, torch.no_grad():
         for place, row in enumerate(rows):
-            wanted = batch(row.wanted)
-            assert wanted is not None
-            latents = predictor.sample(
-                Conditions(wanted, batch(row.negative)), predictor.guidance(request.guidance), [request.seed + place],
-                predictor.pipe.vae.dtype, request.steps,
-            )  # fmt: skip
+            conditions = Conditions(collate([row.wanted]), None if row.negative is None else collate([row.negative]))
+            guidance = predictor.guidance(request.guidance)
+            latents = predictor.sample(conditions, guidance, [request.seed + place], request.steps)
             drawn += predictor.family.decode(predictor.pipe, latents)
             update(place + 1)
     return drawn
@@ -241,11 +237,8 @@ def draw(trainer: Trainer, candidate: Candidate, rows: Sequence[Row], request: R
 
 def use(trainer: Trainer, candidate: Candidate) -> None:
     """Make the trainer's predictor draw as the candidate does."""
-    if candidate.source is None:
-        trainer.unload_lora()
-    elif is_whole(candidate):
-        trainer.load_transformer(Path(candidate.source))
-    else:
+    trainer.load_transformer(candidate.tuned)
+    if candidate.source is not None and candidate.tuned is None:
         trainer.load_lora(candidate.source, candidate.strength)
 
 

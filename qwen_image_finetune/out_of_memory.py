@@ -53,10 +53,28 @@ def advice(config: Config, doing: str, on_card: bool = True) -> list[str]:
         doing: what the process was at: it decides what is in memory, and so what would leave it.
         on_card: the card's memory ran out; False: the host's, where whatever leaves the card waits.
     """
+    if "predict" in doing:
+        return list(_for_drawing(config))
     where = [*_for_everything(config, doing)]
     if "encod" not in doing:
         where += _for_the_transformer(config, on_card, stepping="sampl" not in doing and "load" not in doing)
     return [words for _, words in sorted(where, key=lambda choice: choice[0])]
+
+
+def _for_drawing(config: Config) -> Iterator[str]:
+    """What helps prediction, where neither activations are kept nor gradients made."""
+    yield "close other programs that use this memory"
+    if not config.train.low_memory:
+        yield "train.low_memory=true: text encoders and transformer take turns on the card; same pictures"
+    if config.predict.devices.text_encoder != "cpu":
+        yield "predict.devices.text_encoder=cpu (and text_encoder_2): slower, the same pictures but for rounding"
+    if config.train.mixed_precision == "no":
+        yield "train.mixed_precision=bf16: half the memory, rounding of bf16"
+    if not config.model.quantize:
+        yield "model.quantize=fp8: a base of 8 bits in place of 16, rounded"
+    if config.model.quantize in (None, False, True, "fp8", "int8"):
+        yield "model.quantize=nf4: a base of 4 bits, rounded more"
+    yield "a smaller picture: --width and --height"
 
 
 # What a change costs, least first. Within one of them the order is that of the lists below.

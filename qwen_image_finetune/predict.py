@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -41,15 +42,23 @@ class Conditions:
     negative: Batch | None = None  # negative prompt, references kept
     blind: Batch | None = None  # negative prompt, no references
 
+    def to(self, device: torch.device, dtype: torch.dtype) -> Conditions:
+        """The same on `device`, floating tensors in `dtype`."""
+        poorer = [None if batch is None else batch.to(device, dtype) for batch in (self.negative, self.blind)]
+        return Conditions(self.wanted.to(device, dtype), *poorer)
 
-def guided(family: Family, transformer: ModelMixin, conditions: Conditions, guidance: Guidance) -> flow.Velocity:
-    """Velocity under guidance.
+
+def guided(
+    family: Family, transformer: ModelMixin, conditions: Conditions, guidance: Guidance, dtype: torch.dtype
+) -> flow.Velocity:
+    """Velocity under guidance; the transformer sees latents in `dtype`, the sampler goes on in the one it began with.
 
     With image guidance s_I and prompt guidance s_T: v = v(-, -) + s_I (v(-, I) - v(-, -)) + s_T (v(T, I) - v(-, I)).
     """
 
     def run(latents: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
-        return family.velocity(transformer, latents, timestep, batch, guidance=guidance.embedded)
+        predicted = family.velocity(transformer, latents.to(dtype), timestep, batch, guidance=guidance.embedded)
+        return predicted.to(latents.dtype)
 
     def velocity(latents: Tensor, timestep: Tensor) -> Tensor:
         predicted = run(latents, timestep, conditions.wanted)
@@ -83,13 +92,37 @@ class Predictor:
         transformer: ModelMixin,
         scheduler: FlowMatchEulerDiscreteScheduler,
         area: int | None = None,
+        dtype: torch.dtype | None = None,
+        turns: Sequence[str] = (),
     ) -> None:
         """
         Args:
             pipe: text encoders and VAE; its transformer is not used.
             area: pixel area of references and pictures; None is the model's own.
+            dtype: of what the transformer is given; None is that of the VAE, in which noise is drawn.
+            turns: components of `pipe` that wait on the host and take turns with the transformer on its device.
         """
         self.family, self.pipe, self.transformer, self.scheduler, self.area = family, pipe, transformer, scheduler, area
+        self.dtype: torch.dtype = dtype or pipe.vae.dtype
+        self.turns = turns
+
+    @contextmanager
+    def encoding(self) -> Iterator[None]:
+        """Around everything that asks the text encoders: those that take turns are on the device meanwhile."""
+        if not self.turns:
+            yield
+            return
+        device = self.transformer.device
+        encoders = [self.pipe.components[name] for name in self.turns]
+        self.transformer.to("cpu")
+        try:
+            for encoder in encoders:
+                encoder.to(device)
+            yield
+        finally:
+            for encoder in encoders:
+                encoder.to("cpu")
+            self.transformer.to(device)
 
     def size(self, image: Image) -> tuple[int, int]:
         """(width, height) at which the model sees a reference."""
@@ -150,21 +183,20 @@ class Predictor:
         guidance = self.guidance(guidance_scale, true_cfg_scale, image_guidance_scale)
         seeds = [seed] if isinstance(seed, int) else list(seed)
 
-        device, dtype = self.transformer.device, self.pipe.vae.dtype
-        wanted = self.encode(prompt, images, size)
-
         def batch(words: str, pictures: Sequence[Image]) -> Batch:
             row = wanted if words == prompt and pictures == images else self.encode(words, pictures, size)
-            return collate([row] * len(seeds)).to(device)
+            return collate([row] * len(seeds))
 
         negative = family.negative_prompt if negative_prompt is None else negative_prompt
         guided_twice = guidance.prompt != 1.0 or guidance.image != 1.0
-        conditions = Conditions(
-            wanted=batch(prompt, images),
-            negative=batch(negative, images) if guided_twice else None,
-            blind=batch(negative, []) if guidance.image != 1.0 and images else None,
-        )
-        latents = self.sample(conditions, guidance, seeds, dtype, num_inference_steps, progress)
+        with self.encoding():
+            wanted = self.encode(prompt, images, size)
+            conditions = Conditions(
+                wanted=batch(prompt, images),
+                negative=batch(negative, images) if guided_twice else None,
+                blind=batch(negative, []) if guidance.image != 1.0 and images else None,
+            )
+        latents = self.sample(conditions, guidance, seeds, num_inference_steps, progress)
         return family.decode(self.pipe, latents)
 
     def sample(
@@ -172,14 +204,13 @@ class Predictor:
         conditions: Conditions,
         guidance: Guidance,
         seeds: Sequence[int],
-        dtype: torch.dtype,
         steps: int | None = None,
         progress: Callable[[int], None] = lambda step: None,
     ) -> Tensor:
-        """Latents (B, C, H, W) of the wanted pictures."""
-        shape = conditions.wanted.target.shape[1:]
-        noise = draw_noise(shape, seeds, dtype, self.transformer.device)
-        velocity = guided(self.family, self.transformer, conditions, guidance)
+        """Latents (B, C, H, W) of the wanted pictures, in the precision of the VAE."""
+        device, shape = self.transformer.device, conditions.wanted.target.shape[1:]
+        noise = draw_noise(shape, seeds, self.pipe.vae.dtype, device)
+        velocity = guided(self.family, self.transformer, conditions.to(device, self.dtype), guidance, self.dtype)
         mu = self.family.mu(self.family.tokens(shape), self.scheduler.config)
         return flow.sample(velocity, noise, self.scheduler, steps or self.family.num_inference_steps, mu, progress)
 

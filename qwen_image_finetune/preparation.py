@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,13 +27,12 @@ from qwen_image_finetune.families import get_family
 from qwen_image_finetune.families.base import Family
 from qwen_image_finetune.levers import lora_files, parallel
 from qwen_image_finetune.levers.attention import use_attention
-from qwen_image_finetune.optim import build_optimizer, build_scheduler
 from qwen_image_finetune.predict import Predictor
 from qwen_image_finetune.processes import Team
-from qwen_image_finetune.trackers import unavailable
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from diffusers import ModelMixin
 
 Say = Callable[[str], None]
 
@@ -145,24 +145,6 @@ def plan_batches(config: Config, dataset: ImageDataset, processes: int) -> Batch
     )
 
 
-def check_run(config: Config, family: Family) -> None:
-    """Refuse, before any model loads, what would fail on this machine after it: nobody waits for minutes to hear it.
-
-    Raises:
-        ConfigError: a tracker or optimizer that is not installed, arguments the optimizer or the schedule does not
-            take, a device that is not there, text embeddings the family does not have.
-        LoraFileError: model.lora.pretrained_weight cannot be read.
-    """
-    absent = unavailable(config.logging.trackers)
-    if absent:
-        raise ConfigError(f"logging.report_to names {absent}, not installed here: pip install {' '.join(absent)}")
-    check_drop_keys(config, family)
-    stand_in = build_optimizer(config.optimizer, [torch.nn.Parameter(torch.zeros(1))])
-    build_scheduler(config.lr_scheduler, stand_in, total_steps=config.max_steps or 1)
-    if config.model.lora is not None and config.model.lora.pretrained_weight is not None:
-        lora_files.inspect_lora(lora_files.find_lora(config.model.lora.pretrained_weight))
-
-
 def check_drop_keys(config: Config, family: Family) -> None:
     """Raises ConfigError where cache.prompt_empty_drop_keys names no text embedding of the family."""
     given = config.cache.prompt_empty_drop_keys or []
@@ -174,8 +156,14 @@ def check_drop_keys(config: Config, family: Family) -> None:
         )
 
 
-def build_predictor(config: Config) -> Predictor:
-    """Everything prediction needs, on the devices of predict.devices (default: the first accelerator, else the CPU)."""
+def build_predictor(config: Config, tuned: Path | None = None) -> Predictor:
+    """Everything prediction needs, on the devices of predict.devices (default: the first accelerator, else the CPU).
+
+    With train.low_memory, encoders that would share the transformer's card wait in host memory and take turns with it.
+
+    Args:
+        tuned: the folder of a transformer to draw with in place of the base's.
+    """
     family = get_family(resolve_family(config, download=True)[0])
     folder = loading.checkpoint_folder(config, family)
     home = loading.resolve_device(None, "predict.devices")
@@ -186,10 +174,33 @@ def build_predictor(config: Config) -> Predictor:
     for name, device in config.predict.devices.model_dump().items():
         key = f"predict.devices.{name}"
         homes[name] = loading.resolve_device(processes.encoder_device(device, key, str(home), local), key)
+    card = homes["transformer"]
+    waiting = config.train.low_memory and card.type != "cpu"
+    turns = [name for name in ("text_encoder", "text_encoder_2")
+             if waiting and name in family.text_components and homes[name] == card]  # fmt: skip
     dtype = loading.encoder_dtype(config.train.mixed_precision)
-    pipe = loading.load_encoders(family, folder, dtype, homes)
+    pipe = loading.load_encoders(family, folder, dtype, homes | dict.fromkeys(turns, torch.device("cpu")))
+    transformer = load_for_prediction(config, family, tuned or folder, card)
+    scheduler, dtype = loading.load_scheduler(folder), loading.weight_dtype(config.train.mixed_precision)
+    return Predictor(family, pipe, transformer, scheduler, config.data.init_args.area, dtype, turns)
+
+
+def load_for_prediction(config: Config, family: Family, folder: Path, device: torch.device) -> ModelMixin:
+    """The transformer of a checkpoint as prediction has it: at rest, with an attention that runs here."""
     dtype = loading.weight_dtype(config.train.mixed_precision)
-    transformer = loading.load_transformer(family, folder, dtype, config.model, homes["transformer"], console.say)
-    transformer.eval().to(homes["transformer"])
+    transformer = loading.load_transformer(family, folder, dtype, config.model, device, console.say)
+    transformer.eval().to(device)
     use_attention(transformer, "auto", config.train.mixed_precision)  # what training used may not run here
-    return Predictor(family, pipe, transformer, loading.load_scheduler(folder), config.data.init_args.area)
+    return transformer
+
+
+def check_lora(config: Config, lora: Path) -> None:
+    """Refuse a LoRA that does not fit the model, before the model loads.
+
+    Raises:
+        LoraFileError: names what does not fit.
+    """
+    family = get_family(resolve_family(config, download=True)[0])
+    folder = loading.checkpoint_folder(config, family)
+    skeleton = loading.empty_transformer(family, folder, loading.weight_dtype(config.train.mixed_precision))
+    lora_files.fitting_layers(skeleton, lora, family.pipeline)

@@ -93,8 +93,8 @@ class Run:
         self.truncate_metrics(step)
         if any(line["step"] > step for line in _lines(self.path / BEST)):
             (self.path / BEST).unlink()
-        for folder in _checkpoint_folders(self.path):
-            if _step(folder) > step:
+        for folder in checkpoint_folders(self.path):
+            if step_of(folder) > step:
                 aside = self.path / SUPERSEDED
                 aside.mkdir(exist_ok=True)
                 count = sum(1 for other in aside.iterdir() if other.name.startswith(f"{folder.name}.")) + 1
@@ -112,7 +112,7 @@ class Run:
 
     def checkpoints(self) -> list[Path]:
         """Complete checkpoint folders, ordered by step. Their checksums are verified by whoever loads one."""
-        return [folder for folder in _checkpoint_folders(self.path) if verify_folder(folder, checksums=False) is None]
+        return [folder for folder in checkpoint_folders(self.path) if verify_folder(folder, checksums=False) is None]
 
     def is_sound(self, checkpoint: Path) -> bool:
         """Whether its checksums hold. Files that did not change since they were last verified are not read again."""
@@ -265,10 +265,10 @@ def best_checkpoint(version: Path) -> Path | None:
 
 def steps_of(version: Path) -> int:
     """Optimizer steps a version reached, by the largest of its records: state, metrics, names of checkpoints."""
-    checkpoints = [*_checkpoint_folders(version), *version.glob(f"{SUPERSEDED}/checkpoint-*-*")]
+    checkpoints = [*checkpoint_folders(version), *version.glob(f"{SUPERSEDED}/checkpoint-*-*")]
     return max(
         *(int(line["step"]) for line in (*_lines(version / STATE), *_lines(version / METRICS), {"step": 0})),
-        *(_step(folder) for folder in checkpoints),
+        *(step_of(folder) for folder in checkpoints),
         0,
     )
 
@@ -289,7 +289,7 @@ def _tidy(version: Path) -> None:
         return
     if not (version / LOCK).exists():  # not written by this program: never cleaned, and removed only if surely a run
         events = list(version.glob("events.out.tfevents.*"))
-        if (events or _checkpoint_folders(version)) and _is_short(version):
+        if (events or checkpoint_folders(version)) and _is_short(version):
             remove_folder(version)
         return
     try:
@@ -314,7 +314,7 @@ def _is_short(version: Path) -> bool:
 
 def _is_resumable(version: Path) -> bool:
     """Stopped before its end, with a complete checkpoint. A process that was killed left the state "running"."""
-    complete = (verify_folder(folder, checksums=False) is None for folder in _checkpoint_folders(version))
+    complete = (verify_folder(folder, checksums=False) is None for folder in checkpoint_folders(version))
     return _state(version).get("state") not in (None, "finished") and any(complete)
 
 
@@ -340,19 +340,20 @@ def _number(version: Path) -> int:
     return int(version.name[1:])
 
 
-def _checkpoint_folders(version: Path) -> list[Path]:
+def checkpoint_folders(version: Path) -> list[Path]:
     """Folders named like checkpoints, complete or not, ordered by step."""
     found = [path for path in version.glob("checkpoint-*-*") if CHECKPOINT.match(path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: (_step(path), path.name))
+    return sorted(found, key=lambda path: (step_of(path), path.name))
 
 
-def _step(checkpoint: Path) -> int:
+def step_of(checkpoint: Path) -> int:
+    """Optimizer steps in the name of a checkpoint; 0 where it is none."""
     found = CHECKPOINT.match(checkpoint.name.partition(".")[0])
     return int(found[2]) if found else 0
 
 
 def _newest_valid(version: Path, warn: Callable[[str], None]) -> Path | None:
-    for folder in reversed(_checkpoint_folders(version)):
+    for folder in reversed(checkpoint_folders(version)):
         problem = verify_folder(folder)
         if problem is None:
             return folder

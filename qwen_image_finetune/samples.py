@@ -44,6 +44,8 @@ class Sampler:
         """
         self.settings, self.rows, self.pipe, self.transformer = config.validation, rows, pipe, transformer
         self.device, self.precision = device, config.train.mixed_precision
+        # Weights that are trained themselves are float32; a frozen base has its precision already, as in prediction.
+        self.autocast = config.model.lora is None and self.precision == "bf16"
         self.chosen = spread(self.settings.num_validation_samples, len(rows.dataset))
 
     def draw(self, title: str, shown: bool, check: Callable[[], None]) -> list[Image.Image]:
@@ -60,7 +62,8 @@ class Sampler:
             {"default": self.device},
             text=False,
         )
-        predictor = Predictor(self.rows.family, pipe, self.transformer, loading.load_scheduler(self.rows.checkpoint))
+        scheduler, dtype = loading.load_scheduler(self.rows.checkpoint), loading.weight_dtype(self.precision)
+        predictor = Predictor(self.rows.family, pipe, self.transformer, scheduler, dtype=dtype)
         drawn = []
         with console.progress(title, len(self.chosen), shown=shown) as update:
             for done, index in enumerate(self.chosen, start=1):
@@ -98,15 +101,15 @@ class Sampler:
         guidance = predictor.guidance(self.settings.guidance_scale)
         wanted = self._batch(index, None)
         negative = None if guidance.prompt == 1.0 else self._batch(index, self.rows.family.negative_prompt)
-        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             latents = predictor.sample(
                 Conditions(wanted, negative), guidance, [self.settings.seed + index],
-                loading.encoder_dtype(self.precision), self.settings.num_inference_steps, lambda step: check(),
+                self.settings.num_inference_steps, lambda step: check(),
             )  # fmt: skip
         return self.rows.family.decode(predictor.pipe, latents)[0]
 
     def _batch(self, index: int, prompt: str | None) -> Batch:
-        return collate([self.row(index, prompt)]).to(self.device, loading.weight_dtype(self.precision))
+        return collate([self.row(index, prompt)])
 
 
 def side_by_side(

@@ -30,6 +30,7 @@ class Trainer:
             raise ConfigError(f"{type(self).__name__} trains {self.family}, but {source} says {name}")
         self.config = config
         self._predictor: Predictor | None = None
+        self._tuned: Path | None = None
         self._lora: Path | None = None
         self._strength = 1.0
 
@@ -58,12 +59,21 @@ class Trainer:
             self._apply_lora()
 
     def setup_predict(self) -> None:
-        """Load what prediction needs."""
-        from qwen_image_finetune.preparation import build_predictor
+        """Load what prediction needs.
 
-        self._predictor = build_predictor(self.config)
+        Raises:
+            LoraFileError: the LoRA does not fit the model; it is not loaded then.
+            OutOfMemory: with what would help.
+        """
+        from qwen_image_finetune.out_of_memory import explained
+        from qwen_image_finetune.preparation import build_predictor, check_lora
+
         if self._lora is not None:
-            self._apply_lora()
+            check_lora(self.config, self._lora)
+        with explained(self.config, "loading the model for prediction"):
+            self._predictor = build_predictor(self.config, self._tuned)
+            if self._lora is not None:
+                self._apply_lora()
 
     @property
     def predictor(self) -> Predictor:
@@ -81,21 +91,28 @@ class Trainer:
         if self._predictor is not None and adapters.adapter_names(self._predictor.transformer):
             self._predictor.transformer.unload_lora()
 
-    def load_transformer(self, checkpoint: Path) -> None:
-        """Predict with a transformer that was tuned as a whole, from here on in place of the base.
+    def load_transformer(self, checkpoint: Path | None) -> None:
+        """Predict with a transformer that was tuned as a whole in place of the base; before or after `setup_predict`.
 
         Args:
-            checkpoint: a folder that holds `transformer/`.
+            checkpoint: a folder that holds `transformer/`; None is the base again.
         """
-        from qwen_image_finetune import loading
-
         self.unload_lora()
-        home, dtype = self.predictor.transformer.device, loading.weight_dtype(self.config.train.mixed_precision)
-        transformer = loading.load_transformer(
-            self.predictor.family, checkpoint, dtype, self.config.model, home, console.say
-        )
-        transformer.eval().to(home)
-        self.predictor.transformer = transformer
+        if checkpoint == self._tuned:
+            return
+        self._tuned, predictor, self._predictor = checkpoint, self._predictor, None
+        if predictor is None:
+            return
+        from qwen_image_finetune.loading import checkpoint_folder
+        from qwen_image_finetune.out_of_memory import explained
+        from qwen_image_finetune.preparation import load_for_prediction
+
+        family, home = predictor.family, predictor.transformer.device
+        del predictor.transformer  # the device need not hold two
+        with explained(self.config, "loading the model for prediction"):
+            folder = checkpoint or checkpoint_folder(self.config, family)
+            predictor.transformer = load_for_prediction(self.config, family, folder, home)
+        self._predictor = predictor
 
     def predict(
         self,
@@ -106,8 +123,10 @@ class Trainer:
         **options: Any,
     ) -> list[Image]:
         """Draw pictures; loads the model first if that has not happened. Options: see `Predictor.predict`."""
+        from qwen_image_finetune.out_of_memory import explained
+
         steps = num_inference_steps or self.predictor.family.num_inference_steps
-        with console.progress("drawing", steps) as update:
+        with explained(self.config, "predicting"), console.progress("drawing", steps) as update:
             report: Callable[[int], None] = update
             return self.predictor.predict(prompt_image, prompt, steps, guidance_scale, progress=report, **options)
 

@@ -19,6 +19,7 @@ from PIL import Image
 
 from qwen_image_finetune.config import load_config
 from qwen_image_finetune.predict import Predictor
+from qwen_image_finetune.runs import checkpoint_folders
 from qwen_image_finetune.toy.measure import foreground_iou
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,10 +55,6 @@ def newest_version(project: Path) -> Path:
     return max(versions, key=lambda path: int(path.name[1:]))
 
 
-def newest_checkpoint(version: Path) -> Path:
-    return max(version.glob("checkpoint-*-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]))
-
-
 def demonstrate(name: str) -> Result:
     """Cache, train and draw one family."""
     config = Path(f"configs/demo_{name}.yaml")
@@ -66,7 +63,7 @@ def demonstrate(name: str) -> Result:
     qif("train", config)
     seconds = time.monotonic() - began
     version = newest_version(ROOT / "demo/output" / name)
-    lora, picture = newest_checkpoint(version) / "pytorch_lora_weights.safetensors", version / "prediction.png"
+    lora, picture = checkpoint_folders(version)[-1] / "pytorch_lora_weights.safetensors", version / "prediction.png"
     face = sorted((HELD_OUT / "control_images").glob("*.jpg"))[0].relative_to(ROOT)
     qif("predict", config, "--lora", lora.relative_to(ROOT), "--image", face, "--prompt", PROMPT, "--steps",
         str(SAMPLING_STEPS), "--guidance", "1", "--output", picture.relative_to(ROOT))  # fmt: skip

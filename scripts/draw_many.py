@@ -35,7 +35,7 @@ def draw(
     rows = [predictor.encode(prompt, [picture], predictor.size(picture)) for picture, prompt in wanted]
     embedded = 1.0 if predictor.family.distilled_guidance(predictor.transformer.config) else None
     seeds = range(seed, seed + len(rows))
-    latents = predictor.sample(Conditions(collate(rows)), Guidance(embedded), seeds, predictor.pipe.vae.dtype, steps)
+    latents = predictor.sample(Conditions(collate(rows)), Guidance(embedded), seeds, steps)
     return predictor.family.decode(predictor.pipe, latents)
 
 

@@ -13,7 +13,7 @@ from qwen_image_finetune.config.words import known_keys
 from qwen_image_finetune.out_of_memory import OutOfMemory, advice, explained
 
 Configure = Callable[..., Config]
-KEY = re.compile(r"((?:train|model|data|cache|optimizer|validation)\.[\w.]*\w)(?:=([\w.]+))?")
+KEY = re.compile(r"((?:train|model|data|cache|optimizer|validation|predict)\.[\w.]*\w)(?:=([\w.]+))?")
 COSTS = ("same", "clipped", "rounded", "rounded more", "less detail")
 
 
@@ -36,6 +36,11 @@ def test_every_lever_is_named_in_the_order_of_what_it_costs(configure: Configure
         "data.init_args.resolution",
         "model.lora.r",
     ]
+
+
+def test_prediction_is_advised_what_changes_prediction(configure: Configure) -> None:
+    lines = advice(configure("FluxKontext", "train.low_memory=true"), "predicting")
+    assert keys(lines) == ["predict.devices.text_encoder", "train.mixed_precision", "model.quantize", "model.quantize"]
 
 
 def test_what_is_on_is_not_advised(configure: Configure) -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from qwen_image_finetune.cli import main
 from qwen_image_finetune.config import Config, ConfigError
-from qwen_image_finetune.draw import DrawingError, Request, plan
+from qwen_image_finetune.draw import DrawingError, Request, draw, plan
 from qwen_image_finetune.families import FAMILIES, get_family
 from qwen_image_finetune.levers.lora_files import LoraFileError
 from qwen_image_finetune.predict import PredictionError, check_request
@@ -87,6 +87,69 @@ def test_a_lora_before_or_after_the_setup(trainer: Trainer, lora: Path) -> None:
 def test_a_lora_that_is_not_there_is_refused_at_once(trainer: Trainer, tmp_path: Path) -> None:
     with pytest.raises(LoraFileError, match="does not exist"):
         trainer.load_lora(tmp_path / "nothing" / "here.safetensors")
+
+
+def test_a_lora_of_another_family_is_refused_before_the_model_loads(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train(configure("FluxKontext", "train.max_train_steps=1"))
+    assert run is not None
+    trainer = Trainer(configure("QwenImageEdit"))
+    trainer.load_lora(run)
+    monkeypatch.setattr("qwen_image_finetune.preparation.build_predictor", lambda *_: pytest.fail("it was loaded"))
+    with pytest.raises(LoraFileError, match="pytorch_lora_weights"):
+        trainer.setup_predict()
+
+
+def test_fp16_draws_nearly_what_float32_draws(configure: Configure) -> None:
+    """Its encoders and its noise are those of float32."""
+    exact, rounded = (
+        Trainer(configure("FluxKontext", f"train.mixed_precision={name}")).predict(photograph(), "add a hat", 2)[0]
+        for name in ("no", "fp16")
+    )
+    assert np.abs(np.asarray(exact).astype(int) - np.asarray(rounded).astype(int)).mean() < 2
+
+
+def test_encoders_and_transformer_take_turns(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a card too small for both: each waits in host memory while the other works, and the picture is the same."""
+    trainer = Trainer(configure("FluxKontext"))
+    alone = trainer.predict(photograph(), "add a hat", 2)[0]
+    predictor, moves = trainer.predictor, list[str]()
+    for name in ("transformer", "text_encoder", "text_encoder_2"):
+        part = predictor.transformer if name == "transformer" else predictor.pipe.components[name]
+        monkeypatch.setattr(part, "to", lambda device, name=name: moves.append(f"{name} {device}"))
+    encode = predictor.encode
+    monkeypatch.setattr(predictor, "encode", lambda *words: (moves.append("encode"), encode(*words))[1])
+    sample = predictor.sample
+    monkeypatch.setattr(predictor, "sample", lambda *words: (moves.append("sample"), sample(*words))[1])
+    predictor.turns = ("text_encoder", "text_encoder_2")
+    assert same(trainer.predict(photograph(), "add a hat", 2)[0], alone)
+    assert moves == ["transformer cpu", "text_encoder cpu", "text_encoder_2 cpu", "encode", "text_encoder cpu",
+                     "text_encoder_2 cpu", "transformer cpu", "sample"]  # fmt: skip
+
+
+def test_a_model_tuned_as_a_whole_is_drawn_with(configure: Configure, tmp_path: Path) -> None:
+    config = configure("FluxKontext", "train.max_train_steps=2", "model.lora=null", "optimizer.init_args.lr=0.001")
+    run = train(config)
+    assert run is not None
+    photograph().save(tmp_path / "reference.png")
+    words = ["--image", str(tmp_path / "reference.png"), "--prompt", "add a hat", "--steps", "2"]
+    command = ["predict", str(tmp_path / "config.yaml"), *words]
+    for name, more in {
+        "base": [],
+        "version": ["--lora", str(run)],
+        "tuned": ["--lora", str(*run.glob("check*"))],
+    }.items():
+        assert main([*command, "--output", str(tmp_path / f"{name}.png"), *more]) == 0
+    base, version, tuned = (Image.open(tmp_path / f"{name}.png") for name in ("base", "version", "tuned"))
+    assert same(version, tuned) and not same(base, tuned)
+    trainer = Trainer(config)
+    trainer.load_transformer(next(run.glob("check*")))
+    assert same(trainer.predict(photograph(), "add a hat", 2)[0], tuned)
+    trainer.load_transformer(None)
+    assert same(trainer.predict(photograph(), "add a hat", 2)[0], base)
+    with pytest.raises(DrawingError, match="tuned as a whole"):
+        draw(config, Request("add a hat", (tmp_path / "reference.png",), lora=str(run), strength=0.5))
 
 
 def test_one_picture_for_each_seed(trainer: Trainer) -> None:

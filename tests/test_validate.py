@@ -166,6 +166,24 @@ def test_strips_say_what_is_where(configure: Configure, held_out: Path) -> None:
     assert cut.tobytes() == Image.open(run / "samples" / "base" / "0.png").tobytes()
 
 
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_samples_are_what_prediction_draws(configure: Configure, held_out: Path, precision: str) -> None:
+    import numpy as np
+    from PIL import Image
+
+    from qwen_image_finetune.trainer import Trainer
+
+    overrides = ("train.max_train_steps=4", f"train.mixed_precision={precision}")
+    config = configure("FluxKontext", *overrides, rounds(held_out, num_inference_steps=8, seed=5))
+    run = train(config)
+    assert run is not None
+    trainer = Trainer(config)
+    reference = Image.open(held_out / "control_images" / "0.png")
+    predicted = trainer.predict(reference, "edit number 0", 8, config.validation.guidance_scale, seed=5)[0]
+    drawn = Image.open(run / "samples" / "base" / "0.png")
+    assert np.abs(np.asarray(drawn).astype(int) - np.asarray(predicted).astype(int)).max() <= 1
+
+
 def test_levels_are_stratified_and_noise_is_fixed(configure: Configure, held_out: Path) -> None:
     from dataclasses import dataclass
 

@@ -48,6 +48,7 @@ __all__ = [
     "LoraInfo",
     "export_lora",
     "find_lora",
+    "fitting_layers",
     "inspect_lora",
     "load_lora",
     "merge_lora",
@@ -143,9 +144,7 @@ def load_lora(
         ConfigError: its rank or target modules are not the config's.
     """
     path = find_lora(source)
-    linear = linear_modules(transformer)
-    layers, metadata = read_lora(path, pipeline_class, linear)
-    _check_fits(layers, linear, path)
+    layers, metadata = fitting_layers(transformer, path, pipeline_class)
     info = LoraInfo(
         path=path,
         rank=most(layer.rank for layer in layers.values()),
@@ -163,6 +162,29 @@ def load_lora(
         adapters.add_adapter(transformer, config.model_copy(update={"pretrained_weight": str(path)}), seed=0)
     _fill(transformer, layers, adapter_name)
     return info
+
+
+def fitting_layers(
+    transformer: nn.Module, path: Path, pipeline_class: type[Any]
+) -> tuple[dict[str, Layer], dict[str, str]]:
+    """`read_lora` for a transformer, whose weights are not read.
+
+    Raises:
+        LoraFileError: the file is broken or does not fit this transformer.
+    """
+    linear = linear_modules(transformer)
+    layers, metadata = read_lora(path, pipeline_class, linear)
+    unknown = [name for name in layers if name not in linear]
+    if unknown:
+        raise LoraFileError(unmatched_message(path, unknown, len(layers)))
+    for name, layer in layers.items():
+        weight_shape = (cast(Any, linear[name]).out_features, cast(Any, linear[name]).in_features)
+        if weight_shape != (layer.up.shape[0], layer.down.shape[1]):
+            raise LoraFileError(
+                f"{path}: {name} is {weight_shape[0]} x {weight_shape[1]} in this transformer and "
+                f"{layer.up.shape[0]} x {layer.down.shape[1]} in the file: it was trained on another model"
+            )
+    return layers, metadata
 
 
 def export_lora(source: Path, destination: Path, dialect: Dialect, pipeline_class: type[Any]) -> None:
@@ -203,19 +225,6 @@ def _write(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str])
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _check_fits(layers: Mapping[str, Layer], linear: Mapping[str, nn.Module], path: Path) -> None:
-    unknown = [name for name in layers if name not in linear]
-    if unknown:
-        raise LoraFileError(unmatched_message(path, unknown, len(layers)))
-    for name, layer in layers.items():
-        weight_shape = (cast(Any, linear[name]).out_features, cast(Any, linear[name]).in_features)
-        if weight_shape != (layer.up.shape[0], layer.down.shape[1]):
-            raise LoraFileError(
-                f"{path}: {name} is {weight_shape[0]} x {weight_shape[1]} in this transformer and "
-                f"{layer.up.shape[0]} x {layer.down.shape[1]} in the file: it was trained on another model"
-            )
 
 
 def _check_config(transformer: nn.Module, layers: Mapping[str, Layer], info: LoraInfo, config: LoraConfig) -> None:

@@ -14,7 +14,7 @@ from huggingface_hub.errors import (
 )
 
 from qwen_image_finetune.levers.lora_header import FILE_NAME, LoraFileError
-from qwen_image_finetune.runs import CHECKPOINT
+from qwen_image_finetune.runs import checkpoint_folders
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
@@ -40,7 +40,8 @@ def find_lora(source: str | Path) -> Path:
             raise LoraFileError(f"{source} is not a .safetensors file")
         return path
     if path.is_dir():
-        path = _newest_checkpoint(path) or path
+        newest = [folder for folder in checkpoint_folders(path) if (folder / FILE_NAME).is_file()][-1:]
+        path = newest[0] if newest else path
         return path / _choose([file.name for file in path.iterdir()], str(source))
     hub = re.fullmatch(r"([\w][\w.-]*/[\w][\w.-]*)(?:/(.+\.safetensors))?", str(source))
     if hub is None:
@@ -48,13 +49,6 @@ def find_lora(source: str | Path) -> Path:
             f"{source} does not exist: give a .safetensors file, a folder with one, or OWNER/NAME on the hub"
         )
     return _download(hub[1], hub[2])
-
-
-def _newest_checkpoint(version: Path) -> Path | None:
-    """The checkpoint of a version folder with the most steps that holds a LoRA."""
-    steps = {folder: CHECKPOINT.match(folder.name) for folder in version.iterdir() if (folder / FILE_NAME).is_file()}
-    found = {folder: int(match[2]) for folder, match in steps.items() if match}
-    return max(found, key=lambda folder: found[folder]) if found else None
 
 
 def _choose(names: list[str], where: str) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qwen_image_finetune.config import ConfigError, ModelConfig
 from qwen_image_finetune.levers import adapters, lora_files, parallel
-from qwen_image_finetune.runs import LORA_WEIGHTS
+from qwen_image_finetune.runs import LORA_WEIGHTS, checkpoint_folders
 
 TRANSFORMER = "transformer"  # folder of a fully tuned transformer, in diffusers layout
 ADAPTER = "adapter.safetensors"  # for an exact resume; LORA_WEIGHTS beside it is the file for users
@@ -30,6 +30,13 @@ def snapshot(transformer: ModelMixin, config: ModelConfig, keep: bool = True) ->
         state = adapters.trainable_state(transformer, config.lora.adapter_name)
     whole = parallel.gathered(state, keep)
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in whole.items() if tensor is not None}
+
+
+def find_tuned(source: str | Path) -> Path | None:
+    """The checkpoint with a fully tuned transformer that a folder is, or the newest one of a version folder."""
+    path = Path(source).expanduser()
+    found = [path, *reversed(checkpoint_folders(path))]
+    return next((folder for folder in found if (folder / TRANSFORMER / "config.json").is_file()), None)
 
 
 def save(

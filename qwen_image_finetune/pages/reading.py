@@ -61,8 +61,7 @@ class Version:
     @cached_property
     def checkpoints(self) -> list[Path]:
         """Checkpoint folders by step."""
-        found = [path for path in self.path.glob("checkpoint-*-*") if runs.CHECKPOINT.match(path.name)]
-        return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+        return runs.checkpoint_folders(self.path)
 
     @cached_property
     def rows(self) -> list[Row]:

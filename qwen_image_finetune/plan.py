@@ -19,6 +19,7 @@ import torch
 
 from qwen_image_finetune import speed
 from qwen_image_finetune.config import Config, ConfigError
+from qwen_image_finetune.config.exclusions import contradictions
 from qwen_image_finetune.config.schema import shown
 from qwen_image_finetune.config.tree import find
 from qwen_image_finetune.families.base import Family
@@ -187,13 +188,31 @@ class Planner:
             prices.append("time, once: the data set is encoded on the CPU")
         if base:
             yield Change(base, "; ".join(prices)), with_keys(config, base), None
-        formats = [None] if config.model.lora is None or self.format is not None else [None, "fp8", "nf4"]
-        for format in formats:
-            quantised = {**base, "model.quantize": format} if format else base
-            loss = ["precision of the frozen base"] if format else []
+        for lossy, losses in self._losses():
             for keys, price in self.memory_changes():
-                changed = with_keys(config, {**quantised, **keys})
-                yield Change({**quantised, **keys}, "; ".join([*prices, *loss, price])), changed, format
+                together = {**base, **lossy, **keys}
+                changed = with_keys(config, together)
+                yield Change(together, "; ".join([*prices, *losses, price])), changed, lossy.get("model.quantize")
+
+    def _losses(self) -> Iterator[tuple[dict[str, Any], list[str]]]:
+        """Settings that change what is learnt, and what is lost by them: first nothing, then the least."""
+        yield {}, []
+        if self.config.model.lora is not None:
+            for format in () if self.format else ("fp8", "nf4"):
+                yield {"model.quantize": format}, ["precision of the frozen base"]
+            return
+        released = {"train.release_gradients": True, "train.max_grad_norm": None}
+        rounded = {"optimizer.class_path": "bitsandbytes.optim.AdamW8bit"}
+        optimizer, clipping, rounding = self.config.optimizer, "gradients are not clipped", "the optimizer's precision"
+        # The other class takes the same arguments, but has another default of lr.
+        can_round = optimizer.class_path == "torch.optim.AdamW" and "init_args" in optimizer.model_fields_set
+        can_release = not contradictions(with_keys(self.config, released))
+        if can_release:
+            yield released, [clipping]
+        if can_round:
+            yield rounded, [rounding]
+        if can_release and can_round:
+            yield {**released, **rounded}, [clipping, rounding]
 
     def fastest_that_fits(self, card: int) -> tuple[Change, Prediction] | None:
         """The setting of the memory levers that loses the least time, results unchanged."""

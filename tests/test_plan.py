@@ -214,6 +214,22 @@ def test_full_fine_tuning_that_does_not_fit_is_advised_what_it_can_do(configured
     assert "swap" not in text and "quantise" not in text
 
 
+def test_full_fine_tuning_fits_by_what_it_can_do_without(configured: Callable[..., Config]) -> None:
+    """Weights of four bytes and AdamW's state take 133 GiB, gradients 44; its state in 8 bits takes a quarter."""
+    full = ("model.lora=null", "optimizer.init_args.lr=1e-5", "train.gradient_checkpointing=true")
+    planner = Planner(get_family("FluxKontext"), configured("FluxKontext", *full), None)
+    for card, last in ((141, "train.release_gradients=true"), (80, "optimizer.class_path=bitsandbytes")):
+        found = planner.cheapest_change(card * GIB)
+        assert found is not None
+        words = found[0].words(planner.config)
+        assert "train.max_grad_norm=null" in words and last in words and ("optimizer" in words) == (card == 80)
+        assert Planner(planner.family, configured("FluxKontext", *full, *words.split()), None).predict() == found[1]
+    assert planner.cheapest_change(48 * GIB) is None
+    accumulated = Planner(planner.family, configured("FluxKontext", *full, "train.gradient_accumulation_steps=2"), None)
+    found = accumulated.cheapest_change(141 * GIB)
+    assert found is not None and "release_gradients" not in found[0].words(accumulated.config)
+
+
 def test_a_base_of_the_hubs_cache_is_planned_as_it_is_stored(
     configured: Callable[..., Config], hub_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -88,31 +88,17 @@ class HeldOutLoss:
     """
 
     def __init__(self, objective: Objective, settings: ValidationConfig) -> None:
-        """
-        Args:
-            objective: around the transformer without the wrappers of several processes.
-        """
         self.objective, self.strata, self.seed = objective, settings.num_loss_sigmas, settings.seed
 
     @torch.no_grad()
     def __call__(self, row: Encoded, cancelled: Callable[[], None] = lambda: None) -> float:
         """Mean loss of one pair."""
         objective = self.objective
-        device = objective.accelerator.device
-        batch: Batch = collate([row]).to(device, objective.dtype)
-        sigmas, noises = self.draw(row)
+        batch: Batch = collate([row]).to(objective.accelerator.device, objective.dtype)
         total = 0.0
-        for sigma, noise in zip(sigmas, noises, strict=True):
+        for sigma, noise in zip(*self.draw(row), strict=True):
             cancelled()
-            with objective.accelerator.autocast():
-                loss = flow.loss(
-                    lambda noisy, level: objective.velocity(noisy, level, batch=batch),
-                    batch.target,
-                    sigma[None].to(device),
-                    noise[None].to(device),
-                    objective.weight(batch),
-                )
-            total += float(loss)
+            total += float(objective.loss(objective.transformer, batch, sigma[None], noise[None]))
         return total / self.strata
 
     def draw(self, row: Encoded) -> tuple[Tensor, Tensor]:

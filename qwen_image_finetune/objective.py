@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -36,14 +35,8 @@ class Objective:
         self.family, self.scheduler_config, self.accelerator = family, scheduler_config, accelerator
         self.dtype = loading.weight_dtype(config.train.mixed_precision)
         self.dropout = bool(config.model.lora and config.model.lora.lora_dropout)
-        guidance = config.train.guidance_scale if family.distilled_guidance(transformer.config) else None
-        self.velocity = partial(family.velocity, transformer, guidance=guidance)
-
-    def through(self, wrapped: nn.Module) -> Objective:
-        """The same objective of the same transformer, called through the wrapper that averages its gradients."""
-        other = copy.copy(self)
-        other.velocity = partial(self.family.velocity, wrapped, **self.velocity.keywords)
-        return other
+        self.transformer = transformer
+        self.guidance = config.train.guidance_scale if family.distilled_guidance(transformer.config) else None
 
     def shift(self, latent_shape: Sequence[int]) -> float:
         """Timestep shift of a target latent: the model's own for its number of tokens, or the configured constant."""
@@ -59,8 +52,12 @@ class Objective:
         foreground, background = self.weighting.foreground_weight, self.weighting.background_weight
         return background + (foreground - background) * batch.mask
 
-    def __call__(self, batch: Batch, micro: MicroBatch) -> tuple[Tensor, Tensor]:
-        """Loss (B,) float32 on the device, and the noise levels (B,) it was taken at, on the CPU."""
+    def __call__(self, module: nn.Module, batch: Batch, micro: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Loss (B,) float32 on the device, and the noise levels (B,) it was taken at, on the CPU.
+
+        Args:
+            module: the transformer, or the wrapper around it that averages its gradients over processes.
+        """
         shape = batch.target.shape[1:]
         visits = [micro.visit] * len(batch.keys)
         sigma, noise = flow.draw(
@@ -68,14 +65,11 @@ class Objective:
         )
         if self.dropout:  # the only user of the global random state: make it a function of the samples as well
             torch.manual_seed(flow.seed_of("dropout", self.train.seed, *batch.keys, micro.visit))
+        return self.loss(module, batch.to(self.accelerator.device, self.dtype), sigma, noise), sigma
+
+    def loss(self, module: nn.Module, batch: Batch, sigma: Tensor, noise: Tensor) -> Tensor:
+        """Loss (B,) float32 of a batch on the device at noise levels (B,) and noise (B, C, H, W), float32 anywhere."""
         device = self.accelerator.device
-        batch = batch.to(device, self.dtype)
+        velocity = partial(self.family.velocity, module, batch=batch, guidance=self.guidance)
         with self.accelerator.autocast():
-            loss = flow.loss(
-                partial(self.velocity, batch=batch),
-                batch.target,
-                sigma.to(device),
-                noise.to(device),
-                self.weight(batch),
-            )
-        return loss, sigma
+            return flow.loss(velocity, batch.target, sigma.to(device), noise.to(device), self.weight(batch))

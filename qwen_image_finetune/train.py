@@ -110,7 +110,7 @@ def _train(job: Job, book: Logbook, progress: Progress, stopping: StopSignals) -
     with explained(config, "training"):
         stream = micro_batches(job, pipe, progress.step)
         stopping.defer()
-        _loop(job, book, learner, state, objective.through(learner.wrapped), stream, validation, stopping)
+        _loop(job, book, learner, state, objective, stream, validation, stopping)
         book.writer.wait()
 
 
@@ -200,7 +200,7 @@ def _accumulate(
         micro, batch = next(stream)
         job.team.enter(f"computing step {step + 1}")
         with contextlib.nullcontext() if place == count - 1 else accelerator.no_sync(learner.wrapped):
-            loss, sigma = objective(batch, micro)
+            loss, sigma = objective(learner.wrapped, batch, micro)
             # Gradients are averaged over processes, each of which has its part of the sum.
             accelerator.backward(loss.sum() * job.team.size / samples)
         total += loss.detach().sum() / samples

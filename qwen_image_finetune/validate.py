@@ -50,11 +50,7 @@ class Base:
 def open_validation(
     job: Job, book: Logbook, transformer: ModelMixin, objective: Objective, pipe: DiffusionPipeline | None
 ) -> Validation | None:
-    """The validation of a run, in the processes that take part in it: the first one, or all that share the model.
-
-    Args:
-        objective: around the transformer without the wrappers of several processes.
-    """
+    """The validation of a run, in the processes that take part in it: the first one, or all that share the model."""
     settings = job.config.validation
     if not settings.enabled or not (job.team.main or job.sharding):
         return None

@@ -323,6 +323,10 @@ def test_too_little_host_memory_is_said(configured: Callable[..., Config], monke
     assert "Most is the whole base, while it loads (22.2): a base of fewer bits" in words
     assert "warning" not in (said(swapping, 27) or "") and "needs 52.3 GiB" in (said(swapping, 27, 2) or "")
     assert "warning" not in (said(configured("FluxKontext"), 12) or "")
+    monkeypatch.setattr("qwen_image_finetune.plan_words.card_memory", lambda: 80 * GIB)
+    for text in (describe(swapping, None), "\n".join(summary(swapping))):
+        assert "needs 26.2 GiB of host memory, 12.0 are free" in text
+    assert "warning" not in describe(swapping, "80GB"), "another machine"
 
 
 def test_without_a_card_auto_changes_nothing(configured: Callable[..., Config]) -> None:

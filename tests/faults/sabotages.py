@@ -135,8 +135,7 @@ def not_finite(places: str) -> None:
 
     def hook_once(self: Objective, *arguments: Any) -> Any:
         if where == "gradient" and not hooked:
-            model = self.velocity.args[0]
-            parameter = [parameter for parameter in model.parameters() if parameter.requires_grad][-1]
+            parameter = [parameter for parameter in self.transformer.parameters() if parameter.requires_grad][-1]
             hooked.append(parameter.register_hook(lambda grad: grad * float(value) if now() else grad))
         return call(self, *arguments)
 

@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from qwen_image_finetune import console, loading
 from qwen_image_finetune.cache import EncodedDataset
+from qwen_image_finetune.check import check_run
 from qwen_image_finetune.config import Config, ConfigError, resolve_family
 from qwen_image_finetune.data.batches import Batches
 from qwen_image_finetune.data.dataset import ImageDataset
@@ -17,8 +20,8 @@ from qwen_image_finetune.held_out import open_pairs, training_config
 from qwen_image_finetune.levers import parallel
 from qwen_image_finetune.levers.parallel import Sharding
 from qwen_image_finetune.levers.stored_precision import base_precision
-from qwen_image_finetune.plan import settled
-from qwen_image_finetune.preparation import build_accelerator, build_team, check_run, plan_batches
+from qwen_image_finetune.plan import card_memory, settled
+from qwen_image_finetune.preparation import build_accelerator, build_team, plan_batches
 from qwen_image_finetune.processes import Team
 
 if TYPE_CHECKING:
@@ -57,11 +60,11 @@ def open_job(config: Config) -> Job:
     Raises:
         ConfigError, DataError, LaunchError: what the run would fail of later.
     """
+    check_run(config, download=True)
     accelerator = build_accelerator(config)
     team = build_team(accelerator)
     sharding = parallel.requested()
     family = get_family(resolve_family(config, download=True)[0])
-    check_run(config, family)
     check_sharing(config, team.size, shared=sharding is not None)
 
     pairs = open_pairs(config, family)
@@ -69,8 +72,8 @@ def open_job(config: Config) -> Job:
     place = folder / "transformer"
     precision = base_precision(place, config.model)  # a contradiction is refused before embeddings are computed
     parallel.check_base(sharding, place, precision)
-    largest, device = largest_sample(pairs.training), accelerator.device
-    config, expectation = settled(config, family, folder, largest, device, team.local_size)
+    card = least(accelerator, card_memory() if accelerator.device.type == "cuda" else None)
+    config, expectation = settled(config, family, folder, largest_sample(pairs.training), card, team.local_size)
     dtype = loading.encoder_dtype(config.train.mixed_precision)
     held_out = None
     if pairs.held_out is not None:
@@ -93,6 +96,16 @@ def open_job(config: Config) -> Job:
     return job
 
 
+def least(accelerator: Accelerator, free: int | None) -> int | None:
+    """The least of what all processes have free; None without cards.
+
+    Each deciding for itself would swap other blocks than its neighbours, and DDP would send weights to wrong places.
+    """
+    if free is None:
+        return None
+    return int(accelerator.gather(torch.tensor([free], device=accelerator.device)).min())
+
+
 def largest_sample(dataset: ImageDataset) -> list[tuple[int, int]]:
     """Sizes (width, height) of target and references of the sample with the most pixels."""
     samples = {dataset.geometry(index) for index in range(len(dataset))}
@@ -107,12 +120,18 @@ def check_sharing(config: Config, processes: int, shared: bool) -> None:
             f"train.release_gradients=true with {processes} processes: gradients are used before they are averaged; "
             "train in one process, or share the model (configs/accelerate/fsdp2.yaml) without releasing gradients"
         )
-    on = {"blocks_to_swap": train.blocks_to_swap != 0, "memory": train.memory == "auto", "low_memory": train.low_memory}
-    swapping = [f"train.{name}" for name, is_on in on.items() if is_on]
-    if shared and swapping:
+    on = {
+        "blocks_to_swap": train.blocks_to_swap != 0,
+        "memory": train.memory == "auto",
+        "low_memory": train.low_memory,
+        "keep_activations": train.keep_activations == "auto",
+    }
+    deciding = [f"train.{name}" for name, is_on in on.items() if is_on]
+    if shared and deciding:
         raise ConfigError(
-            f"{swapping[0]} with FSDP: the weights of blocks are already shared by all processes; set "
-            "train.blocks_to_swap=0, train.memory=as_written and train.low_memory=false"
+            f"{deciding[0]} with FSDP: the weights of blocks are already shared by all, and nothing is chosen "
+            "for a card; set train.blocks_to_swap=0, train.memory=as_written, train.low_memory=false, and "
+            "train.keep_activations to a number or none"
         )
 
 

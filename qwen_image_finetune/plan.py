@@ -277,20 +277,20 @@ def settled(
     family: Family,
     folder: Path | None,
     sizes: Sequence[Size],
-    device: torch.device,
+    card: int | None,
     processes: int = 1,
 ) -> tuple[Config, str | None]:
-    """The configuration with every "auto" of memory decided for this machine, and what to say of it.
+    """The configuration with every "auto" of memory decided for a card, and what to say of it.
 
     Args:
         folder: of the checkpoint; None: see Planner.
         sizes: of the largest sample, target first.
+        card: its free bytes; None without a card.
         processes: that share this machine's host memory.
 
     Raises:
         ConfigError: blocks would have to be swapped, which the configuration excludes; or nothing fits.
     """
-    card = card_memory() if device.type == "cuda" else None
     if card is None:
         keys: dict[str, Any] = {name: 0.0 if "keep" in name else 0 for name, value in _autos(config) if value == "auto"}
         untuned = keys or config.train.memory == "auto"

@@ -248,8 +248,7 @@ def test_a_base_of_the_hubs_cache_is_planned_as_it_is_stored(
     text = describe(config, "24GB")
     assert "base in fp8" in text and "memory: nothing to change" in text and "not on this machine" not in text
     assert "frozen base in fp8, as the checkpoint is (dtypes" in dry_run.describe(config)
-    monkeypatch.setattr("qwen_image_finetune.plan.card_memory", lambda: 24 * GIB)
-    found = [settled(config, family, place, [(1024, 1024)] * 2, torch.device("cuda"))[0].train.blocks_to_swap
+    found = [settled(config, family, place, [(1024, 1024)] * 2, 24 * GIB)[0].train.blocks_to_swap
              for place in (folder, None)]  # fmt: skip
     assert found[0] == 0
     assert found[1] != 0
@@ -285,13 +284,11 @@ def test_memory_of_a_card() -> None:
             parse_memory(wrong)
 
 
-def test_auto_is_decided_for_the_card(configured: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
-    family, cuda = get_family("FluxKontext"), torch.device("cuda")
-    sizes = [(1024, 1024)] * 2
+def test_auto_is_decided_for_the_card(configured: Callable[..., Config]) -> None:
+    family, sizes = get_family("FluxKontext"), [(1024, 1024)] * 2
 
     def decided(card: int, *overrides: str) -> Any:
-        monkeypatch.setattr("qwen_image_finetune.plan.card_memory", lambda: card * GIB)
-        return settled(configured("FluxKontext", *overrides), family, None, sizes, cuda)[0].train
+        return settled(configured("FluxKontext", *overrides), family, None, sizes, card * GIB)[0].train
 
     assert not decided(140, "train.memory=auto").gradient_checkpointing
     middling = decided(40, "train.memory=auto")
@@ -310,13 +307,12 @@ def test_auto_is_decided_for_the_card(configured: Callable[..., Config], monkeyp
 
 def test_too_little_host_memory_is_said(configured: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
     """Swapped or not, the base is read on the host where blocks are swapped: 11.9 billion weights of two bytes."""
-    monkeypatch.setattr("qwen_image_finetune.plan.card_memory", lambda: 80 * GIB)
     swapping = configured("FluxKontext", "train.gradient_checkpointing=true", "train.blocks_to_swap=8")
 
     def said(config: Config, free: float, processes: int = 1) -> str | None:
         monkeypatch.setattr("qwen_image_finetune.plan.free_host_memory", lambda: int(free * GIB))
         family, sizes = get_family("FluxKontext"), [(512, 512)] * 2
-        return settled(config, family, None, sizes, torch.device("cuda"), processes)[1]
+        return settled(config, family, None, sizes, 80 * GIB, processes)[1]
 
     words = said(swapping, 12)
     assert words is not None and "needs 26.2 GiB of host memory, 12.0 are free" in words
@@ -331,8 +327,8 @@ def test_too_little_host_memory_is_said(configured: Callable[..., Config], monke
 
 def test_without_a_card_auto_changes_nothing(configured: Callable[..., Config]) -> None:
     config = configured("FluxKontext", "train.gradient_checkpointing=true", "train.blocks_to_swap=auto")
-    found, words = settled(config, get_family("FluxKontext"), None, [(64, 64)], torch.device("cpu"))
+    found, words = settled(config, get_family("FluxKontext"), None, [(64, 64)], None)
     assert found.train.blocks_to_swap == 0
     assert words is not None
     plain = configured("FluxKontext")
-    assert settled(plain, get_family("FluxKontext"), None, [(64, 64)], torch.device("cpu")) == (plain, None)
+    assert settled(plain, get_family("FluxKontext"), None, [(64, 64)], None) == (plain, None)

@@ -47,6 +47,16 @@ def test_two_processes_equal_accumulation(
     assert furthest(weights(back), weights(references[0]), weights(references[0], 1)) < BOUND
 
 
+def test_what_is_chosen_for_a_card_is_chosen_for_the_fullest(torchrun: Callable[..., Any], tmp_path: Path) -> None:
+    script = tmp_path / "fullest.py"
+    script.write_text(
+        "from accelerate import Accelerator\nfrom qwen_image_finetune.job import least\none = Accelerator(cpu=True)\n"
+        "assert least(one, 5 - 2 * one.process_index) == 3\nassert least(one, None) is None\n"
+    )
+    done = torchrun(2, str(script))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_another_number_of_batches_a_step_is_refused(task: Callable[..., Any], alone: Callable[..., Path]) -> None:
     first = alone(task("FluxKontext", "first", *OPTIONS))
     with pytest.raises(ConfigError, match=r"times processes=2, but .* was trained with 1: .*set them so that"):

@@ -19,7 +19,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from qwen_image_finetune import console, loading
-from qwen_image_finetune.config import CacheConfig, Config
+from qwen_image_finetune.config import Config
 from qwen_image_finetune.data.dataset import ImageDataset, Picture
 from qwen_image_finetune.data.images import open_upright, resize
 from qwen_image_finetune.families.base import Family
@@ -318,24 +318,17 @@ def ahead(items: Iterable[Item], load: Callable[[Item], Loaded], depth: int = 4)
 def fill(
     rows: EncodedDataset,
     missing: Missing,
-    devices: CacheConfig,
+    homes: Mapping[str, torch.device],
     shown: bool = True,
-    homes: Mapping[str, torch.device] | None = None,
 ) -> None:
     """Encode what the store lacks: first the texts, then the pictures, so that only one kind of encoder is in memory.
 
     Every entry is written as soon as it is known; an interrupted run continues where it was.
 
     Args:
-        homes: where each component goes; without, as `devices` says, for the only process of a run.
+        homes: where each component goes, by its name in the pipeline; "default" for the others.
     """
     dtype: torch.dtype = getattr(torch, rows.dtype)
-    homes = homes or {
-        "default": loading.resolve_device(None, "device"),
-        "vae": loading.resolve_device(devices.vae_encoder_device, "cache.vae_encoder_device"),
-        "text_encoder": loading.resolve_device(devices.text_encoder_device, "cache.text_encoder_device"),
-        "text_encoder_2": loading.resolve_device(devices.text_encoder_2_device, "cache.text_encoder_2_device"),
-    }
 
     def encode(title: str, entries: dict[str, Any], text: bool, run: Callable[..., Iterator[str]]) -> None:
         if not entries:

@@ -48,7 +48,7 @@ def fill_cache(config: Config, rows: EncodedDataset, accelerator: Accelerator, s
             say(f"the cache in {rows.store.folder} lacks {len(missing.texts)} texts and {len(missing.images)} pictures "
                 f"of {missing.entries} entries: encoding them")  # fmt: skip
             check_pictures(rows.dataset, rows.rows_lacking(share))
-            cache.fill(rows, share, config.cache, shown=team.main, homes=homes)
+            cache.fill(rows, share, homes, shown=team.main)
         else:
             say(f"the cache in {rows.store.folder} is complete: {missing.entries} entries")
     team.meet("encoding the data set")

@@ -272,7 +272,7 @@ def encode_share(config: Config, kind: Literal["texts", "pictures"], rank: int, 
         entries=share.entries,
     )
     with vae.one_frame():  # the same latents, sooner
-        cache.fill(rows, wanted, config.cache, shown=rank == 0, homes={"default": torch.device("cpu")})
+        cache.fill(rows, wanted, {"default": torch.device("cpu")}, shown=rank == 0)
     return len(wanted)
 
 

@@ -19,6 +19,7 @@ from qwen_image_finetune.preparation import open_dataset
 
 Configure = Callable[..., Config]
 FAMILY_NAMES = sorted(FAMILIES)
+CPU = {"default": torch.device("cpu")}
 
 
 def open_rows(config: Config, name: str, dtype: torch.dtype = torch.float32) -> EncodedDataset:
@@ -44,7 +45,7 @@ def test_only_what_decides_an_embedding_misses(
     data = f"data.init_args.dataset_path={own_pairs}"
     config = configure(name, data)
     rows = open_rows(config, name)
-    cache.fill(rows, rows.missing(), config.cache, shown=False)
+    cache.fill(rows, rows.missing(), CPU, shown=False)
     assert lacking(config, name) == (0, 0)
     sees = get_family(name).text_sees_references
 
@@ -96,7 +97,7 @@ def test_other_weights_of_an_encoder_miss_its_entries_alone(
     copy = Path(shutil.copytree(tiny_checkpoints[name], tmp_path / "copy"))
     config = configure(name, f"model.pretrained_model_name_or_path={copy}")
     rows = open_rows(config, name)
-    cache.fill(rows, rows.missing(), config.cache, shown=False)
+    cache.fill(rows, rows.missing(), CPU, shown=False)
     for part, expected in (("transformer", (0, 0)), ("vae", (0, 14)), ("text_encoder", (7, 14))):
         weights = next((copy / part).glob("*.safetensors"))
         state = load_file(weights)
@@ -110,7 +111,7 @@ def test_the_order_of_references_counts(configure: Configure, write_pairs: Calla
     folder = write_pairs(tmp_path / "two", [(64, 64)], references=2)
     config = configure("FluxKontext", f"data.init_args.dataset_path={folder}")
     rows = open_rows(config, "FluxKontext")
-    cache.fill(rows, rows.missing(), config.cache, shown=False)
+    cache.fill(rows, rows.missing(), CPU, shown=False)
     first, second = rows.read(0).references
     names = [folder / "control_images" / name for name in ("0.png", "0_control_1.png")]
     contents = [path.read_bytes() for path in names]
@@ -139,7 +140,7 @@ def test_an_interrupted_caching_run_continues_where_it_was(name: str, configure:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(rows.family), "encode_image", lambda self, *arguments: failing(*arguments))
         with pytest.raises(KeyboardInterrupt):
-            cache.fill(rows, rows.missing(), config.cache, shown=False)
+            cache.fill(rows, rows.missing(), CPU, shown=False)
     assert lacking(config, name) == (0, 14 - 5)
 
 
@@ -150,7 +151,7 @@ def test_every_row_keeps_its_own_caption(name: str, configure: Configure, tiny_c
     rows = open_rows(config, name)
     missing = rows.missing()
     shuffled = cache.Missing(dict(reversed(missing.images.items())), dict(reversed(missing.texts.items())), 0)
-    cache.fill(rows, shuffled, config.cache, shown=False)
+    cache.fill(rows, shuffled, CPU, shown=False)
     pipe = rows.family.pipeline.from_pretrained(tiny_checkpoints[name])
     for index in (4, 0, 6):
         for variant in (TextVariant(), TextVariant(""), TextVariant(None, False), TextVariant("", False)):
@@ -170,7 +171,7 @@ def test_a_dropped_prompt_replaces_only_the_configured_embeddings(configure: Con
         "FluxKontext", "data.init_args.caption_dropout_rate=0.5", "cache.prompt_empty_drop_keys=[prompt_embeds]"
     )
     rows = open_rows(config, "FluxKontext")
-    cache.fill(rows, rows.missing(), config.cache, shown=False)
+    cache.fill(rows, rows.missing(), CPU, shown=False)
     own, dropped = rows.read(0).text, rows.read(0, TextVariant("")).text
     assert torch.equal(own["pooled_prompt_embeds"], dropped["pooled_prompt_embeds"])
     assert not torch.equal(own["prompt_embeds"], dropped["prompt_embeds"])
@@ -179,7 +180,7 @@ def test_a_dropped_prompt_replaces_only_the_configured_embeddings(configure: Con
 def test_a_damaged_entry_is_noticed_and_rebuilt(configure: Configure) -> None:
     config = configure("FluxKontext")
     rows = open_rows(config, "FluxKontext")
-    cache.fill(rows, rows.missing(), config.cache, shown=False)
+    cache.fill(rows, rows.missing(), CPU, shown=False)
     expected = rows.read(3)
     path = next(path for path in rows.store.folder.rglob("*.safetensors"))
     data = bytearray(path.read_bytes())
@@ -187,7 +188,7 @@ def test_a_damaged_entry_is_noticed_and_rebuilt(configure: Configure) -> None:
     path.write_bytes(data)
     missing = rows.missing(verify=True)
     assert missing.damaged == len(missing) == 1
-    cache.fill(rows, missing, config.cache, shown=False)
+    cache.fill(rows, missing, CPU, shown=False)
     assert len(rows.missing(verify=True)) == 0
     assert torch.equal(rows.read(3).target, expected.target)
 

@@ -145,7 +145,7 @@ def test_training_feeds_what_the_pipeline_feeds(
         config.data.init_args, lambda w, h, area: family.size(w, h, AREA), family.side_multiple, family.max_references
     )
     rows = EncodedDataset(config, family, dataset, Path(pipe.config._name_or_path), torch.float32)
-    fill(rows, rows.missing(), config.cache, shown=False)
+    fill(rows, rows.missing(), {"default": torch.device("cpu")}, shown=False)
     batch = collate([rows.read(0)])
 
     width, height = family.size(*image_size, AREA)

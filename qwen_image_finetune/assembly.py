@@ -54,7 +54,7 @@ class Learner:
         if self.released is not None:
             return float(self.released.take_norm())
         norm = self.accelerator.clip_grad_norm_(self.parameters, limit or math.inf)
-        return float(parallel.gathered(norm, keep=True))
+        return float(parallel.whole(norm))
 
     def learn(self, loss: float, gradient_norm: float) -> bool:
         """One optimizer step, and one of the schedule. What is not finite changes no weight.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,24 +25,33 @@ from torch import Tensor
 
 from qwen_image_finetune.files import staged_folder
 
-Memo = dict[int, Tensor]  # id of a tensor -> its copy, so that a tensor that occurs twice is kept once
+Memo = dict[int, Any]  # id of a tensor -> its copy, so that a tensor that occurs twice is kept once
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read as what it should be; names the file."""
 
 
-def snapshot(state: Any, memo: Memo | None = None) -> Any:
-    """A copy of `state` in host memory, which training may not touch any more. Tensors keep their dtype and shape."""
+def host_copy(tensor: Tensor) -> Tensor:
+    """A copy of a plain tensor in host memory."""
+    return _plain(tensor).to("cpu", copy=True)
+
+
+def snapshot(state: Any, copy: Callable[[Tensor], Any] = host_copy, memo: Memo | None = None) -> Any:
+    """`state` with a copy of every tensor, which training may not touch any more.
+
+    Args:
+        copy: makes one, called once for each tensor, in the order of `state`.
+    """
     memo = {} if memo is None else memo
     if isinstance(state, Tensor):
         if id(state) not in memo:
-            memo[id(state)] = _plain(state).to("cpu", copy=True)
+            memo[id(state)] = copy(state)
         return memo[id(state)]
     if isinstance(state, Mapping):
-        return {key: snapshot(value, memo) for key, value in state.items()}
+        return {key: snapshot(value, copy, memo) for key, value in state.items()}
     if isinstance(state, list | tuple):
-        copies = (snapshot(value, memo) for value in state)
+        copies = (snapshot(value, copy, memo) for value in state)
         return list(copies) if isinstance(state, list) else tuple(copies)
     return state
 
@@ -70,11 +80,17 @@ def save_state(folder: Path, parts: Mapping[str, Any]) -> None:
         skeleton = _encode(state, name, tensors, {})
         (folder / f"{name}.json").write_text(json.dumps(skeleton, allow_nan=False) + "\n")
         if tensors:
-            save_file(tensors, folder / f"{name}.safetensors")
+            # save_file takes no two tensors in the same memory, as views are. Those of a snapshot are not copied again.
+            held = Counter(map(_place, tensors.values()))
+            apart = {key: tensor.clone() if held[_place(tensor)] > 1 else tensor for key, tensor in tensors.items()}
+            save_file(apart, folder / f"{name}.safetensors")
 
 
-def load_state(folder: Path, name: str) -> Any:
+def load_state(folder: Path, name: str, mapped: bool = False) -> Any:
     """The part `name` as it was given to `save_state`, its tensors in host memory.
+
+    Args:
+        mapped: leave the tensors in the file, from where they are read when they are used: for those who copy them.
 
     Raises:
         CheckpointError: a file is missing, is not what `save_state` writes, or the two files do not belong together.
@@ -82,8 +98,9 @@ def load_state(folder: Path, name: str) -> Any:
     path = folder / f"{name}.safetensors"
     try:
         skeleton = json.loads((folder / f"{name}.json").read_text())
-        # Copies: what load_file returns is mapped from the file, and would fail with it.
-        tensors = {key: tensor.clone() for key, tensor in load_file(path).items()} if path.exists() else {}
+        tensors = load_file(path) if path.exists() else {}
+        if not mapped:  # what load_file returns is mapped from the file, and would fail with it
+            tensors = {key: tensor.clone() for key, tensor in tensors.items()}
         used: set[str] = set()
         state = _decode(skeleton, tensors, used)
     except (OSError, ValueError, TypeError, RecursionError, SafetensorError) as error:
@@ -146,13 +163,18 @@ def _plain(tensor: Tensor) -> Tensor:
     return tensor.detach()
 
 
+def _place(tensor: Tensor) -> int:
+    """Address of the memory that a tensor is, or is a part of."""
+    return tensor.untyped_storage().data_ptr()
+
+
 def _encode(value: Any, where: str, tensors: dict[str, Tensor], names: dict[int, str]) -> Any:
     """The JSON skeleton of `value`; its tensors are added to `tensors`, named after the place where each is."""
     if isinstance(value, Tensor):
         plain = _plain(value)
         if id(value) not in names:
             unique = where if where not in tensors else f"{where}~{len(tensors)}"
-            names[id(value)], tensors[unique] = unique, plain.cpu().contiguous().clone()
+            names[id(value)], tensors[unique] = unique, plain.cpu().contiguous()
         return {"tensor": [names[id(value)], str(plain.dtype).removeprefix("torch."), list(plain.shape)]}
     if value is None or isinstance(value, bool | int | str):
         return value

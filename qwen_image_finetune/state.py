@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,17 +115,16 @@ class State:
         Args:
             keep: False where another process writes: this one only gives its part of a model that is shared.
         """
-        scaler = self.job.accelerator.scaler
+        learner, scaler = self.learner, self.job.accelerator.scaler
         parts = {
-            "optimizer": parallel.gathered(optimizer_state(self.learner.optimizer.optimizer), keep),
-            "schedule": self.learner.schedule.state_dict(),
+            "optimizer": optimizer_state(learner.optimizer.optimizer),
+            "schedule": learner.schedule.state_dict(),
             "progress": {**asdict(self.progress), **self.settings},
             **({} if scaler is None else {"scaler": scaler.state_dict()}),
         }
-        return {
-            "parts": checkpoint.snapshot(parts),
-            "weights": trained.snapshot(self.learner.transformer, self.job.config.model, keep),
-        }
+        everything = {"parts": parts, "weights": trained.weights(learner.transformer, self.job.config.model)}
+        copied: dict[str, Any] = checkpoint.snapshot(everything, partial(parallel.host_copy, keep=keep))
+        return copied
 
     def write(self, folder: Path, snapshot: dict[str, Any]) -> None:
         """Write a snapshot into a staged folder."""
@@ -158,8 +158,10 @@ class State:
         except SafetensorError as error:
             raise checkpoint.CheckpointError(f"{folder}: its weights cannot be read: {error}") from error
         progress = checkpoint.load_state(folder, "progress")
-        saved = checkpoint.load_state(folder, "optimizer")
-        saved["state"] = parallel.cut_state(saved["state"], learner.optimizer.optimizer)
+        shared = parallel.is_sharded(learner.transformer)
+        saved = checkpoint.load_state(folder, "optimizer", mapped=shared)
+        if shared:
+            saved["state"] = parallel.cut_state(saved["state"], learner.optimizer.optimizer)
         for note in restore_optimizer(learner.optimizer.optimizer, saved):
             self.job.say(f"note: {note}")
         schedule = learner.schedule

@@ -158,6 +158,22 @@ def test_snapshot_is_untouched_by_what_follows() -> None:
     assert same(copies, {"a": [torch.zeros(3), (torch.zeros(2),)], "b": 1})
 
 
+def test_a_snapshot_is_not_copied_again_on_its_way_to_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The state of an optimizer can be larger than the model, and host memory has room for it once."""
+    given: dict[str, Tensor] = {}
+    monkeypatch.setattr("qwen_image_finetune.checkpoint.save_file", lambda tensors, path: given.update(tensors))
+    state = torch.arange(6.0)
+    copies = snapshot({"whole": state, "part": state[2:]})
+    save_state(tmp_path, {"optimizer": copies})
+    assert [tensor.data_ptr() for tensor in given.values()] == [tensor.data_ptr() for tensor in copies.values()]
+
+
+def test_a_part_may_stay_in_its_file(tmp_path: Path) -> None:
+    state = {"step": 3, "state": torch.arange(6.0)}
+    save_state(tmp_path, {"optimizer": state})
+    assert same(load_state(tmp_path, "optimizer", mapped=True), state)
+
+
 def test_num_bytes() -> None:
     assert num_bytes({"a": [torch.zeros(3), (torch.zeros(5, dtype=torch.bfloat16), 7)], "b": "text"}) == 22
 

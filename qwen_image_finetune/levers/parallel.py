@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
+from qwen_image_finetune import checkpoint
 from qwen_image_finetune.config import Config, ConfigError
 from qwen_image_finetune.levers.stored_precision import Precision
 
@@ -173,20 +174,17 @@ def fill(transformer: nn.Module, folder: Path, dtype: torch.dtype, device: torch
     from qwen_image_finetune.levers.weights import opened
 
     filled: dict[str, Tensor] = {}
-    with opened(folder) as checkpoint:
+    with opened(folder) as files:
         for name, parameter in transformer.named_parameters():
             if not parameter.is_meta:
                 continue
             key = name.replace(".base_layer.", ".")
-            if key not in checkpoint.tensors or checkpoint.tensors[key].shape != tuple(parameter.shape):
+            if key not in files.tensors or files.tensors[key].shape != tuple(parameter.shape):
                 raise ConfigError(f"{folder}: {key} is missing or not {tuple(parameter.shape)}, as config.json has it")
             assert isinstance(parameter, DTensor)
             begin, rows = _own_rows(parameter)
-            part = checkpoint.read(key)[begin : begin + rows].to(device, dtype).to(parameter.dtype, copy=True)
-            filled[name] = DTensor.from_local(
-                part, parameter.device_mesh, parameter.placements, run_check=False, shape=parameter.shape,
-                stride=parameter.stride(),
-            )  # fmt: skip
+            part = files.read(key)[begin : begin + rows].to(device, dtype).to(parameter.dtype, copy=True)
+            filled[name] = _as_cut(part, parameter)
     transformer.load_state_dict(filled, strict=False, assign=True)  # FSDP takes notice of what is assigned
     whole = [name for name, parameter in transformer.named_parameters() if not isinstance(parameter, DTensor)]
     if whole:
@@ -200,43 +198,47 @@ def _own_rows(parameter: DTensor) -> tuple[int, int]:
     return min(rank * longest, parameter.shape[0]), parameter.to_local().shape[0]
 
 
+def _as_cut(part: Tensor, pattern: DTensor) -> DTensor:
+    """This process's rows as a tensor that is cut like `pattern`."""
+    mesh, shape = pattern.device_mesh, pattern.shape
+    return DTensor.from_local(part, mesh, pattern.placements, run_check=False, shape=shape, stride=pattern.stride())
+
+
 # State of cut tensors, as files keep it
 
 
-def gathered(state: Any, keep: bool) -> Any:
-    """`state` with every cut tensor whole, in host memory; all processes call it, `keep` says who gets the values.
+def whole(tensor: Tensor) -> Tensor:
+    """A cut tensor put together, on its device, for which all processes call this; any other as it is."""
+    return cast(DTensor, tensor.detach()).full_tensor() if isinstance(tensor, DTensor) else tensor
 
-    One tensor after the other: no process holds more of them at once than it keeps. Without cut tensors it is `state`.
-    """
-    if isinstance(state, DTensor):
-        whole = cast(DTensor, state.detach()).full_tensor()
-        return whole.cpu() if keep else None
-    if isinstance(state, Mapping):
-        return {key: gathered(value, keep) for key, value in state.items()}
-    if isinstance(state, list | tuple):
-        values = [gathered(value, keep) for value in state]
-        return values if isinstance(state, list) else tuple(values)
-    return state
+
+def host_copy(tensor: Tensor, keep: bool) -> Tensor | None:
+    """A copy of a whole tensor in host memory; all processes call it, `keep` says who gets it."""
+    found = whole(tensor)
+    if not keep:
+        return None
+    return checkpoint.host_copy(tensor) if found is tensor else found.cpu()
 
 
 def cut_like(value: Tensor, pattern: Tensor) -> Tensor:
-    """A whole tensor as this process's part, where `pattern` is cut; all processes have the same `value`."""
-    if not isinstance(pattern, DTensor) or isinstance(value, DTensor):
+    """A copy of this process's part of a whole tensor where `pattern` is cut; all processes have the same `value`."""
+    if not isinstance(pattern, DTensor):
         return value
-    value = value.to(pattern.device)
-    return distribute_tensor(value, pattern.device_mesh, pattern.placements, src_data_rank=None)
+    begin, rows = _own_rows(pattern)
+    return _as_cut(value[begin : begin + rows].to(pattern.device, copy=True), pattern)
 
 
 def cut_state(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The state_dict of an optimizer, its whole tensors cut like the parameters that they belong to."""
+    """The state_dict of an optimizer, its whole tensors cut like the parameters that they belong to; all are copies."""
     parameters = [tensor for group in optimizer.param_groups for tensor in group["params"]]
+
+    def cut_or_copied(value: Any, parameter: Tensor) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return cut_like(value, parameter) if value.shape == parameter.shape else value.clone()
+
     cut = {
-        index: {
-            name: cut_like(value, parameters[index])
-            if isinstance(value, Tensor) and value.shape == parameters[index].shape
-            else value
-            for name, value in entry.items()
-        }
+        index: {name: cut_or_copied(value, parameters[index]) for name, value in entry.items()}
         for index, entry in state["state"].items()
     }
     return {**state, "state": cut}

@@ -11,25 +11,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qwen_image_finetune.config import ConfigError, ModelConfig
-from qwen_image_finetune.levers import adapters, lora_files, parallel
+from qwen_image_finetune.levers import adapters, lora_files
 from qwen_image_finetune.runs import LORA_WEIGHTS, checkpoint_folders
 
 TRANSFORMER = "transformer"  # folder of a fully tuned transformer, in diffusers layout
 ADAPTER = "adapter.safetensors"  # for an exact resume; LORA_WEIGHTS beside it is the file for users
 
 
-def snapshot(transformer: ModelMixin, config: ModelConfig, keep: bool = True) -> dict[str, Tensor]:
-    """Copies on the CPU of everything that training changes.
-
-    Args:
-        keep: False where another process keeps them: this one only gives its part of a model that is shared.
-    """
+def weights(transformer: ModelMixin, config: ModelConfig) -> dict[str, Tensor]:
+    """Everything that training changes; the tensors are the model's own."""
     if config.lora is None:
-        state = transformer.state_dict()
-    else:
-        state = adapters.trainable_state(transformer, config.lora.adapter_name)
-    whole = parallel.gathered(state, keep)
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in whole.items() if tensor is not None}
+        return transformer.state_dict()
+    return adapters.trainable_state(transformer, config.lora.adapter_name)
 
 
 def find_tuned(source: str | Path) -> Path | None:
@@ -42,9 +35,10 @@ def find_tuned(source: str | Path) -> Path | None:
 def save(
     folder: Path, transformer: ModelMixin, state: dict[str, Tensor], config: ModelConfig, about: Mapping[str, str]
 ) -> None:
-    """Write a snapshot: a LoRA file that opens everywhere, or a transformer folder that `from_pretrained` loads.
+    """Write a LoRA file that opens everywhere, or a transformer folder that `from_pretrained` loads.
 
     Args:
+        state: copies of the `weights` on the CPU.
         transformer: gives the configuration and the layout of the adapter; its weights are not read.
         about: what the file says about itself.
     """
@@ -71,11 +65,6 @@ def load(folder: Path, transformer: ModelMixin, config: ModelConfig) -> None:
     Raises:
         ConfigError: the folder holds other weights, or other shapes.
     """
-    if config.lora is not None:
-        weights = adapters.trainable_state(transformer, config.lora.adapter_name)
-        adapters.restore(weights, load_file(folder / ADAPTER))
-        return
-    shards = sorted((folder / TRANSFORMER).glob("*.safetensors"))
-    adapters.restore(
-        transformer.state_dict(), {name: value for shard in shards for name, value in load_file(shard).items()}
-    )
+    files = [folder / ADAPTER] if config.lora is not None else (folder / TRANSFORMER).glob("*.safetensors")
+    saved = {name: value for file in files for name, value in load_file(file).items()}
+    adapters.restore(weights(transformer, config), saved)

@@ -102,6 +102,13 @@ def test_a_base_that_came_quantised_is_refused(format: str, tmp_path: Path) -> N
     check_base(Sharding(), tmp_path, Precision(None, stored=False, source=""))
 
 
+def test_of_a_whole_model_only_the_process_that_writes_makes_copies() -> None:
+    tensor = torch.ones(3)
+    kept = parallel.host_copy(tensor, keep=True)
+    assert kept is not None and torch.equal(kept, tensor) and kept.data_ptr() != tensor.data_ptr()
+    assert parallel.host_copy(tensor, keep=False) is None
+
+
 def test_blocks_that_the_model_does_not_have_are_refused() -> None:
     model: Any = tiny_transformer("flux")
     with pytest.raises(ConfigError, match=r"cls_to_wrap='LlamaDecoderLayer' is in no module of FluxTransformer2DModel"):

@@ -29,7 +29,8 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = Non
     overrides = [word for word in rest if "overrides" in options and "=" in word and not word.startswith("-")]
     strange = [word for word in rest if word not in overrides]
     if strange:
-        parser.error(f"unrecognized arguments: {' '.join(strange)}")
+        hint = "; a run goes on with train.resume_from_checkpoint=latest" if "--resume" in strange else ""
+        parser.error(f"unrecognized arguments: {' '.join(strange)}{hint}")
     if overrides:
         options.overrides = [*options.overrides, *overrides]
     return options
@@ -72,9 +73,11 @@ def run_training(config_file: Path, overrides: Sequence[str], dry_run: bool = Fa
         config = load_config(config_file, overrides)
         tell(config.notes)
         if dry_run:
+            from qwen_image_finetune.check import check_run
             from qwen_image_finetune.dry_run import describe
 
             print(describe(config))
+            check_run(config)
             return
         check_folders(config, only_cache)
         if only_cache:
@@ -109,15 +112,24 @@ def predict(options: argparse.Namespace) -> None:
 
 def check(options: argparse.Namespace) -> None:
     """Check configuration and data, decoding every picture, and load nothing else."""
+    from qwen_image_finetune.check import refusal, run_problems
     from qwen_image_finetune.config import load_config, resolve_family
+    from qwen_image_finetune.data.images import DataError
     from qwen_image_finetune.families import get_family
     from qwen_image_finetune.held_out import open_pairs
 
     config = load_config(options.config, options.overrides)
     tell(config.notes)
-    pairs = open_pairs(config, get_family(resolve_family(config)[0]), decode=True)
+    problems = run_problems(config)
+    try:
+        pairs = open_pairs(config, get_family(resolve_family(config)[0]), decode=True)
+    except DataError as error:
+        more = [line for line in error.problems if not any(line in said for said in problems)]
+        raise refusal([*problems, *more]) from error
     beside = "" if pairs.held_out is None else f" to train on, {len(pairs.held_out)} to validate on"
     print(f"{len(pairs.training)} pairs{beside}, all readable")
+    if problems:
+        raise refusal(problems)
 
 
 def evaluate(options: argparse.Namespace) -> None:

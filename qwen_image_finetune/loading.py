@@ -50,9 +50,13 @@ def checkpoint_folder(config: Config, family: Family) -> Path:
     try:
         return Path(family.pipeline.download(name, revision=config.model.revision, use_safetensors=True))
     except (OSError, ValueError) as error:
+        if error.__cause__ is None:  # the hub answered, but not with a pipeline in safetensors; or the disk is full
+            reason = str(error).strip().partition("\n")[0]
+            raise ConfigError(f"model.pretrained_model_name_or_path={name!r} cannot be downloaded: {reason}") from error
         raise ConfigError(
-            f"model.pretrained_model_name_or_path={name!r}: no such folder, and the hub gave: {error}. "
-            "Check the name, the network, and that HF_TOKEN may read a gated model"
+            f"model.pretrained_model_name_or_path={name!r} is no folder in {Path.cwd()}, it is not wholly in the hub's "
+            f"cache, and the hub cannot be reached: download it where there is a network (hf download {name}; a gated "
+            "model wants HF_TOKEN or hf auth login), or give the path of a folder in diffusers layout"
         ) from error
 
 

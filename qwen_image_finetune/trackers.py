@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from qwen_image_finetune import console
 from qwen_image_finetune.config import Config
 from qwen_image_finetune.runs import METRICS
@@ -63,6 +61,8 @@ class Trackers:
             self._draw_histograms()
 
     def _draw_histograms(self) -> None:
+        import torch
+
         for name, values in self._collected.items():
             self._writer.add_histogram(name, torch.cat(values), self._collected_at)
         self._collected.clear()

@@ -127,6 +127,34 @@ def test_dry_run_names_the_next_version_and_full_fine_tuning(
     assert "FluxKontext (model_index.json of" in said
 
 
+@pytest.mark.parametrize("words", [["train", "--dry-run"], ["check"], ["train"]], ids=" ".join)
+def test_what_a_run_lacks_is_said_at_once(
+    words: list[str], configure: Configure, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure("FluxKontext")
+    (tmp_path / "data" / "my_pairs").mkdir(parents=True)
+    lacking = {
+        "data.init_args.dataset_path": (f"{tmp_path}/data/my_pair", f"did you mean {tmp_path}/data/my_pairs?"),
+        "train.resume_from_checkpoint": ("lastest", 'is neither "latest" nor a folder'),
+        "logging.report_to": ("[swanlab]", "pip install swanlab"),
+        "model.lora.pretrained_weight": (f"{tmp_path}/data/my.safetensors", "OWNER/NAME on the hub"),
+        "optimizer.class_path": ("torch.optim.Adamw", "did you mean AdamW?"),
+        "cache.prompt_empty_drop_keys": ("[clip]", "has no text embedding ['clip']"),
+    }
+    overrides = [f"{key}={value}" for key, (value, _) in lacking.items()]
+    assert main([*words, str(tmp_path / "config.yaml"), *overrides]) == 2
+    first, *lines = capsys.readouterr().err.partition("error: ")[2].splitlines()
+    assert first == f"{len(lacking)} problems:" and len(lines) == len(lacking)
+    for line, (key, (_, said)) in zip(lines, lacking.items(), strict=True):
+        assert key in line and said in line
+
+
+def test_a_resume_as_other_programs_write_it(hub_config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", str(hub_config), "--resume"])
+    assert "train.resume_from_checkpoint=latest" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("order", [["--dry-run", "FILE", "A"], ["FILE", "--dry-run", "A"], ["FILE", "A", "--dry-run"]])
 def test_overrides_stand_anywhere(order: list[str], hub_config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [{"FILE": str(hub_config), "A": "train.seed=31"}.get(word, word) for word in order]
@@ -177,6 +205,10 @@ REFUSALS: dict[str, tuple[list[str], str]] = {
     "pictures": (["data.init_args.dataset_path=nowhere"], "nowhere"),
     "class of the data": (["data.class_path=torch.utils.data.Dataset"], "data.class_path"),
     "checkpoint": (["train.resume_from_checkpoint=nowhere"], "nowhere"),
+    "checkpoint of the hub": (
+        ["model.pretrained_model_name_or_path=someone/model"],
+        "hf download someone/model",
+    ),
     "LoRA": (["model.lora.pretrained_weight=no/where/to.safetensors"], "no/where/to.safetensors"),
     "text embedding": (["cache.prompt_empty_drop_keys=[clip]"], "['prompt_embeds', 'pooled_prompt_embeds']"),
     "family": (["train.trainer=QwenImageEdit"], "set train.trainer=FluxKontext"),
@@ -228,6 +260,8 @@ def test_check_counts_pairs_and_lists_every_damaged_file(
     said = capsys.readouterr().err
     assert "1.txt" in said or "1.png" in said
     assert str(broken) in said
+    assert main([*words, "train.resume_from_checkpoint=lastest"]) == 2
+    assert str(broken) in (said := capsys.readouterr().err) and "lastest" in said
 
 
 @pytest.mark.parametrize("name", FAMILY_NAMES)

@@ -180,6 +180,7 @@ def test_optimizers_of_the_guide(dotted: str) -> None:
         ("subprocess.Popen", "is not a subclass"),
         ("torch.nn.Linear", "is not a subclass"),
         ("torch.optim.AdamX", "torch.optim has no AdamX; optimizer.class_path takes a subclass of"),
+        ("torch.optim.Adamw", "did you mean AdamW?"),
         ("torch.optimm.AdamW", "there is no module torch.optimm"),
         ("nowhere_at_all.AdamW", "there is no module nowhere_at_all"),
     ],

@@ -34,6 +34,7 @@ from qwen_image_finetune.config.schema import (
     ValidationConfig,
 )
 from qwen_image_finetune.config.spellings import SPELLINGS
+from qwen_image_finetune.config.words import no_folder
 
 __all__ = [
     "OUR_DATASETS",
@@ -57,5 +58,6 @@ __all__ = [
     "ValidationConfig",
     "import_class",
     "load_config",
+    "no_folder",
     "resolve_family",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 
 from qwen_image_finetune.config.schema import ConfigError
@@ -36,7 +37,11 @@ def import_class(dotted: str, key: str, base: type) -> type:
         raise ConfigError(f"{key}={dotted!r}: importing {module_name} fails: {error}") from error
     found = getattr(module, name, None)
     if found is None:
-        raise ConfigError(f"{key}={dotted!r}: {module_name} has no {name}; {wanted}")
+        classes = [each for each, value in vars(module).items() if isinstance(value, type) and issubclass(value, base)]
+        there = {each.lower(): each for each in classes}
+        close = difflib.get_close_matches(name.lower(), there, n=1)
+        question = f"; did you mean {there[close[0]]}?" if close else ""
+        raise ConfigError(f"{key}={dotted!r}: {module_name} has no {name}; {wanted}{question}")
     if not (isinstance(found, type) and issubclass(found, base)):
         raise ConfigError(f"{key}={dotted!r} is not a subclass of {base.__module__}.{base.__qualname__}")
     return found

@@ -6,7 +6,7 @@ import difflib
 import re
 from pathlib import Path
 
-from qwen_image_finetune.config.words import no_folder
+from qwen_image_finetune.config import no_folder
 from qwen_image_finetune.data.listing import PICTURES, Row, Tree
 from qwen_image_finetune.data.metadata import METADATA, read_metadata
 

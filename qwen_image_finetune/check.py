@@ -1,0 +1,117 @@
+"""What a run lacks on this machine, found without opening a picture or a model, so that all of it is said at once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from qwen_image_finetune.config import (
+    OUR_DATASETS,
+    Config,
+    ConfigError,
+    OptimizerConfig,
+    SchedulerConfig,
+    no_folder,
+    resolve_family,
+)
+from qwen_image_finetune.levers.lora_header import LoraFileError, inspect_lora
+from qwen_image_finetune.levers.lora_sources import find_lora
+from qwen_image_finetune.trackers import unavailable
+
+
+def check_run(config: Config, download: bool = False) -> None:
+    """Refuse what would fail after the models have loaded: nobody waits for minutes to hear it.
+
+    Args:
+        download: what lies on the hub is asked for.
+
+    Raises:
+        ConfigError: every problem, one line each.
+    """
+    if found := run_problems(config, download):
+        raise refusal(found)
+
+
+def refusal(problems: Sequence[str]) -> ConfigError:
+    """All problems as one error."""
+    if len(problems) == 1:
+        return ConfigError(problems[0])
+    return ConfigError("\n  ".join([f"{len(problems)} problems:", *problems]))
+
+
+def run_problems(config: Config, download: bool = False) -> list[str]:
+    """One line for each: a folder, a checkpoint or a LoRA that is not there; a tracker that is not installed; an
+    optimizer or schedule that cannot be built; text embeddings the family does not have."""
+    problems = [*_folders(config), *_resume(config)]
+    if absent := unavailable(config.logging.trackers):
+        problems.append(f"logging.report_to names {absent}, not installed here: pip install {' '.join(absent)}")
+    checks = [lambda: _check_lora(config, download)]
+    if find_spec("torch") is not None:  # a dry run goes without
+        checks += [lambda: _check_optimizer(config), lambda: _check_drop_keys(config, download)]
+    for check in checks:
+        try:
+            check()
+        except (ConfigError, LoraFileError) as error:
+            problems.append(str(error))
+    return problems
+
+
+def _folders(config: Config) -> Iterator[str]:
+    """Data sets that are not there; a class of the user's own may mean something else by their path."""
+    if config.data.class_path not in OUR_DATASETS:
+        return
+    given = {"data.init_args.dataset_path": config.data.init_args.dataset_path}
+    if config.validation.enabled and config.validation.dataset_path is not None:
+        given["validation.dataset_path"] = config.validation.dataset_path
+    for key, paths in given.items():
+        for path in [paths] if isinstance(paths, str) else paths:
+            folder = Path(path).expanduser()
+            if not folder.exists():
+                yield f"{key}={path!r}: {no_folder(folder)}"
+
+
+def _resume(config: Config) -> Iterator[str]:
+    """A checkpoint that is not there. What is in it is verified when the run begins, to the last byte."""
+    spec = config.train.resume_from_checkpoint
+    if spec not in (None, "latest") and not os.path.isdir(folder := Path(spec).expanduser()):
+        yield f'train.resume_from_checkpoint={spec!r} is neither "latest" nor a folder: {no_folder(folder)}'
+
+
+def _check_lora(config: Config, download: bool) -> None:
+    weight = config.model.lora and config.model.lora.pretrained_weight
+    if not weight:
+        return
+    path = Path(weight).expanduser()
+    names = 3 if path.suffix == ".safetensors" else 2  # of OWNER/NAME/FILE
+    on_hub = len(path.parts) == names and not os.path.isdir(path.parts[0])  # else a mistyped path of this machine
+    if not (path.exists() or on_hub):
+        raise ConfigError(
+            f"model.lora.pretrained_weight={weight!r}: not in {path.absolute().parent}; give a .safetensors file, a "
+            "folder with one, or OWNER/NAME on the hub"
+        )
+    if path.exists() or download:
+        inspect_lora(find_lora(weight))
+
+
+def _check_optimizer(config: Config) -> None:
+    if config.optimizer == OptimizerConfig() and config.lr_scheduler == SchedulerConfig():
+        return  # as they are meant to be: no reason to load torch for a look
+    import torch
+
+    from qwen_image_finetune.optim import build_optimizer, build_scheduler
+
+    stand_in = build_optimizer(config.optimizer, [torch.nn.Parameter(torch.zeros(1))])
+    build_scheduler(config.lr_scheduler, stand_in, total_steps=config.max_steps or 1)
+
+
+def _check_drop_keys(config: Config, download: bool) -> None:
+    if config.cache.prompt_empty_drop_keys is None:
+        return
+    from qwen_image_finetune.families import get_family
+    from qwen_image_finetune.preparation import check_drop_keys
+
+    family, source = resolve_family(config, download)
+    if not source.startswith("assumed"):
+        check_drop_keys(config, get_family(family))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -47,7 +47,7 @@ def run_problems(config: Config, download: bool = False) -> list[str]:
     problems = [*_folders(config), *_resume(config)]
     if absent := unavailable(config.logging.trackers):
         problems.append(f"logging.report_to names {absent}, not installed here: pip install {' '.join(absent)}")
-    checks = [lambda: _check_lora(config, download)]
+    checks: list[Callable[[], None]] = [lambda: _check_lora(config, download)]
     if find_spec("torch") is not None:  # a dry run goes without
         checks += [lambda: _check_optimizer(config), lambda: _check_drop_keys(config, download)]
     for check in checks:

@@ -33,7 +33,7 @@ def write_pairs(folder: Path, pairs: int) -> None:
             if number % LINKS == 0:
                 first = path
                 if ending == "png":
-                    Image.new("RGB", (8, 8)).save(first)
+                    Image.new("RGB", (8, 8), "white" if name == "control_images" else "black").save(first)
                 else:
                     first.write_text("a prompt")
             else:

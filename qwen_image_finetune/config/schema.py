@@ -270,7 +270,11 @@ class TrainConfig(Section):
     attention: Literal["auto", "flash4", "flash", "efficient", "math"] = Field(
         "auto", description="which attention runs (docs/attention.md); auto: the fastest on this machine"
     )
-    low_memory: Switch = Field(False, description="load and run part by part")
+    low_memory: Switch = Field(
+        False,
+        description="blocks wait in host memory where the card is too small, encoders there while they are not needed; "
+        "false with FSDP",
+    )
     collective_timeout: Count | None = Field(
         None,
         description="seconds that processes wait for one that hangs, from the second step on, before the run ends; "

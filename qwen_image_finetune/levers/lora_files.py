@@ -26,7 +26,6 @@ from qwen_image_finetune.levers.lora_header import (
     FILE_NAME,
     LoraFileError,
     adapter_metadata,
-    inspect_lora,
     read_header,
 )
 from qwen_image_finetune.levers.lora_metadata import (
@@ -49,7 +48,6 @@ __all__ = [
     "export_lora",
     "find_lora",
     "fitting_layers",
-    "inspect_lora",
     "load_lora",
     "merge_lora",
     "read_lora",

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,45 +137,6 @@ def declared_alpha(declared: dict[str, Any], module: str, rank: int) -> float:
     return alpha * rank**0.5 if declared.get("use_rslora") else alpha
 
 
-def inspect_lora(path: str | Path) -> dict[str, Any]:
-    """Dialect, rank, alpha, targets, number of modules, dtype and metadata of a LoRA file.
-
-    `rank` and `alpha` are numbers, or sorted lists where modules differ. Targets and counts are of the modules as the
-    file names them. Keys that no reader of ours knows are listed under `unmatched`.
-
-    Raises:
-        LoraFileError: not a readable safetensors file.
-    """
-    path = Path(path)
-    path = path / FILE_NAME if path.is_dir() else path
-    if not path.is_file():
-        raise LoraFileError(f"{path} does not exist")
-    header = read_header(path)
-    declared = adapter_metadata(header.metadata, path)
-    keys = {name: parse_key(name) for name in header.tensors}
-    ranks = {key.module: header.tensors[name]["shape"][0] for name, key in keys.items() if key and key.part == "down"}
-    alphas = {module: declared_alpha(declared, module, rank) for module, rank in ranks.items()}
-    with path.open("rb") as file:
-        for name, key in keys.items():
-            if key and key.part == "alpha":
-                file.seek(header.data_start + header.tensors[name]["data_offsets"][0])
-                alphas[key.module] = _scalar(file.read(8), header.tensors[name]["dtype"], path)
-    dialects = Counter(key.dialect for key in keys.values() if key)
-    return {
-        "path": str(path),
-        "dialect": dialects.most_common(1)[0][0] if dialects else None,
-        "rank": _one_or_all(ranks.values()),
-        "alpha": _one_or_all(alphas.values()),
-        "targets": sorted({re.sub(r"^.*?[._]\d+[._]", "", module) for module in ranks}),
-        "num_modules": len(ranks),
-        "dtype": _one_or_all(
-            header.tensors[name]["dtype"] for name, key in keys.items() if key and key.part != "alpha"
-        ),
-        "unmatched": sorted(name for name, key in keys.items() if key is None),
-        "metadata": header.metadata,
-    }
-
-
 def _check_entry(entry: dict[str, Any]) -> None:
     start, end = entry["data_offsets"]
     elements = 1
@@ -188,17 +148,3 @@ def _check_entry(entry: dict[str, Any]) -> None:
         or end - start != elements * ELEMENT_BYTES.get(entry["dtype"], 0)
     ):
         raise ValueError(f"dtype, shape and place of a tensor contradict each other: {entry}")
-
-
-def _scalar(data: bytes, dtype: str, path: Path) -> float:
-    if dtype == "BF16":  # the upper half of a float32
-        return float(struct.unpack("<f", b"\0\0" + data[:2])[0])
-    formats = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i", "I16": "<h"}
-    if dtype not in formats:
-        raise LoraFileError(f"{path}: an alpha of dtype {dtype} cannot be read")
-    return float(struct.unpack_from(formats[dtype], data)[0])
-
-
-def _one_or_all(values: Any) -> Any:
-    distinct = sorted(set(values))
-    return distinct[0] if len(distinct) == 1 else distinct

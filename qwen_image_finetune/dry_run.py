@@ -48,7 +48,7 @@ def _plan(config: Config) -> Iterator[str]:
 def _base(config: Config, checkpoint: Path | None) -> Iterator[str]:
     """Precision of the frozen weights, and the layers that fit it worst, where the checkpoint lies on this machine."""
     model = config.model
-    asked = "fp8" if model.quantize is True else model.quantize
+    asked = model.asked_format
     if checkpoint is None:
         known = f"frozen base quantised to {asked}" if asked else "the precision of the base is known when it is here"
         yield f"          not on this machine; {known}"

@@ -262,8 +262,7 @@ class Planner:
     def _format(self) -> str | None:
         if self.folder is not None:
             return base_precision(self.folder / "transformer", self.config.model).format
-        asked = self.config.model.quantize
-        return ("fp8" if asked is True else asked) or None
+        return self.config.model.asked_format
 
     def _usual_sizes(self) -> tuple[Size, ...]:
         arguments = self.config.data.init_args

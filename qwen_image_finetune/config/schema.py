@@ -139,6 +139,11 @@ class ModelConfig(Section):
         LoraConfig(), description="the adapter; null, written out, trains the whole transformer"
     )
 
+    @property
+    def asked_format(self) -> str | None:
+        """The format that `quantize` asks for by its name; None: as the checkpoint is."""
+        return "fp8" if self.quantize is True else self.quantize or None
+
 
 class DatasetArguments(Section):
     """Arguments of the dataset class. A class of your own may take others; they are passed on."""

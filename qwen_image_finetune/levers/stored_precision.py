@@ -62,7 +62,7 @@ def base_precision(folder: Path, model: ModelConfig | None = None) -> Precision:
             or at all although model.lora=null wants to train it; or its files are missing, broken or contradict each
             other.
     """
-    asked = None if model is None or not model.quantize else "fp8" if model.quantize is True else model.quantize
+    asked = None if model is None else model.asked_format
     found = stored_format(folder)
     if found is None:
         return Precision(asked, stored=False, source="model.quantize" if asked else "")

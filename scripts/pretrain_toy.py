@@ -229,17 +229,18 @@ class Pretraining:
         folder = self.exported(family)  # it may be all there is: work in progress is not committed
         trainer = load_config(config_file(family), [f"model.pretrained_model_name_or_path={folder}"]).train.trainer
         predictor = open_base(trainer, folder, SIZE)
-        self.say(
-            f"{family}: held-out PSNR in dB, {HELD_OUT} pairs of each instruction, {SAMPLING_STEPS} sampling steps"
-        )
-        self.say(f"  {'instruction':<16}{'base':>8}{'copy':>8}{'autoencoder':>13}")
+        lines = [
+            f"{family}: held-out PSNR in dB, {HELD_OUT} pairs of each instruction, {SAMPLING_STEPS} sampling steps",
+            f"  {'instruction':<16}{'base':>8}{'copy':>8}{'autoencoder':>13}",
+        ]
         for name in edits.EDITS:
             pairs = [edits.draw_pair(name, edits.HELD_OUT_SEED, index, SIZE) for index in range(HELD_OUT)]
             drawn = draw_many(predictor, [(pair.before, pair.prompt) for pair in pairs], SAMPLING_STEPS)
             limit = through_vae(predictor, [pair.after for pair in pairs])
             columns = [drawn, [pair.before for pair in pairs], limit]
             values = [mean_psnr(column, [pair.after for pair in pairs]) for column in columns]
-            self.say(f"  {name:<16}{values[0]:>8.2f}{values[1]:>8.2f}{values[2]:>13.2f}")
+            lines.append(f"  {name:<16}{values[0]:>8.2f}{values[1]:>8.2f}{values[2]:>13.2f}")
+        self.say("\n".join(lines))  # at once: the other family is measured meanwhile
 
     def exported(self, family: str) -> Path:
         return self.out / family.replace("_", "-")

@@ -56,9 +56,10 @@ def newest_version(project: Path) -> Path:
 
 
 def demonstrate(name: str) -> Result:
-    """Cache, train and draw one family."""
+    """Cache, if it is asked for, train and draw one family."""
     config = Path(f"configs/demo_{name}.yaml")
-    qif("cache", config)
+    if load_config(ROOT / config).cache.use_cache:
+        qif("cache", config)
     began = time.monotonic()
     qif("train", config)
     seconds = time.monotonic() - began

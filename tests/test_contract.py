@@ -627,7 +627,7 @@ def test_what_a_version_holds(configure: Configure) -> None:
 
 
 def test_several_trackers_are_told(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qwen_image_finetune import preparation, trackers
+    from qwen_image_finetune import check, trackers
 
     class Recorder:
         def __init__(self) -> None:
@@ -650,7 +650,7 @@ def test_several_trackers_are_told(configure: Configure, monkeypatch: pytest.Mon
 
     recorder = Recorder()
     monkeypatch.setattr(trackers, "_online_tracker", lambda *arguments: recorder)
-    monkeypatch.setattr(preparation, "unavailable", lambda names: [])
+    monkeypatch.setattr(check, "unavailable", lambda names: [])
     run = train(configure("FluxKontext", "logging.report_to=[tensorboard, wandb]", "train.max_train_steps=3"))
     assert run is not None
     assert (recorder.calls, recorder.steps) == (["start", "configuration", "finish"], [1, 2, 3])

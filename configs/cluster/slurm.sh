@@ -14,11 +14,12 @@ set -euo pipefail
 
 export OMP_NUM_THREADS=4
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=150  # seconds that torchrun leaves the trainers to save once it is told to end
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")  # not into `head`: whoever writes on when it has gone is killed
+first=${hosts%%$'\n'*}
 cards=${SLURM_GPUS_ON_NODE:-8}
 # One torchrun a machine; it starts one process a card. A process that dies ends all of them, and they start again from
 # the newest checkpoint. Three minutes before the time is over torchrun is told to end, and the trainers save.
 srun .venv/bin/torchrun \
   --nnodes "$SLURM_NNODES" --nproc_per_node "$cards" --max_restarts 3 \
-  --rdzv_backend c10d --rdzv_endpoint "$head:29500" --rdzv_id "$SLURM_JOB_ID" \
+  --rdzv_backend c10d --rdzv_endpoint "$first:29500" --rdzv_id "$SLURM_JOB_ID" \
   -m qwen_image_finetune.cli train "$@" train.resume_from_checkpoint=latest

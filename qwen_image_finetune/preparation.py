@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from diffusers import ModelMixin
 
 Say = Callable[[str], None]
+ROOM_TO_DRAW = 6 * 2**30  # bytes: a picture on its way, and the VAE's share of it
 
 
 def build_accelerator(config: Config) -> Accelerator:
@@ -159,7 +160,8 @@ def check_drop_keys(config: Config, family: Family) -> None:
 def build_predictor(config: Config, tuned: Path | None = None) -> Predictor:
     """Everything prediction needs, on the devices of predict.devices (default: the first accelerator, else the CPU).
 
-    With train.low_memory, encoders that would share the transformer's card wait in host memory and take turns with it.
+    With train.low_memory, encoders that find no room beside the transformer on its card wait in host memory and take
+    turns with it.
 
     Args:
         tuned: the folder of a transformer to draw with in place of the base's.
@@ -181,8 +183,18 @@ def build_predictor(config: Config, tuned: Path | None = None) -> Predictor:
     dtype = loading.encoder_dtype(config.train.mixed_precision)
     pipe = loading.load_encoders(family, folder, dtype, homes | dict.fromkeys(turns, torch.device("cpu")))
     transformer = load_for_prediction(config, family, tuned or folder, card)
+    if turns and fits_beside([pipe.components[name] for name in turns], card):
+        for name in turns:
+            pipe.components[name].to(card)
+        turns = []
     scheduler, dtype = loading.load_scheduler(folder), loading.weight_dtype(config.train.mixed_precision)
     return Predictor(family, pipe, transformer, scheduler, config.data.init_args.area, dtype, turns)
+
+
+def fits_beside(encoders: Sequence[torch.nn.Module], card: torch.device) -> bool:
+    """Whether a card has room for these beside what it holds, and ROOM_TO_DRAW; only CUDA says how much is free."""
+    weights = sum(tensor.nbytes for encoder in encoders for tensor in encoder.parameters())
+    return card.type == "cuda" and torch.cuda.mem_get_info(card)[0] >= weights + ROOM_TO_DRAW
 
 
 def load_for_prediction(config: Config, family: Family, folder: Path, device: torch.device) -> ModelMixin:

@@ -128,6 +128,18 @@ def test_encoders_and_transformer_take_turns(configure: Configure, monkeypatch: 
                      "text_encoder_2 cpu", "transformer cpu", "sample"]  # fmt: skip
 
 
+def test_encoders_stay_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from qwen_image_finetune.preparation import ROOM_TO_DRAW, fits_beside
+
+    encoder, card = torch.nn.Linear(10, 10, bias=False), torch.device("cuda:0")
+    for free, fits in ((ROOM_TO_DRAW + 400, True), (ROOM_TO_DRAW + 399, False)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 0))
+        assert fits_beside([encoder], card) == fits
+    assert not fits_beside([encoder], torch.device("xpu:0"))
+
+
 def test_a_model_tuned_as_a_whole_is_drawn_with(configure: Configure, tmp_path: Path) -> None:
     config = configure("FluxKontext", "train.max_train_steps=2", "model.lora=null", "optimizer.init_args.lr=0.001")
     run = train(config)

@@ -47,4 +47,4 @@ def test_a_lora_from_twenty_pairs_segments_faces_nobody_trained_on(
     draw_many.add_lora(predictor, next(version.glob("checkpoint-*")) / "pytorch_lora_weights.safetensors")
     after = score(draw_many.draw)
     assert before < 0.3
-    assert after > 0.55, after  # 0.72 and 0.74 were seen
+    assert after > 0.65, after  # 0.74 and 0.80 were seen

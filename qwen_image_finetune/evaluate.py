@@ -33,7 +33,7 @@ from qwen_image_finetune.levers.lora_files import find_lora
 from qwen_image_finetune.levers.trained import find_tuned
 from qwen_image_finetune.out_of_memory import explained
 from qwen_image_finetune.predict import Conditions
-from qwen_image_finetune.preparation import check_lora, open_dataset
+from qwen_image_finetune.preparation import check_loras, open_dataset
 from qwen_image_finetune.records import Encoded, Example, collate
 from qwen_image_finetune.trainer import Trainer
 
@@ -72,11 +72,7 @@ class Candidate:
     name: str
     source: Path | str | None = None  # LoRA, or a checkpoint folder with a whole transformer
     strength: float = 0.0
-
-    @property
-    def tuned(self) -> Path | None:
-        """The checkpoint of a transformer tuned as a whole, if that is its source."""
-        return None if self.source is None else find_tuned(self.source)
+    tuned: Path | None = None  # the checkpoint of a transformer tuned as a whole, if that is its source
 
 
 @dataclass(frozen=True)
@@ -102,9 +98,8 @@ def evaluate(request: Request) -> dict[str, Any]:
     """
     run, config = open_request(request)
     found = candidates(request, run, config)
-    for candidate in found:  # a LoRA that does not fit is refused before the model loads
-        if candidate.source is not None and not candidate.tuned:
-            check_lora(config, find_lora(candidate.source))
+    # What does not fit is refused before the model loads; a LoRA is read once, whatever its strengths.
+    check_loras(config, [find_lora(source) for source in {c.source: None for c in found if c.tuned is None} if source])
     output = request.output or (run / "evaluation" if run else Path("evaluation"))
     family = get_family(resolve_family(config, download=True)[0])
     dataset = open_dataset(config, family, decode=True)
@@ -172,8 +167,8 @@ def candidates(request: Request, run: Path | None, config: Config) -> list[Candi
         sources |= {folder.name: folder for word in wanted for folder in checkpoints(run, word)}
     found = [Candidate(BASE), Candidate(COPY)]
     for name, source in sources.items():
-        if find_tuned(source):  # it has no strength
-            found.append(Candidate(name, source, 1.0))
+        if tuned := find_tuned(source):  # it has no strength
+            found.append(Candidate(name, source, 1.0, tuned))
         else:
             found += [Candidate(f"{name} x {strength:g}", source, strength) for strength in request.strength]
     return found

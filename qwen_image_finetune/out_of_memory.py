@@ -70,9 +70,9 @@ def _for_drawing(config: Config) -> Iterator[str]:
         yield "predict.devices.text_encoder=cpu (and text_encoder_2): slower, the same pictures but for rounding"
     if config.train.mixed_precision == "no":
         yield "train.mixed_precision=bf16: half the memory, rounding of bf16"
-    if not config.model.quantize:
+    if config.model.asked_format is None:
         yield "model.quantize=fp8: a base of 8 bits in place of 16, rounded"
-    if config.model.quantize in (None, False, True, "fp8", "int8"):
+    if config.model.asked_format in (None, "fp8", "int8"):
         yield "model.quantize=nf4: a base of 4 bits, rounded more"
     yield "a smaller picture: --width and --height"
 
@@ -136,7 +136,7 @@ def _for_the_transformer(config: Config, on_card: bool, stepping: bool) -> Itera
         yield ROUNDING, "optimizer.class_path=bitsandbytes.optim.AdamW8bit: a quarter of AdamW's state, rounded"
     if lora is not None and not config.model.quantize:
         yield ROUNDING, "model.quantize=fp8: a base of 8 bits in place of 16, rounded"
-    if lora is not None and config.model.quantize in (True, "fp8", "int8"):
+    if lora is not None and config.model.asked_format in ("fp8", "int8"):
         yield MORE_ROUNDING, "model.quantize=nf4: a base of 4 bits, rounded more"
     if lora is None:
         yield CAPACITY, "model.lora (instead of null): an adapter needs a fraction of the memory of full fine-tuning"

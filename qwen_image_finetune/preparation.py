@@ -206,13 +206,16 @@ def load_for_prediction(config: Config, family: Family, folder: Path, device: to
     return transformer
 
 
-def check_lora(config: Config, lora: Path) -> None:
-    """Refuse a LoRA that does not fit the model, before the model loads.
+def check_loras(config: Config, loras: Sequence[Path]) -> None:
+    """Refuse LoRAs that do not fit the model, before the model loads.
 
     Raises:
         LoraFileError: names what does not fit.
     """
+    if not loras:
+        return
     family = get_family(resolve_family(config, download=True)[0])
     folder = loading.checkpoint_folder(config, family)
     skeleton = loading.empty_transformer(family, folder, loading.weight_dtype(config.train.mixed_precision))
-    lora_files.fitting_layers(skeleton, lora, family.pipeline)
+    for lora in loras:
+        lora_files.fitting_layers(skeleton, lora, family.pipeline)

@@ -170,8 +170,7 @@ class State:
         groups = learner.optimizer.param_groups
         for group, rate, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
             group["lr"] = rate * factor(schedule.last_epoch)
-        if (
-            self.job.accelerator.scaler is not None and (folder / "scaler.json").is_file()
-        ):  # not after another precision
-            self.job.accelerator.scaler.load_state_dict(checkpoint.load_state(folder, "scaler"))
+        scaler = self.job.accelerator.scaler
+        if scaler is not None and (folder / "scaler.json").is_file():  # not after another precision
+            scaler.load_state_dict(checkpoint.load_state(folder, "scaler"))
         self.progress.step, self.progress.bad_steps = progress["step"], progress["bad_steps"]

@@ -66,10 +66,9 @@ class Trainer:
             OutOfMemory: with what would help.
         """
         from qwen_image_finetune.out_of_memory import explained
-        from qwen_image_finetune.preparation import build_predictor, check_lora
+        from qwen_image_finetune.preparation import build_predictor, check_loras
 
-        if self._lora is not None:
-            check_lora(self.config, self._lora)
+        check_loras(self.config, [] if self._lora is None else [self._lora])
         with explained(self.config, "loading the model for prediction"):
             self._predictor = build_predictor(self.config, self._tuned)
             if self._lora is not None:

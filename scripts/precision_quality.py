@@ -23,7 +23,6 @@ from qwen_image_finetune import runs
 from qwen_image_finetune.config import Config, load_config
 from qwen_image_finetune.intervals import Interval, t_interval
 from qwen_image_finetune.preparation import build_predictor
-from qwen_image_finetune.runs import checkpoint_folders
 from qwen_image_finetune.toy.measure import foreground_iou
 from qwen_image_finetune.train import train
 from qwen_image_finetune.validate import BASE
@@ -118,7 +117,7 @@ def drawn_iou(config: Config, version: Path) -> float:
     """Mean foreground IoU of the held-out faces' masks, drawn in the precision of training."""
     predictor = build_predictor(config)
     faces, masks = held_out(predictor)
-    add_lora(predictor, checkpoint_folders(version)[-1] / "pytorch_lora_weights.safetensors")
+    add_lora(predictor, runs.checkpoint_folders(version)[-1] / "pytorch_lora_weights.safetensors")
     drawn = draw(predictor, [(face, PROMPT) for face in faces], SAMPLING_STEPS)
     return float(np.mean([foreground_iou(*pair) for pair in zip(drawn, masks, strict=True)]))
 

@@ -40,8 +40,8 @@ def find_lora(source: str | Path) -> Path:
             raise LoraFileError(f"{source} is not a .safetensors file")
         return path
     if path.is_dir():
-        newest = [folder for folder in checkpoint_folders(path) if (folder / FILE_NAME).is_file()][-1:]
-        path = newest[0] if newest else path
+        newest_first = reversed(checkpoint_folders(path))
+        path = next((folder for folder in newest_first if (folder / FILE_NAME).is_file()), path)
         return path / _choose([file.name for file in path.iterdir()], str(source))
     hub = re.fullmatch(r"([\w][\w.-]*/[\w][\w.-]*)(?:/(.+\.safetensors))?", str(source))
     if hub is None:

@@ -28,6 +28,7 @@ def main() -> None:
             if fault == "hung":
                 threading.Event().wait()
             elif fault != "none":
+                print(f"process {team.rank} is {fault}", flush=True)
                 os.kill(os.getpid(), {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}[fault])
 
     Team.enter = faulty  # type: ignore[method-assign]

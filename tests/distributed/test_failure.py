@@ -55,8 +55,8 @@ def test_restart_after_a_kill(attempt: Callable[..., Any], start: Callable[..., 
         outcomes = [ended(machine) for machine in machines]
         said, complained = ("".join(getattr(done, kind) for done in outcomes) for kind in ("stdout", "stderr"))
         assert [done.returncode for done in outcomes] == [0] * len(machines), said + complained
-        assert re.search(r"exitcode\s*:\s*-9", complained), name
-        assert "at step 2" in said, name
+        # torchrun tells of one failed process alone, which may be the one that lost its peer.
+        assert said.count("process 1 is killed") == 1 and "at step 2" in said, name
         other = tmp_path / f"output/killed-{number}/v0"
         assert losses(whole) == losses(other), name
         assert all(torch.equal(weights(whole)[key], tensor) for key, tensor in weights(other).items()), name
@@ -75,7 +75,7 @@ def test_a_machine_is_lost(configure: Callable[..., Any], start: Callable[..., A
     second.kill()  # and the server all that it had started
     done = ended(first)
     assert done.returncode != 0
-    assert re.search(r"[Cc]onnection (closed|reset)", done.stderr), done.stdout + done.stderr
+    assert re.search(r"[Cc]onnection (closed|reset)|Broken pipe", done.stderr), done.stdout + done.stderr
     found = runs.find_checkpoint(project, "latest", pytest.fail)
     assert found is not None
 

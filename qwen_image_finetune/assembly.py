@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from qwen_image_finetune import levers, loading
@@ -124,9 +123,11 @@ def _load(job: Job) -> ModelMixin:
     dtype = loading.weight_dtype(job.config.train.mixed_precision)
     if job.sharding is not None:
         return loading.empty_transformer(job.family, job.folder, dtype)
-    # Swapped blocks must not pass through the card: it has no room for all of them.
-    home = job.accelerator.device if job.config.train.blocks_to_swap == 0 else torch.device("cpu")
-    return loading.load_transformer(job.family, job.folder, dtype, job.config.model, home, job.say)
+    swapped = job.config.train.blocks_to_swap
+    assert isinstance(swapped, int), "a run's plan has settled it"
+    return loading.load_transformer(
+        job.family, job.folder, dtype, job.config.model, job.accelerator.device, swapped, job.say
+    )
 
 
 def _place(job: Job, transformer: ModelMixin) -> None:

@@ -134,6 +134,7 @@ def load_transformer(
     dtype: torch.dtype,
     model: ModelConfig | None = None,
     device: torch.device | str = "cpu",
+    blocks_to_swap: int = 0,
     say: Callable[[str], None] = lambda message: None,
 ) -> ModelMixin:
     """The transformer, frozen, in its final precision: what is not quantised is in `dtype`.
@@ -141,6 +142,7 @@ def load_transformer(
     Args:
         model: asks for quantisation; None keeps the precision of the checkpoint.
         device: each weight goes there as it is read, so that the host never holds the model.
+        blocks_to_swap: that many blocks, those that `levers.swap` will choose, stay in host memory instead.
         say: hears what was quantised, and what did not fit.
 
     Raises:
@@ -160,7 +162,8 @@ def load_transformer(
             "installed diffusers does not know; upgrade diffusers"
         )
     with readable(place):
-        transformer, report = weights.load(family.transformer, place, base_precision(place, model), dtype, device)
+        precision = base_precision(place, model)
+        transformer, report = weights.load(family.transformer, place, precision, dtype, device, blocks_to_swap)
     if report is not None:
         say(report.words())
     return cast(ModelMixin, transformer)

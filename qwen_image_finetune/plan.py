@@ -53,7 +53,6 @@ ENCODER_PARTS = ("text_encoder", "text_encoder_2", "vae_encoder")
 
 # What makes each part that waits on the host smaller, at the least cost.
 HOST_REMEDIES = {
-    "the whole base, while it loads": "a base of fewer bits is smaller, and swaps less or nothing (docs/precision.md)",
     "swapped blocks": "a base of fewer bits is smaller, and swaps less or nothing (docs/precision.md)",
     "activations": "train.offload_activations=false",
     "encoders": "cache.use_cache=true",
@@ -162,10 +161,7 @@ class Planner:
             (host if train.low_memory else device)["encoders"] = encoders
         on_cpu = all(getattr(config.cache, f"{name}_device") == "cpu" for name in ENCODER_PARTS)
         encoding = encoders if config.cache.use_cache else 0
-        before = {
-            "the whole base, while it loads": weights[0] + in_blocks if swapped else 0,  # never through a small card
-            "encoders, while they encode": encoding if on_cpu else 0,
-        }
+        before = {"encoders, while they encode": encoding if on_cpu else 0}
         device, host, before = ({key: size for key, size in part.items() if size} for part in (device, host, before))
         return Prediction(device, host, before, 0 if on_cpu else encoding, found.operations(keep))
 

@@ -200,7 +200,7 @@ def fits_beside(encoders: Sequence[torch.nn.Module], card: torch.device) -> bool
 def load_for_prediction(config: Config, family: Family, folder: Path, device: torch.device) -> ModelMixin:
     """The transformer of a checkpoint as prediction has it: at rest, with an attention that runs here."""
     dtype = loading.weight_dtype(config.train.mixed_precision)
-    transformer = loading.load_transformer(family, folder, dtype, config.model, device, console.say)
+    transformer = loading.load_transformer(family, folder, dtype, config.model, device, say=console.say)
     transformer.eval().to(device)
     use_attention(transformer, "auto", config.train.mixed_precision)  # what training used may not run here
     return transformer

@@ -165,8 +165,15 @@ def swap_blocks(transformer: nn.Module, count: int, device: torch.device) -> Swa
     return swap
 
 
+def swapped_names(transformer: nn.Module, count: int) -> tuple[str, ...]:
+    """How the keys begin of the weights that `swap_blocks` leaves in host memory, so that they need not leave it."""
+    chain = blocks(transformer)
+    chosen = {chain[number] for number in spread(count, len(chain))}
+    return tuple(f"{name}." for name, module in transformer.named_modules() if module in chosen)
+
+
 def spread(count: int, total: int) -> list[int]:
-    """`count` numbers below `total`, evenly apart."""
+    """`count` numbers below `total`, evenly apart; all of them where `count` is more."""
     count = min(count, total)
     return [(2 * place + 1) * total // (2 * count) for place in range(count)]
 

@@ -35,6 +35,7 @@ from qwen_image_finetune.levers.stored_precision import (
     Precision,
     tensor_index,
 )
+from qwen_image_finetune.levers.swap import swapped_names
 
 
 class Checkpoint:
@@ -88,13 +89,19 @@ def skeleton(cls: type[nn.Module], folder: Path) -> nn.Module:
 
 
 def load(
-    cls: type[nn.Module], folder: Path, precision: Precision, dtype: torch.dtype, device: torch.device | str = "cpu"
+    cls: type[nn.Module],
+    folder: Path,
+    precision: Precision,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    blocks_to_swap: int = 0,
 ) -> tuple[nn.Module, Report | None]:
     """A frozen model from a folder in diffusers layout; the report says what was quantised, None if nothing was.
 
     Args:
         precision: what `base_precision` says about the folder.
         dtype: of everything that is not quantised.
+        blocks_to_swap: how many blocks `levers.swap` will be asked to swap; their weights stay in host memory.
 
     Raises:
         ConfigError: tensors are missing, left over or of another shape, or stored in a layout that is not known here.
@@ -103,9 +110,11 @@ def load(
     for buffer in model.buffers():
         buffer.data = buffer.data.to(device, dtype if buffer.is_floating_point() else buffer.dtype)
     shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    parameters = [name for name, _ in model.named_parameters()]
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     inside = {name for name, _ in candidates(model)} if precision.format else set()
     wanted = set() if precision.stored else {f"{name}.weight" for name in inside}
+    swapped = swapped_names(model, blocks_to_swap) if blocks_to_swap else ()
     errors: dict[str, float] = {}
     kept: dict[str, float] = {}
     with opened(folder) as checkpoint:
@@ -113,15 +122,16 @@ def load(
             name = key.removesuffix(".weight")
             if key not in shapes:
                 continue
+            home = "cpu" if key.startswith(swapped) else device
             if name in linear and _is_quantised(checkpoint, name):
-                layer = _stored_layer(checkpoint, name, shapes[key], device, may_compute_in_fp8=name in inside)
+                layer = _stored_layer(checkpoint, name, shapes[key], home, may_compute_in_fp8=name in inside)
                 replace(model, name, layer)
                 continue
             if checkpoint.tensors[key].shape != shapes[key]:
                 raise ConfigError(
                     f"{folder}: {key} is {checkpoint.tensors[key].shape}, config.json makes it {shapes[key]}"
                 )
-            weight = checkpoint.read(key).to(device)
+            weight = checkpoint.read(key).to(home)
             if key in wanted:
                 assert precision.format is not None
                 new, error = quantised_within_bound(weight, precision.format)
@@ -130,7 +140,7 @@ def load(
                     replace(model, name, new)
                     continue
             _put(model, key, weight.to(dtype, copy=True))
-        _check_complete(model, checkpoint)
+        _check_complete(type(model).__name__, parameters, checkpoint)
     if precision.format is None:
         return model, None
     return model, report(model, precision.format, errors, kept, precision.stored)
@@ -145,12 +155,12 @@ def _put(model: nn.Module, key: str, tensor: Tensor) -> None:
         module.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
 
-def _check_complete(model: nn.Module, checkpoint: Checkpoint) -> None:
-    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+def _check_complete(kind: str, parameters: list[str], checkpoint: Checkpoint) -> None:
+    missing = [name for name in parameters if name not in checkpoint.tensors]
     left = [key for key in checkpoint.unread if key.rpartition(".")[2] not in SIDE_NOTES]
     if missing or left:
         raise ConfigError(
-            f"{checkpoint.folder}: {len(missing)} weights of a {type(model).__name__} are missing {missing[:3]}, "
+            f"{checkpoint.folder}: {len(missing)} weights of a {kind} are missing {missing[:3]}, "
             f"{len(left)} of its tensors are not known {left[:3]}; download the checkpoint again, or upgrade diffusers"
         )
 

@@ -21,7 +21,7 @@ from runs import local_bytes
 
 from qwen_image_finetune import loading
 from qwen_image_finetune.families import get_family
-from qwen_image_finetune.levers import parallel, weights
+from qwen_image_finetune.levers import parallel
 
 FAMILY = get_family("FluxKontext")
 CPU = torch.device("cpu")
@@ -64,15 +64,19 @@ def whole(folder: Path) -> Any:
 
 
 def elsewhere(folder: Path) -> Any:
-    """Onto "meta", which stands for a card: it keeps nothing here. What lies there passes for missing."""
-    weights._check_complete = lambda model, checkpoint: None
+    """Onto "meta", which stands for a card: it keeps nothing here."""
     return loading.load_transformer(FAMILY, folder, torch.float32, device="meta")
+
+
+def swapped(folder: Path) -> Any:
+    """The same, but for a third of the blocks."""
+    return loading.load_transformer(FAMILY, folder, torch.float32, device="meta", blocks_to_swap=4)
 
 
 def main() -> None:
     folder, results = Path(sys.argv[1]), Path(sys.argv[2])
     torch.distributed.init_process_group("gloo")
-    ways = {"elsewhere": elsewhere, "shared": shared, "whole": whole}
+    ways = {"elsewhere": elsewhere, "swapped": swapped, "shared": shared, "whole": whole}
     if os.environ["WORLD_SIZE"] == "1":
         ways.pop("shared")
     kept: list[Any] = []  # else the memory of one would serve the next

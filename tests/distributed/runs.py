@@ -66,9 +66,9 @@ def run(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def local_bytes(transformer: nn.Module) -> int:
-    """Bytes of parameters that this process holds."""
+    """Bytes of parameters that this process holds; those on "meta" are elsewhere."""
     tensors = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in transformer.parameters()]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if not tensor.is_meta)
 
 
 def refusal(config: Config) -> str:

@@ -39,6 +39,9 @@ def test_host_memory(processes: int, larger: Path, torchrun: Callable[..., Any],
     for process in found:
         assert abs(process["whole"]["peak"] - whole) < noise  # on the CPU it stays there: one copy, and no second one
         assert process["elsewhere"]["peak"] < noise  # on its way to another device, one tensor at a time
+        # What waits on the host, and no more: four of the twelve blocks, whose two kinds differ in size.
+        assert 0.2 * whole < process["swapped"]["held"] < 0.5 * whole
+        assert abs(process["swapped"]["peak"] - process["swapped"]["held"]) < noise
     if processes > 1:
         assert sum(process["shared"]["held"] for process in found) == pytest.approx(whole, rel=0.01)
         for process in found:

@@ -20,7 +20,9 @@ from qwen_image_finetune.config import ConfigError, ModelConfig
 from qwen_image_finetune.levers import weights
 from qwen_image_finetune.levers.quantize import Report, quantize
 from qwen_image_finetune.levers.quantized_linear import E4M3, QuantizedLinear
+from qwen_image_finetune.levers.recompute import blocks
 from qwen_image_finetune.levers.stored_precision import WEIGHTS, base_precision
+from qwen_image_finetune.levers.swap import spread
 
 FORMATS = ("fp8", "int8", "nf4", "fp4")
 FAMILIES = ("flux", "qwen")
@@ -170,6 +172,28 @@ def test_never_more_in_full_precision_than_what_stays_so_and_one_layer(format: A
         # one layer: stored values, their float32 copy, what is rounded, what that means, and the difference
         assert live.peak < stays + scales + 16 * largest < 0.5 * whole
         assert stays < 0.1 * whole
+
+
+@pytest.mark.parametrize("format", [False, "fp8"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_swapped_blocks_stay_on_the_host_and_all_else_goes_to_the_card(
+    family: str, format: Any, tmp_path: Path
+) -> None:
+    """A card without memory stands for one: "meta". What came quantised is moved without a computation."""
+    model = tiny_transformer(family)
+    if format:
+        save(model, tmp_path, fp8_tensors(model, "weight_scale", True))
+    else:
+        model.save_pretrained(tmp_path)
+    precision = base_precision(tmp_path, ModelConfig(pretrained_model_name_or_path="x"))
+    loaded, _ = weights.load(type(model), tmp_path, precision, torch.float32, "meta", blocks_to_swap=1)
+    whole, _ = weights.load(type(model), tmp_path, precision, torch.float32)
+    (number,) = spread(1, len(blocks(loaded)))
+    home = {"cpu": blocks(loaded)[number].state_dict(), "all": loaded.state_dict()}
+    there = blocks(whole)[number].state_dict()
+    assert home["cpu"].keys() == there.keys()
+    assert all(torch.equal(tensor, there[name]) for name, tensor in home["cpu"].items())
+    assert sum(not tensor.is_meta for tensor in home["all"].values()) == len(there)
 
 
 # Checkpoints that come quantised

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torchvision
 from skimage import data
+from torch import nn
 
 from qwen_image_finetune import metrics
 
@@ -113,3 +117,38 @@ def test_lpips_says_why_it_is_left_out(tmp_path: object, monkeypatch: pytest.Mon
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     reason = metrics.find_lpips()
     assert isinstance(reason, str) and "left out" in reason
+
+
+@pytest.fixture
+def alexnet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+    """Random weights where torchvision keeps the published ones, in the same file format."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        network: nn.Module = torchvision.models.alexnet()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "hub/checkpoints").mkdir(parents=True)
+    torch.save(network.state_dict(), tmp_path / "hub/checkpoints/alexnet-owt-7be5be79.pth")
+    return network.double().eval()
+
+
+@pytest.mark.filterwarnings("ignore:.*'(pretrained|weights)':UserWarning")  # how lpips asks torchvision
+@torch.no_grad()
+def test_lpips_is_the_weighted_distance_of_normalised_features(alexnet: nn.Module) -> None:
+    """Zhang et al. 2018, equation 1, in float64 on the layers that they name."""
+    from importlib.resources import files
+
+    measure = metrics.find_lpips()
+    assert callable(measure), measure
+    first, second = (rng.random((80, 72, 3), dtype=np.float32) for rng in map(np.random.default_rng, (1, 2)))
+    weights = torch.load(str(files("lpips") / "weights/v0.1/alex.pth"), map_location="cpu", weights_only=True)
+    mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    states = [((torch.from_numpy(each).double() - mean) / deviation).permute(2, 0, 1)[None] for each in (first, second)]
+    expected = 0.0
+    for number, layer in enumerate(alexnet.get_submodule("features").children()):
+        states = [layer(state) for state in states]
+        if number in (1, 4, 7, 9, 11):
+            units = [state / state.norm(dim=1, keepdim=True) for state in states]
+            lin = weights[f"lin{(1, 4, 7, 9, 11).index(number)}.model.1.weight"].double()
+            expected += float((lin * (units[0] - units[1]).square()).sum(1).mean())
+    assert measure(first, second) == pytest.approx(expected, rel=1e-3)
+    assert measure(first, first) == 0

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from qwen_image_finetune.levers.recompute import Keep, Runner, blocks, recompute
+from qwen_image_finetune.levers.rotation import use_real_rotation
 
 # torch stops compiling a function silently after eight shapes; the number of geometries is the bound here.
 MOST_GRAPHS = 1 << 12
@@ -72,6 +73,7 @@ _compilations: WeakKeyDictionary[nn.Module, Compilation] = WeakKeyDictionary()
 
 def compile_transformer(transformer: nn.Module, keep: Keep | None) -> None:
     """Compile the blocks, with their recomputation (see `recompute`); None for none."""
+    use_real_rotation()
     compilation = _compilations[transformer] = Compilation()
     if keep is None:
         compilation.compile_blocks(transformer)

@@ -124,19 +124,12 @@ class EncodedDataset:
 
     # Naming and filling the store
 
-    def missing(
-        self,
-        verify: bool = False,
-        rank: int = 0,
-        processes: int = 1,
-        progress: Callable[[int, int], None] = lambda done, total: None,
-    ) -> Missing:
+    def missing(self, verify: bool = False, rank: int = 0, processes: int = 1) -> Missing:
         """Name every entry of every row, and say which of them the store lacks.
 
         Args:
             verify: read the present ones of this process's share too; damaged entries count as lacking. They stay
                 until they are replaced, as another run may be about to read them.
-            progress: called with (rows done, rows in all).
         """
         encoders = {
             "vae": self.fingerprints.folders([self.checkpoint / "vae"]),
@@ -144,10 +137,7 @@ class EncodedDataset:
         }
         images: dict[str, PictureSource] = {}
         texts: dict[str, TextSource] = {}
-        self._row_keys = []
-        for index in range(len(self.dataset)):
-            self._row_keys.append(self._name_row(index, encoders, images, texts))
-            progress(index + 1, len(self.dataset))
+        self._row_keys = [self._name_row(index, encoders, images, texts) for index in range(len(self.dataset))]
         self.fingerprints.save()
 
         keys = [*images, *texts]

@@ -16,7 +16,7 @@ from qwen_image_finetune.config import (
     no_folder,
     resolve_family,
 )
-from qwen_image_finetune.levers.lora_header import LoraFileError, read_header
+from qwen_image_finetune.levers.lora_header import LoraFileError, read_metadata
 from qwen_image_finetune.levers.lora_sources import find_lora
 from qwen_image_finetune.trackers import unavailable
 
@@ -92,7 +92,7 @@ def _check_lora(config: Config, download: bool) -> None:
             "folder with one, or OWNER/NAME on the hub"
         )
     if path.exists() or download:
-        read_header(find_lora(weight))
+        read_metadata(find_lora(weight))
 
 
 def _check_optimizer(config: Config) -> None:

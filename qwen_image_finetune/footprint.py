@@ -157,7 +157,6 @@ def footprint(
         kind.count += 1
     outside = _numbers(model) - sum(kind.count * kind.weights for kind in kinds.values())
     _shorten(model)
-    _shorten(model)
     adapter = 0
     if lora is None:
         model.requires_grad_(True)

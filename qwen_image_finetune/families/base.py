@@ -87,9 +87,9 @@ class Family(ABC):
     def guide(self, conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
         """Classifier-free guidance as the pipeline combines it; all (B, C, H, W)."""
 
-    @abstractmethod
     def distilled_guidance(self, transformer_config: Mapping[str, Any]) -> bool:
         """Whether `guidance_scale` goes into the model (an embedding) instead of a second, unconditional pass."""
+        return bool(transformer_config["guidance_embeds"])
 
     def mu(self, tokens: int, scheduler_config: Mapping[str, Any]) -> float:
         """Log of the timestep shift for `tokens` target tokens, linear between the scheduler's own two points.

@@ -6,9 +6,8 @@ Oracle: `diffusers.FluxKontextPipeline`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, FluxKontextPipeline, FluxTransformer2DModel, ModelMixin
@@ -100,9 +99,6 @@ class FluxKontext(Family):
 
     def guide(self, conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
         return unconditional + scale * (conditional - unconditional)
-
-    def distilled_guidance(self, transformer_config: Mapping[str, Any]) -> bool:
-        return bool(transformer_config["guidance_embeds"])
 
     def tiny(self, folder: Path) -> None:
         tiny_flux_kontext(folder)

@@ -5,9 +5,8 @@ Oracle: `diffusers.QwenImageEditPipeline`; without a reference, `diffusers.QwenI
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import (
@@ -120,9 +119,6 @@ class QwenImageEdit(Family):
         combined = unconditional + scale * (conditional - unconditional)
         norm = torch.norm(conditional, dim=-1, keepdim=True) / torch.norm(combined, dim=-1, keepdim=True)
         return unpack(combined * norm, height, width)
-
-    def distilled_guidance(self, transformer_config: Mapping[str, Any]) -> bool:
-        return bool(transformer_config["guidance_embeds"])
 
     def tiny(self, folder: Path) -> None:
         tiny_qwen_image_edit(folder)

@@ -26,7 +26,7 @@ from qwen_image_finetune.levers.lora_header import (
     FILE_NAME,
     LoraFileError,
     adapter_metadata,
-    read_header,
+    read_metadata,
 )
 from qwen_image_finetune.levers.lora_metadata import (
     adapter_json,
@@ -110,7 +110,7 @@ def read_lora(
     Raises:
         LoraFileError: the file is broken, of another kind, or a key is left over.
     """
-    metadata = read_header(path).metadata
+    metadata = read_metadata(path)
     try:
         state = load_file(path)
     except SafetensorError as error:

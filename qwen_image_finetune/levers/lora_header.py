@@ -23,15 +23,9 @@ ELEMENT_BYTES = (
     | dict.fromkeys(("F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"), 1)
 )
 
-# Where a key says that its module sits, and whether dots were flattened to underscores.
-PREFIXES = {
-    "transformer.": ("diffusers", False),
-    "base_model.model.": ("diffusers", False),
-    "diffusion_model.": ("comfy", False),
-    "pipe.dit.": ("comfy", False),
-    "lora_unet_": ("kohya", True),
-    "lora_transformer_": ("kohya", True),
-}
+# Where a key says that its module sits; the latter with the dots of its name flattened to underscores.
+PREFIXES = ("transformer.", "base_model.model.", "diffusion_model.", "pipe.dit.")
+FLAT_PREFIXES = ("lora_unet_", "lora_transformer_")
 _PARTS = re.compile(
     r"^(?P<module>.+)\.(?:(?P<down>lora_A(\.\w+)?\.weight|lora_down\.weight|lora\.down\.weight)"
     r"|(?P<up>lora_B(\.\w+)?\.weight|lora_up\.weight|lora\.up\.weight)|(?P<alpha>alpha))$"
@@ -43,19 +37,9 @@ class LoraFileError(ValueError):
 
 
 @dataclass(frozen=True)
-class Header:
-    """A checked safetensors header."""
-
-    tensors: dict[str, dict[str, Any]]  # name -> dtype, shape, data_offsets
-    metadata: dict[str, str]
-    data_start: int  # byte of the file at which offsets count from
-
-
-@dataclass(frozen=True)
 class Key:
     """One tensor name taken apart."""
 
-    dialect: str  # diffusers, comfy or kohya
     module: str  # without the prefix
     flat: bool  # dots of the module's name are underscores
     part: str  # down, up or alpha
@@ -63,20 +47,17 @@ class Key:
 
 def parse_key(key: str) -> Key | None:
     """The name of a tensor taken apart; None where it belongs to no plain LoRA of a transformer."""
-    dialect, flat, rest = "diffusers", False, key
-    for prefix, (known, flattened) in PREFIXES.items():
-        if key.startswith(prefix):
-            dialect, flat, rest = known, flattened, key.removeprefix(prefix)
-            break
+    prefix = next((known for known in (*PREFIXES, *FLAT_PREFIXES) if key.startswith(known)), "")
+    rest = key.removeprefix(prefix)
     match = _PARTS.match(rest)
     if match is None or rest.startswith(("text_encoder", "lora_te")):
         return None
     part = next(name for name in ("down", "up", "alpha") if match[name] is not None)
-    return Key(dialect, match["module"], flat, part)
+    return Key(match["module"], prefix in FLAT_PREFIXES, part)
 
 
-def read_header(path: Path) -> Header:
-    """The header of a safetensors file, checked against the size of the file.
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file, its whole header checked against the size of the file.
 
     Raises:
         LoraFileError: it is not such a file, or a part is missing.
@@ -103,7 +84,7 @@ def read_header(path: Path) -> Header:
         raise LoraFileError(
             f"{path} has {size} bytes where its header says {8 + length + end}; download or save it again"
         )
-    return Header(content, {str(name): str(value) for name, value in metadata.items()}, 8 + length)
+    return {str(name): str(value) for name, value in metadata.items()}
 
 
 def adapter_metadata(metadata: dict[str, str], path: Path) -> dict[str, Any]:

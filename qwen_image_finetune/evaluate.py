@@ -28,7 +28,7 @@ from qwen_image_finetune.data.images import resize
 from qwen_image_finetune.data.part import Part, spread
 from qwen_image_finetune.families import get_family
 from qwen_image_finetune.files import write_atomic
-from qwen_image_finetune.intervals import Interval, bootstrap
+from qwen_image_finetune.intervals import bootstrap
 from qwen_image_finetune.levers.lora_files import find_lora
 from qwen_image_finetune.levers.trained import find_tuned
 from qwen_image_finetune.out_of_memory import explained
@@ -263,7 +263,7 @@ def mean(values: Sequence[float | None]) -> dict[str, float | int | None] | None
     present = [value for value in values if value is not None]
     if not present:
         return None
-    interval: Interval = bootstrap(present)
+    interval = bootstrap(present)
     ends = [end if math.isfinite(end) else None for end in interval[1:]]
     return {"mean": interval.mean, "low": ends[0], "high": ends[1], "pictures": len(present)}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -150,8 +151,6 @@ def load_transformer(
             another model than the one the checkpoint describes. Or its weights are quantised in a way that is unknown
             or contradicts `model`, or do not fit its configuration.
     """
-    import inspect
-
     place = folder / "transformer"
     config = json.loads((place / "config.json").read_text())
     known = set(inspect.signature(family.transformer.__init__).parameters)

@@ -55,9 +55,7 @@ def pixels(picture: Image) -> Pixels:
 
 def edited_region(source: Pixels, truth: Pixels) -> Mask:
     """Where the truth visibly differs from the input, (H, W)."""
-    from skimage.color import deltaE_ciede2000, rgb2lab
-
-    return np.asarray(deltaE_ciede2000(rgb2lab(source), rgb2lab(truth)) > VISIBLE)
+    return colour_difference(source, truth) > VISIBLE
 
 
 def measure(drawn: Pixels, truth: Pixels, source: Pixels | None, edited: Mask | None = None) -> dict[str, float | None]:

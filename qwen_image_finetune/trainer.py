@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -126,8 +126,7 @@ class Trainer:
 
         steps = num_inference_steps or self.predictor.family.num_inference_steps
         with explained(self.config, "predicting"), console.progress("drawing", steps) as update:
-            report: Callable[[int], None] = update
-            return self.predictor.predict(prompt_image, prompt, steps, guidance_scale, progress=report, **options)
+            return self.predictor.predict(prompt_image, prompt, steps, guidance_scale, progress=update, **options)
 
     def _apply_lora(self) -> None:
         from qwen_image_finetune.levers import adapters, lora_files

@@ -73,12 +73,13 @@ def _scan(text: str, source: str) -> yaml.Event | None:
             if event.anchor not in sizes:
                 raise ConfigError(f"{_place(source, event)}: *{event.anchor} stands for nothing, or for itself")
             nodes += sizes[event.anchor]
-        elif isinstance(event, yaml.NodeEvent):
+        elif isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent):
             root = root or event
             nodes += 1
-            tag = getattr(event, "tag", None)
-            if tag is not None and tag not in PLAIN_TAGS:
-                raise ConfigError(f"{_place(source, event)}: the tag {tag!r} is refused; a configuration is plain data")
+            if event.tag is not None and event.tag not in PLAIN_TAGS:
+                raise ConfigError(
+                    f"{_place(source, event)}: the tag {event.tag!r} is refused; a configuration is plain data"
+                )
             if isinstance(event, yaml.CollectionStartEvent):
                 open_nodes.append((event.anchor, nodes - 1))
             elif event.anchor is not None:

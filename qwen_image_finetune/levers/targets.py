@@ -23,7 +23,7 @@ def linear_modules(transformer: nn.Module) -> dict[str, nn.Module]:
     """Modules an adapter can sit on, by name; those that carry one already included."""
     wrapped = tuple(f"{name}." for name, _ in lora_layers(transformer))
     modules = {name: module for name, module in transformer.named_modules() if not name.startswith(wrapped)}
-    return {name: module for name, module in modules.items() if isinstance(module, nn.Linear) or _carries(module)}
+    return {name: module for name, module in modules.items() if isinstance(module, nn.Linear | LoraLayer)}
 
 
 def target_modules(transformer: nn.Module, targets: list[str] | str) -> list[str]:
@@ -52,10 +52,6 @@ def target_modules(transformer: nn.Module, targets: list[str] | str) -> list[str
 def endings(names: Iterable[str]) -> list[str]:
     """Distinct module names with the numbered block in front taken off, in order."""
     return list(dict.fromkeys(re.sub(r"^.*?\.\d+\.", "", name) for name in names))
-
-
-def _carries(module: nn.Module) -> bool:
-    return isinstance(module, LoraLayer)
 
 
 def _matches(names: Iterable[str], target: str, expression: bool) -> list[str]:

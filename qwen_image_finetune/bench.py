@@ -29,6 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qwen_image_finetune import levers
 from qwen_image_finetune.config import Config, ConfigError
+from qwen_image_finetune.estimate import GIB, OUTSIDE, Estimator, transformer_config
 from qwen_image_finetune.families import get_family
 from qwen_image_finetune.families.base import Family
 from qwen_image_finetune.files import write_atomic
@@ -36,7 +37,7 @@ from qwen_image_finetune.footprint import Footprint, footprint, stand_in
 from qwen_image_finetune.levers.attention import attention_of
 from qwen_image_finetune.levers.compile import compilation_of
 from qwen_image_finetune.levers.quantize import quantize
-from qwen_image_finetune.plan import GIB, OUTSIDE, TEXT_TOKENS, Planner, parse_memory, transformer_config
+from qwen_image_finetune.plan import cheapest_change, parse_memory
 from qwen_image_finetune.records import Batch
 
 BASELINE = "baseline"
@@ -71,6 +72,7 @@ VARIANTS: dict[str, Variant] = {
     "fp8-offloaded": Variant({**KEPT, "offload_activations": True}, "fp8"),
     "fp8-swapped": Variant({**RECOMPUTED, "blocks_to_swap": 20}, "fp8"),
 }
+TEXT_TOKENS = 512  # what Kontext pads prompts to; every family is measured with as many
 WARM_UP = 2  # steps that are not timed, after the first one
 
 
@@ -248,7 +250,7 @@ def _chosen(options: Options, family: Family) -> dict[str, Variant | None]:
     chosen.update((name, VARIANTS[name]) for name in names if name != BASELINE)
     for card in options.cards:
         size = parse_memory(card)
-        found = Planner(family, _config(options, Variant(FREE)), None, [options.size] * 2).cheapest_change(size)
+        found = cheapest_change(Estimator(family, _config(options, Variant(FREE)), None, [options.size] * 2), size)
         if found is None:
             raise ConfigError(f"--card {card}: nothing that `qif plan` knows makes a {family.name} fit")
         keys = found[0].keys

@@ -83,6 +83,10 @@ class Footprint:
     def weights(self) -> int:
         return self.weights_outside + sum(kind.count * kind.weights for kind in self.kinds.values())
 
+    @property
+    def num_blocks(self) -> int:
+        return sum(kind.count for kind in self.kinds.values())
+
     def kept(self, keep: float | str | None) -> int:
         """Bytes that all blocks together keep."""
         return sum(kind.count * kind.kept(keep) for kind in self.kinds.values())

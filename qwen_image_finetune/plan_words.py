@@ -10,17 +10,17 @@ import torch
 
 from qwen_image_finetune import speed
 from qwen_image_finetune.config import Config, ConfigError, resolve_family
+from qwen_image_finetune.estimate import GIB, OUTSIDE, Estimator
 from qwen_image_finetune.families import get_family
 from qwen_image_finetune.levers import attention
 from qwen_image_finetune.levers.stored_precision import local_checkpoint
 from qwen_image_finetune.loading import weight_dtype
 from qwen_image_finetune.plan import (
-    GIB,
-    OUTSIDE,
     NothingFits,
-    Planner,
+    as_overrides,
     asks,
     card_memory,
+    cheapest_change,
     decided,
     host_warnings,
     last_resort,
@@ -38,85 +38,85 @@ def describe(config: Config, card: str | None) -> str:
     Raises:
         ConfigError: `card` is neither, or several cards; the checkpoint contradicts the configuration.
     """
-    planner = Planner(get_family(resolve_family(config)[0]), config, local_checkpoint(config.model))
+    estimator = Estimator(get_family(resolve_family(config)[0]), config, local_checkpoint(config.model))
     named = card_named(card)
     memory = card_memory() if card is None else named.memory * GIB if named is not None else parse_memory(card)
-    return "\n".join(_lines(planner, memory, named, here=card is None))
+    return "\n".join(_lines(estimator, memory, named, here=card is None))
 
 
 def summary(config: Config) -> Iterator[str]:
     """The plan in a few words: peaks, this machine's card, and the time of a step where it can be told."""
-    planner = Planner(get_family(resolve_family(config)[0]), config, local_checkpoint(config.model))
+    estimator = Estimator(get_family(resolve_family(config)[0]), config, local_checkpoint(config.model))
     card = card_memory()
-    yield from _decide(planner, card)
-    prediction = planner.predict()
-    largest = sorted(prediction.device.items(), key=lambda part: -part[1])[:2]
+    yield from _decide(estimator, card)
+    estimate = estimator.estimate()
+    largest = sorted(estimate.device.items(), key=lambda part: -part[1])[:2]
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in largest)
-    yield f"{prediction.peak / GIB:.1f} GiB on the card while training: {parts}, ..."
-    if prediction.encoding:
-        yield f"{prediction.encoding / GIB:.1f} GiB on the card while encoding, if the cache is not complete"
-    yield f"{sum(prediction.host_parts.values()) / GIB:.1f} GiB on the host"
+    yield f"{estimate.peak / GIB:.1f} GiB on the card while training: {parts}, ..."
+    if estimate.encoding:
+        yield f"{estimate.encoding / GIB:.1f} GiB on the card while encoding, if the cache is not complete"
+    yield f"{sum(estimate.host_parts.values()) / GIB:.1f} GiB on the host"
     if card is None:
         yield "no card here: `qif plan CONFIG --card 24GB` says whether it fits, and what would"
     else:
-        words = "fits" if prediction.fits(card) else "does not fit"
+        words = "fits" if estimate.fits(card) else "does not fit"
         yield f"{words} the {card / GIB:.1f} GiB that are free here; `qif plan CONFIG` says more"
-        yield step_words(planner, planner.config, planner.format, card_named(None), here=True)
-        yield from host_warnings(prediction)
+        yield step_words(estimator, estimator.config, estimator.format, card_named(None), here=True)
+        yield from host_warnings(estimate)
 
 
-def _lines(planner: Planner, card: int | None, named: speed.Card | None, here: bool) -> Iterator[str]:
+def _lines(estimator: Estimator, card: int | None, named: speed.Card | None, here: bool) -> Iterator[str]:
     notes: list[str] = []
     with suppress(NothingFits):  # the table shows why, and what is proposed below is more than "auto" may change
-        notes += _decide(planner, card)
-    family, config, prediction, found = planner.family, planner.config, planner.predict(), planner.footprint
-    sizes = ", ".join(f"{width}x{height}" for width, height in planner.sizes)
-    base = planner.format or config.train.mixed_precision
+        notes += _decide(estimator, card)
+    family, config, estimate, found = estimator.family, estimator.config, estimator.estimate(), estimator.footprint
+    sizes = ", ".join(f"{width}x{height}" for width, height in estimator.sizes)
+    base = estimator.format or config.train.mixed_precision
     yield f"{family.name}, {found.weights / 1e9:.2f} billion weights, base in {base}"
-    yield f"target and references {sizes}, {config.data.batch_size} a batch, {planner.text_tokens} tokens of text"
-    if planner.folder is None and planner.format is None and config.model.lora is not None:
+    yield f"target and references {sizes}, {config.data.batch_size} a batch, {estimator.text_tokens} tokens of text"
+    if estimator.folder is None and estimator.format is None and config.model.lora is not None:
         name = config.model.pretrained_model_name_or_path
         yield f"{name} is not on this machine, so its base is taken for one that is not quantised:"
         yield "`qif cache CONFIG` downloads it, and its files say; until then model.quantize=fp8 plans a base of 8 bits"
     yield from notes
     yield "on the card while training:"
-    for name, size in prediction.device.items():
+    for name, size in estimate.device.items():
         yield f"  {size / GIB:7.2f} GiB  {name}"
-    yield f"  {prediction.peak / GIB:7.2f} GiB  together, and about {OUTSIDE / GIB:.0f} GiB for the driver"
-    if prediction.encoding:
-        yield f"  {prediction.encoding / GIB:7.2f} GiB  encoders, before, if the cache is not complete"
-    for name, size in (prediction.host | prediction.host_before).items():
+    yield f"  {estimate.peak / GIB:7.2f} GiB  together, and about {OUTSIDE / GIB:.0f} GiB for the driver"
+    if estimate.encoding:
+        yield f"  {estimate.encoding / GIB:7.2f} GiB  encoders, before, if the cache is not complete"
+    for name, size in (estimate.host | estimate.host_before).items():
         yield f"host: {size / GIB:7.2f} GiB  {name}"
     if here and card is not None:
-        yield from host_warnings(prediction)
-    yield f"one forward and backward pass: {prediction.operations / 1e12:.1f} TFLOP"
-    yield step_words(planner, config, planner.format, named, here)
+        yield from host_warnings(estimate)
+    yield f"one forward and backward pass: {estimate.operations / 1e12:.1f} TFLOP"
+    yield step_words(estimator, config, estimator.format, named, here)
     if card is None:
         yield "no card here and none named (--card 24GB): whether it fits is not said"
         return
-    if prediction.fits(card):
+    if estimate.fits(card):
         yield f"fits a card of {card / GIB:.0f} GiB"
         return
     yield f"does not fit a card of {card / GIB:.0f} GiB"
-    found_change = planner.cheapest_change(card)
+    found_change = cheapest_change(estimator, card)
     if found_change is None:
         yield f"nothing that is known here makes it fit; what is left: {last_resort(config)}"
         return
     change, then = found_change
-    yield f"the cheapest change that makes it fit ({then.peak / GIB:.1f} GiB): {change.words(config)}"
+    yield f"the cheapest change that makes it fit ({then.peak / GIB:.1f} GiB): {as_overrides(config, change.keys)}"
     yield f"it costs {change.price}"
-    format = change.keys.get("model.quantize", planner.format)
-    yield f"with it, {step_words(planner, with_keys(config, change.keys), format, named, here)}"
+    format = change.keys.get("model.quantize", estimator.format)
+    yield f"with it, {step_words(estimator, with_keys(config, change.keys), format, named, here)}"
 
 
-def _decide(planner: Planner, card: int | None) -> Iterator[str]:
-    """Let the planner have the configuration in which every "auto" of memory is decided for a card, and say it."""
-    if card is not None and asks(planner.config):
-        planner.config, sentence = decided(planner, card)
+def _decide(estimator: Estimator, card: int | None) -> Iterator[str]:
+    """Let the estimator have the configuration in which every "auto" of memory is decided for a card, and say it."""
+    if card is not None and asks(estimator.config):
+        estimator.config, sentence = decided(estimator, card)
         yield sentence
 
 
-def step_words(planner: Planner, config: Config, format: str | None, card: speed.Card | None, here: bool) -> str:
+def step_words(estimator: Estimator, config: Config, format: str | None, card: speed.Card | None, here: bool) -> str:
     """How long an optimizer step takes on a card, or why that is not said.
 
     Args:
@@ -128,8 +128,7 @@ def step_words(planner: Planner, config: Config, format: str | None, card: speed
     name: str = train.attention if train.attention != "auto" else "flash"
     if here and torch.cuda.is_available():
         name = attention.choose(train.attention, torch.device("cuda"), weight_dtype(train.mixed_precision))
-    keep = None if not train.gradient_checkpointing else train.keep_activations
-    step = speed.Step(0.0 if keep == "auto" else keep, train.compile, format, name)
+    step = speed.Step(train.recomputation_keeps, train.compile, format, name)
     unmeasured = [
         (card.attained is None, "no such card was measured"),
         (train.mixed_precision == "no", "products in float32 were not measured"),
@@ -139,14 +138,14 @@ def step_words(planner: Planner, config: Config, format: str | None, card: speed
         (card.attained is not None and name not in card.attained.attention, f"{name} attention was not measured"),
     ]
     lacking = [why for applies, why in unmeasured if applies]
-    expected = None if lacking else speed.seconds(planner.footprint, step, card)
+    expected = None if lacking else speed.seconds(estimator.footprint, step, card)
     micro_batches = train.gradient_accumulation_steps
     if expected is not None:
         how = f"{name} attention, {'compiled' if train.compile else 'not compiled'}"
         return (
             f"a step: about {micro_batches * expected:.2f} s, estimated from rates measured on an {card.name} ({how})"
         )
-    least = micro_batches * speed.floor(planner.footprint, step, card)
+    least = micro_batches * speed.floor(estimator.footprint, step, card)
     return f"a step: above {least:.2f} s, by the data sheet of the {card.name}; {lacking[0]}"
 
 

@@ -135,9 +135,9 @@ def full_size() -> dict[str, Footprint]:
     import torch
 
     from qwen_image_finetune.config import LoraConfig
+    from qwen_image_finetune.estimate import transformer_config
     from qwen_image_finetune.families import get_family
     from qwen_image_finetune.footprint import footprint, stand_in
-    from qwen_image_finetune.plan import transformer_config
 
     def measure(name: str) -> Footprint:
         family = get_family(name)

@@ -27,8 +27,8 @@ FLOORS: tuple[frozenset[str], ...] = tuple(
         "src",
         "cli __main__",
         "trainer train job logbook embeddings assembly data_parallel state stream objective cache predict validate "
-        "samples held_out evaluate report compare pages plan plan_words speed bench check draw dry_run preparation "
-        "loading footprint",
+        "samples held_out evaluate report compare pages plan plan_words estimate speed bench check draw dry_run "
+        "preparation loading footprint",
         "toy",
         "families levers data",
         "flow store checkpoint runs optim processes trackers verdict intervals metrics",

@@ -14,18 +14,11 @@ from safetensors.torch import save_file
 
 from qwen_image_finetune import dry_run
 from qwen_image_finetune.config import Config, ConfigError, LoraConfig, load_config
+from qwen_image_finetune.estimate import AT_WORK, GIB, Estimator, transformer_config
 from qwen_image_finetune.families import get_family
 from qwen_image_finetune.footprint import Footprint, footprint, stand_in
 from qwen_image_finetune.levers.stored_precision import WEIGHTS, local_checkpoint
-from qwen_image_finetune.plan import (
-    AT_WORK,
-    GIB,
-    KEEPS,
-    Planner,
-    parse_memory,
-    settled,
-    transformer_config,
-)
+from qwen_image_finetune.plan import KEEPS, as_overrides, cheapest_change, memory_changes, parse_memory, settled
 from qwen_image_finetune.plan_words import describe, summary
 from qwen_image_finetune.speed import Step, card_called, seconds
 
@@ -137,17 +130,17 @@ def test_keeping_more_takes_memory_and_saves_operations(full_size: dict[str, Foo
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_cheapest_change_makes_it_fit(family: str, configured: Callable[..., Config]) -> None:
-    planner = Planner(get_family(family), configured(family), None)
+    estimator = Estimator(get_family(family), configured(family), None)
     losses = []
     for card in (140, 80, 48, 24, 16, 12, 8):
-        found = planner.cheapest_change(card * GIB)
+        found = cheapest_change(estimator, card * GIB)
         assert found is not None, card
         change, prediction = found
         assert prediction.fits(card * GIB)
         losses.append(prediction.operations)
-        overrides = change.words(planner.config).split()
+        overrides = as_overrides(estimator.config, change.keys).split()
         checked = configured(family, *overrides)  # what it says is a configuration, and predicts the same
-        assert Planner(get_family(family), checked, None).predict().peak == prediction.peak
+        assert Estimator(get_family(family), checked, None).estimate().peak == prediction.peak
     assert losses == sorted(losses)
 
 
@@ -156,10 +149,10 @@ def test_settings_are_tried_fastest_first(
     name: str, configured: Callable[..., Config], full_size: dict[str, Footprint]
 ) -> None:
     """By the times that are known of an H100; swapping and offloading, of which none is, come after."""
-    planner, card = Planner(get_family(name), configured(name), None), card_called("H100")
+    estimator, card = Estimator(get_family(name), configured(name), None), card_called("H100")
     assert card is not None
     times, known = [], True
-    for keys, _ in planner.memory_changes():
+    for keys, _ in memory_changes(estimator):
         unknown = "train.blocks_to_swap" in keys or "train.offload_activations" in keys
         assert known or unknown
         known = not unknown
@@ -217,17 +210,21 @@ def test_full_fine_tuning_that_does_not_fit_is_advised_what_it_can_do(configured
 def test_full_fine_tuning_fits_by_what_it_can_do_without(configured: Callable[..., Config]) -> None:
     """Weights of four bytes and AdamW's state take 133 GiB, gradients 44; its state in 8 bits takes a quarter."""
     full = ("model.lora=null", "optimizer.init_args.lr=1e-5", "train.gradient_checkpointing=true")
-    planner = Planner(get_family("FluxKontext"), configured("FluxKontext", *full), None)
+    estimator = Estimator(get_family("FluxKontext"), configured("FluxKontext", *full), None)
     for card, last in ((141, "train.release_gradients=true"), (80, "optimizer.class_path=bitsandbytes")):
-        found = planner.cheapest_change(card * GIB)
+        found = cheapest_change(estimator, card * GIB)
         assert found is not None
-        words = found[0].words(planner.config)
+        words = as_overrides(estimator.config, found[0].keys)
         assert "train.max_grad_norm=null" in words and last in words and ("optimizer" in words) == (card == 80)
-        assert Planner(planner.family, configured("FluxKontext", *full, *words.split()), None).predict() == found[1]
-    assert planner.cheapest_change(48 * GIB) is None
-    accumulated = Planner(planner.family, configured("FluxKontext", *full, "train.gradient_accumulation_steps=2"), None)
-    found = accumulated.cheapest_change(141 * GIB)
-    assert found is not None and "release_gradients" not in found[0].words(accumulated.config)
+        assert (
+            Estimator(estimator.family, configured("FluxKontext", *full, *words.split()), None).estimate() == found[1]
+        )
+    assert cheapest_change(estimator, 48 * GIB) is None
+    accumulated = Estimator(
+        estimator.family, configured("FluxKontext", *full, "train.gradient_accumulation_steps=2"), None
+    )
+    found = cheapest_change(accumulated, 141 * GIB)
+    assert found is not None and "release_gradients" not in as_overrides(accumulated.config, found[0].keys)
 
 
 def test_a_base_of_the_hubs_cache_is_planned_as_it_is_stored(
@@ -259,7 +256,7 @@ def test_a_base_of_the_hubs_cache_is_planned_as_it_is_stored(
 def test_the_summary_of_a_dry_run(configured: Callable[..., Config], tmp_path: Path) -> None:
     config = configured("QwenImageEdit")
     lines = list(summary(config))
-    peak = Planner(get_family("QwenImageEdit"), config, None).predict().peak
+    peak = Estimator(get_family("QwenImageEdit"), config, None).estimate().peak
     assert lines[0].startswith(f"{peak / GIB:.1f} GiB on the card while training: kept activations ")
     (tmp_path / "model_index.json").write_text('{"_class_name": "QwenImageEditPipeline"}')
     with pytest.raises(ConfigError, match=r"transformer/\S+ is missing"):

@@ -289,6 +289,13 @@ class TrainConfig(Section):
     text_encoder_device: Device | None = Field(None, description="the same for the (first) text encoder")
     text_encoder_2_device: Device | None = Field(None, description="the same for the second text encoder")
 
+    @property
+    def recomputation_keeps(self) -> float | Literal["none"] | None:
+        """keep_activations, where "auto" that nothing has decided counts as 0; None without recomputation."""
+        if not self.gradient_checkpointing:
+            return None
+        return 0.0 if self.keep_activations == "auto" else self.keep_activations
+
 
 class OptimizerConfig(Section):
     """The optimizer."""

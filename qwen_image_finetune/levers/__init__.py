@@ -53,8 +53,7 @@ def prepare(transformer: nn.Module, config: Config, device: torch.device | None 
 
         swap_blocks(transformer, train.blocks_to_swap, device or next(transformer.parameters()).device)
     use_attention(transformer, train.attention, train.mixed_precision)
-    keep = None if not train.gradient_checkpointing else train.keep_activations
-    keep = 0.0 if keep == "auto" else keep
+    keep = train.recomputation_keeps
     if train.compile:
         from qwen_image_finetune.levers.compile import compile_transformer
 

@@ -1,0 +1,180 @@
+"""How much memory a run takes, from shapes alone.
+
+What is counted: weights where they lie, the adapter or the masters with gradients and optimizer state, what blocks keep
+for the backward pass, the block that is at work, and the encoders while they encode. Compared with measured runs in
+docs/performance.md.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from qwen_image_finetune.config import Config
+from qwen_image_finetune.families.base import Family
+from qwen_image_finetune.footprint import Footprint, footprint, stand_in
+from qwen_image_finetune.levers.stored_precision import base_precision
+from qwen_image_finetune.levers.swap import AHEAD
+from qwen_image_finetune.loading import encoder_dtype, weight_dtype
+
+GIB = 2**30
+Size = tuple[int, int]
+
+# Bytes of one weight inside the blocks, scales included (one float32 a row of 3072; blocks of 64, scales in 8 bits).
+BYTES = {"fp8": 1.0013, "int8": 1.0013, "nf4": 0.516, "fp4": 0.516}
+# Bytes of optimizer state for each trained weight; what is not listed is taken for Adam's two float32.
+STATE = {"SGD": 0, "Adafactor": 0, "Adam8bit": 2, "AdamW8bit": 2, "PagedAdam8bit": 2, "PagedAdamW8bit": 2,
+         "Lion8bit": 1, "Lion": 4, "Prodigy": 16}  # fmt: skip
+ADAM = 8
+# What a block needs beside what it keeps, in inputs of the block: gradients on their way, temporary results. Ten is
+# what eager runs of both architectures at full size left over (docs/performance.md).
+AT_WORK = 10
+# Outside of what torch allocates: the driver's context, libraries, the fragments between tensors.
+OUTSIDE = GIB
+# Of the host, of each process: libraries, the driver, what is read ahead.
+PROGRAM = 4 * GIB
+# Parameters of encoders and VAE in the published checkpoints, for those that are not at hand.
+ENCODERS = {"FluxKontext": 4.97e9, "QwenImageEdit": 8.42e9, "QwenImageEditPlus": 8.42e9}
+
+ENCODER_PARTS = ("text_encoder", "text_encoder_2", "vae_encoder")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Peak bytes, by what they are for."""
+
+    device: dict[str, int]
+    host: dict[str, int]
+    host_before: dict[str, int]  # on the host before training, one after the other
+    encoding: int  # on the device while the data set is encoded, if that happens there
+    operations: int  # floating-point operations of one forward and backward pass
+
+    @property
+    def peak(self) -> int:
+        """Largest number of bytes that torch allocates on the device while training."""
+        return sum(self.device.values())
+
+    @property
+    def host_parts(self) -> dict[str, int]:
+        """What the host holds at the moment when it holds most."""
+        staying = {name: size for name, size in self.host.items() if name in ("the program", "encoders")}
+        moments = [self.host, *({**staying, name: size} for name, size in self.host_before.items())]
+        return max(moments, key=lambda parts: sum(parts.values()))
+
+    def fits(self, card: int) -> bool:
+        """Whether a card of so many bytes has room for it, and for what lies outside of torch's allocator."""
+        return max(self.peak, self.encoding) + OUTSIDE <= card
+
+
+class Estimator:
+    """Estimates for one model, one geometry and any settings."""
+
+    def __init__(
+        self, family: Family, config: Config, folder: Path | None, sizes: Sequence[Size] | None = None
+    ) -> None:
+        """
+        Args:
+            folder: of the checkpoint; None where it is not on this machine: the published model is taken for it.
+            sizes: (width, height) of target and references; without them, one reference at the size that is set.
+        """
+        self.family, self.config, self.folder = family, config, folder
+        self.sizes = tuple(sizes) if sizes else self._usual_sizes()
+        self.text_tokens = family.text_tokens(self.sizes[1:])
+        self.format = self._format()
+
+    @cached_property
+    def footprint(self) -> Footprint:
+        """Measured once: only the geometry, the adapter and the model decide it."""
+        about = transformer_config(self.family, self.folder)
+        dtype = weight_dtype(self.config.train.mixed_precision)
+        batch = stand_in(self.family, about, self.sizes, self.config.data.batch_size, self.text_tokens)
+        return footprint(self.family, about, batch, self.config.model.lora, dtype)
+
+    def estimate(self, config: Config | None = None, format: str | None = None) -> Estimate:
+        """What a run takes.
+
+        Args:
+            config: with other settings than the estimator's; "auto" in it counts as 0.
+            format: of the frozen base; default: what checkpoint and configuration say.
+        """
+        config = config or self.config
+        train, found, keep = config.train, self.footprint, config.train.recomputation_keeps
+        outside, blocks = self._weights(config, format or self.format)
+        in_blocks = sum(kind.count * size for kind, size in zip(found.kinds.values(), blocks, strict=True))
+        swapped = min(train.blocks_to_swap, found.num_blocks) if isinstance(train.blocks_to_swap, int) else 0
+        on_host = in_blocks * swapped // found.num_blocks
+        visiting = max(blocks) * min(swapped, 1 + AHEAD)
+        largest = max(found.kinds.values(), key=lambda kind: kind.saved)
+        kept = found.kept(keep)
+        offloaded = kept if train.offload_activations else 0
+        device = {
+            "weights": outside + in_blocks - on_host + visiting,
+            **self._trained(config),
+            "kept activations": kept - offloaded,
+            "the block at work": AT_WORK * largest.inputs + (largest.saved if keep is not None else 0),
+        }
+        host = {"swapped blocks": on_host, "activations": offloaded, "the program": PROGRAM}
+        encoders = self.encoders
+        if not config.cache.use_cache:
+            (host if train.low_memory else device)["encoders"] = encoders
+        on_cpu = all(getattr(config.cache, f"{name}_device") == "cpu" for name in ENCODER_PARTS)
+        encoding = encoders if config.cache.use_cache else 0
+        before = {"encoders, while they encode": encoding if on_cpu else 0}
+        device, host, before = ({key: size for key, size in part.items() if size} for part in (device, host, before))
+        return Estimate(device, host, before, 0 if on_cpu else encoding, found.operations(keep))
+
+    def _weights(self, config: Config, format: str | None) -> tuple[int, list[int]]:
+        """Bytes of the weights outside of the blocks, and of those of one block of each kind."""
+        wide = 4 if config.model.lora is None else weight_dtype(config.train.mixed_precision).itemsize
+        narrow = BYTES[format] if format is not None else wide
+        found = self.footprint
+        kinds = found.kinds.values()
+        blocks = [int(kind.linear * narrow + (kind.weights - kind.linear) * wide) for kind in kinds]
+        return found.weights_outside * wide, blocks
+
+    def _trained(self, config: Config) -> dict[str, int]:
+        """Bytes of the adapter, of gradients, and of the optimizer's state; weights trained themselves are counted."""
+        found = self.footprint
+        state = STATE.get(config.optimizer.class_path.rpartition(".")[2], ADAM)
+        if config.model.lora is not None:
+            return {"adapter": 4 * found.adapter, "gradients": 4 * found.adapter, "optimizer": state * found.adapter}
+        released = config.train.release_gradients
+        largest = max(kind.weights for kind in found.kinds.values())
+        return {"gradients": 4 * (largest if released else found.weights), "optimizer": state * found.weights}
+
+    @property
+    def encoders(self) -> int:
+        """Bytes of the encoders and the VAE, as files say or as they are published."""
+        dtype = encoder_dtype(self.config.train.mixed_precision)
+        files = [] if self.folder is None else self.folder.glob("*/*.safetensors")
+        found = sum(path.stat().st_size for path in files if path.parent.name != "transformer")
+        return found or int(ENCODERS.get(self.family.name, 0) * dtype.itemsize)
+
+    def _format(self) -> str | None:
+        if self.folder is not None:
+            return base_precision(self.folder / "transformer", self.config.model).format
+        return self.config.model.asked_format
+
+    def _usual_sizes(self) -> tuple[Size, ...]:
+        arguments = self.config.data.init_args
+        width, height = arguments.image_size or (arguments.resolution or 1024,) * 2
+        size = self.family.size(width, height, arguments.area)
+        return (size, size)
+
+
+def transformer_config(family: Family, folder: Path | None) -> dict[str, Any]:
+    """config.json of the transformer; without a checkpoint, the published model's, which are its class's defaults."""
+    if folder is not None:
+        about: dict[str, Any] = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
+        about.pop("quantization_config", None)
+        return about
+    parameters = inspect.signature(family.transformer.__init__).parameters
+    about = {name: value.default for name, value in parameters.items() if name != "self"}
+    if "pooled_projection_dim" in about:  # FLUX.1's [dev] models; the class's default is [schnell]
+        about["guidance_embeds"] = True
+    return about

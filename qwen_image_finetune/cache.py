@@ -168,9 +168,10 @@ class EncodedDataset:
         def text(variant: TextVariant) -> str:
             prompt = own_prompt if variant.prompt is None else variant.prompt
             seen = plan.references if self.family.text_sees_references and variant.references else ()
+            # Families may share an encoder and ask it in other words: the family decides as well.
             key = entry_key(
                 text=prompt, references=[identity(picture) for picture in seen], encoder=encoders["text"],
-                dtype=self.dtype,
+                family=self.family.name, dtype=self.dtype,
             )  # fmt: skip
             texts.setdefault(key, TextSource(prompt, seen))
             return key

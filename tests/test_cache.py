@@ -107,6 +107,20 @@ def test_other_weights_of_an_encoder_miss_its_entries_alone(
         assert lacking(config, name) == expected, part
 
 
+def test_families_with_the_same_encoders_share_pictures_but_no_texts(
+    configure: Configure, tiny_checkpoints: dict[str, Path]
+) -> None:
+    """Qwen-Image-Edit and its successor have one text encoder, and different words and sizes around a prompt."""
+    first, second = "QwenImageEdit", "QwenImageEditPlus"
+    for part in get_family(first).text_components:
+        files = [{file.name: file.read_bytes() for file in (tiny_checkpoints[name] / part).iterdir()}
+                 for name in (first, second)]  # fmt: skip
+        assert files[0] == files[1], part
+    rows = open_rows(configure(first), first)
+    cache.fill(rows, rows.missing(), CPU, shown=False)
+    assert lacking(configure(second), second) == (7, 0)
+
+
 def test_the_order_of_references_counts(configure: Configure, write_pairs: Callable[..., Path], tmp_path: Path) -> None:
     folder = write_pairs(tmp_path / "two", [(64, 64)], references=2)
     config = configure("FluxKontext", f"data.init_args.dataset_path={folder}")

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qwen_image_finetune.config import ConfigError, LoraConfig
+from qwen_image_finetune.config.registry import family_of_pipeline
 from qwen_image_finetune.levers import adapters
 from qwen_image_finetune.levers.adapters import INITIAL, Layer, merge_lora, set_strength
 from qwen_image_finetune.levers.lora_dialects import native_names, read_state, unmatched_message, write_state
@@ -191,13 +192,16 @@ def export_lora(source: Path, destination: Path, dialect: Dialect, pipeline_clas
     Metadata is kept, except diffusers' own entry in other dialects: diffusers would apply its alpha a second time.
 
     Raises:
-        LoraFileError: the source cannot be used, or the exported file does not say the same.
+        LoraFileError: the source cannot be used, is of another family, or the exported file does not say the same.
     """
     if destination.suffix != ".safetensors":
         raise ValueError(f"{destination}: a LoRA is exported to a file that ends in .safetensors")
     path = find_lora(source)
     destination.parent.mkdir(parents=True, exist_ok=True)
     layers, metadata = read_lora(path, pipeline_class)
+    family, asked = metadata.get("qif.family"), family_of_pipeline(pipeline_class.__name__)
+    if family not in (None, asked):  # modules may be called alike, and would get the other model's names unnoticed
+        raise LoraFileError(f"{path} is a LoRA of {family}, not of {asked}: export it with --family {family}")
     about = {key: value for key, value in metadata.items() if key != ADAPTER_METADATA} | network_metadata(layers)
     if dialect == "diffusers":
         about[ADAPTER_METADATA] = adapter_json(layers, exactly(layers))

@@ -32,6 +32,7 @@ from qwen_image_finetune.locks import FileLock
 
 VERSION = re.compile(r"^v(0|[1-9]\d*)$")
 CHECKPOINT = re.compile(r"^checkpoint-(\d+)-(\d+)$")
+DRAWN = re.compile(r"^step-(\d+)$")  # folders in `samples`
 MIN_STEPS = 5  # ended versions with fewer optimizer steps are removed when a new run starts
 LOCK, STATE, METRICS, SUPERSEDED = "run.lock", "run.json", "metrics.jsonl", "superseded"
 ENVIRONMENT = "environment.json"  # versions and device
@@ -88,18 +89,20 @@ class Run:
 
         Metrics after it are dropped. Checkpoints after it, damaged ones or those of a branch the user left by naming
         an older checkpoint, move to the folder `superseded`: `latest` and the limit on checkpoints must not take
-        them for the newest of the run that now continues.
+        them for the newest of the run that now continues. So do samples after it: its report must not show them.
         """
         self.truncate_metrics(step)
         if any(line["step"] > step for line in _lines(self.path / BEST)):
             (self.path / BEST).unlink()
-        for folder in checkpoint_folders(self.path):
-            if step_of(folder) > step:
-                aside = self.path / SUPERSEDED
-                aside.mkdir(exist_ok=True)
-                count = sum(1 for other in aside.iterdir() if other.name.startswith(f"{folder.name}.")) + 1
-                os.rename(folder, aside / f"{folder.name}.{count}")
-                sync_folder(self.path)
+        drawn = [
+            path for path in self.path.glob("samples/*") if (found := DRAWN.match(path.name)) and int(found[1]) > step
+        ]
+        for folder in [*(path for path in checkpoint_folders(self.path) if step_of(path) > step), *drawn]:
+            aside = self.path / SUPERSEDED
+            aside.mkdir(exist_ok=True)
+            count = sum(1 for other in aside.iterdir() if other.name.startswith(f"{folder.name}.")) + 1
+            os.rename(folder, aside / f"{folder.name}.{count}")
+            sync_folder(folder.parent)
 
     def finish(self, state: State, step: int) -> None:
         """Write how the run stands after `step` to run.json; metrics are flushed to the disk first."""

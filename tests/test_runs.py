@@ -439,13 +439,17 @@ def test_weights_alone_are_for_pretrained_weight(tmp_path: Path) -> None:
         find_checkpoint(tmp_path, str(folder), pytest.fail)
 
 
-def test_rewind_sets_later_checkpoints_aside(run: Run, project: Path) -> None:
+def test_rewind_sets_later_checkpoints_and_samples_aside(run: Run, project: Path) -> None:
     for step in range(1, 10):
         run.record(step, {"loss": 1.0})
     for step in (4, 6, 8):
         add_checkpoint(run.path, step)
+    for name in ("base", "step-4", "step-5"):
+        (run.path / "samples" / name).mkdir(parents=True)
     for count in (1, 2):
         run.rewind(4)
+        assert sorted(os.listdir(run.path / "samples")) == ["base", "step-4"]
+        assert (run.path / "superseded" / "step-5.1").is_dir()
         assert [folder.name for folder in run.checkpoints()] == ["checkpoint-0-4"]
         assert [line["step"] for line in runs.read_metrics(run.path)] == [1, 2, 3, 4]
         assert (run.path / "superseded" / f"checkpoint-0-6.{count}").is_dir()

@@ -35,9 +35,13 @@ FIXED = {
 }
 # What may change in the middle of a run, but makes it another one than without a break.
 FREE = (
-    "model.quantize", "model.lora.lora_dropout", "train.mixed_precision", "data.batch_size", "data.shuffle",
-    "data.init_args.caption_dropout_rate", "data.init_args.prompt_image_dropout_rate", "data.init_args.image_size",
-    "data.init_args.resolution",
+    "model.quantize", "model.lora.lora_dropout", "data.batch_size", "data.shuffle", "cache.prompt_empty_drop_keys",
+    *(f"data.init_args.{key}" for key in (
+        "caption_dropout_rate", "prompt_image_dropout_rate", "image_size", "resolution", "center_crop",
+        "center_crop_ratio", "random_crop", "crop_size", "crop_scale")),
+    *(f"train.{key}" for key in (
+        "mixed_precision", "max_grad_norm", "sigma_distribution", "sigma_shift", "guidance_scale")),
+    *(f"loss.{key}" for key in ("mask_loss", "foreground_weight", "background_weight")),
 )  # fmt: skip
 NAMES = {  # of what is stored under a name that is no key
     "seed": "train.seed",

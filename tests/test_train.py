@@ -150,6 +150,19 @@ def test_a_run_may_go_on_with_other_batches_which_is_said(
     assert "note: data.batch_size=2, but" in said and "was trained with 1:" in said
 
 
+def test_whatever_changes_what_is_learnt_is_said_on_a_resume(
+    configure: Configure, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(configure("FluxKontext", "train.max_train_steps=5"))
+    changed = ["train.sigma_shift=3.0", "train.sigma_distribution=uniform", "train.guidance_scale=3.5",
+               "train.max_grad_norm=0.5", "data.init_args.center_crop=true", "loss.foreground_weight=4.0"]  # fmt: skip
+    train(configure("FluxKontext", "train.resume_from_checkpoint=latest", *changed))
+    said = capsys.readouterr().out
+    assert said.count("from here on") == len(changed)
+    for change in changed:
+        assert f"note: {change.partition('=')[0]}=" in said
+
+
 def test_a_checkpoint_from_before_settings_were_kept_can_be_resumed(configure: Configure) -> None:
     with pytest.MonkeyPatch.context() as patch:
         older = {"seed": 42, "micro_batches_per_step": 1}

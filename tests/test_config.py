@@ -130,6 +130,9 @@ def test_sections_with_all_keys_commented_out_mean_their_defaults(load_text: Loa
     empty = "\n".join(f"{name}:" for name in Config.model_fields if name != "model")
     text = f"model: {{pretrained_model_name_or_path: {EDIT}}}\n"
     assert load_text(text + empty) == load_text(text + "data: {init_args: }\npredict: {devices: }") == load_text(text)
+    assert load_text(text + "optimizer: {init_args: }") == load_text(text)
+    other = "optimizer: {class_path: torch.optim.SGD"
+    assert load_text(text + other + ", init_args: }") == load_text(text + other + "}")
 
 
 def test_default_learning_rate_is_that_of_the_default_optimizer_alone(load: Load) -> None:

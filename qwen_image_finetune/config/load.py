@@ -16,7 +16,7 @@ from qwen_image_finetune.config.interpolation import resolve
 from qwen_image_finetune.config.schema import Config, ConfigError, shown
 from qwen_image_finetune.config.spellings import SPELLINGS, canonicalise
 from qwen_image_finetune.config.text import parse_mapping, read_yaml
-from qwen_image_finetune.config.tree import find, put
+from qwen_image_finetune.config.tree import find, put, remove
 from qwen_image_finetune.config.words import known_keys, problems, section_of, take_unknown, unknown
 
 OVERRIDE = re.compile(r"(\w+(?:\.\w+)*)=(.*)")
@@ -83,3 +83,5 @@ def _open_empty_sections(tree: dict[str, Any]) -> None:
         section = section_of(field.annotation)
         if section is not None and field.annotation is section and find(tree, key) is None:
             put(tree, key, {})
+    if find(tree, "optimizer.init_args") is None:
+        remove(tree, "optimizer.init_args")  # whose default hangs on the class

@@ -26,6 +26,7 @@ from qwen_image_finetune.cache import EncodedDataset, TextVariant
 from qwen_image_finetune.config import Config, load_config, resolve_family
 from qwen_image_finetune.data.images import resize
 from qwen_image_finetune.data.part import Part, spread
+from qwen_image_finetune.data.sources import read_folder
 from qwen_image_finetune.families import get_family
 from qwen_image_finetune.files import write_atomic
 from qwen_image_finetune.intervals import bootstrap
@@ -156,7 +157,18 @@ def open_request(request: Request) -> tuple[Path | None, Config]:
         raise EvaluationError("--checkpoints are those of a run: give its version folder in place of the configuration")
     file = request.config / "config.yaml" if run else request.config
     path = f"data.init_args.dataset_path={json.dumps(str(request.dataset))}"
-    return run, load_config(file, [*request.overrides, path])
+    return run, with_masks_there_are(load_config(file, [*request.overrides, path]))
+
+
+def with_masks_there_are(config: Config) -> Config:
+    """A run that weighs its loss by masks needs them; where the pairs to evaluate on have none, it is the truth that
+    shows the edited region."""
+    arguments = config.data.init_args
+    rows = [row for folder in arguments.folders for row in read_folder(folder, masks=True)[0]]
+    if not rows or any(row.mask_name is not None for row in rows):
+        return config
+    data = config.data.model_copy(update={"init_args": arguments.model_copy(update={"use_edit_mask": False})})
+    return config.model_copy(update={"data": data})
 
 
 def candidates(request: Request, run: Path | None, config: Config) -> list[Candidate]:

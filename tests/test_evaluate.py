@@ -74,6 +74,26 @@ def test_a_sweep_over_checkpoints_and_strengths(name: str, configure: Configure,
     assert float(lines[1]["psnr"]) == row["psnr"] and lines[1]["key"] == row["key"]
 
 
+def test_pairs_without_masks_evaluate_a_run_that_was_trained_with_them(
+    configure: Configure, squares: Path, write_pairs: Callable[..., Path], tmp_path: Path
+) -> None:
+    masked = write_pairs(tmp_path / "masked", [(64, 64)] * 2, masks=True)
+    options = (f"data.init_args.dataset_path={masked}", "data.init_args.use_edit_mask=true", "loss.mask_loss=true")
+    run = train(configure("FluxKontext", "train.max_train_steps=5", *options))
+    assert run is not None
+    for folder, read in ((squares, False), (masked, True)):
+        request = Request(run, folder, steps=1, count=1, output=tmp_path / "evaluated")
+        (picture,) = evaluate(request)["candidates"][0]["pictures"]
+        source, truth = (
+            metrics.pixels(Image.open(tmp_path / "evaluated" / each / "0.png")) for each in ("input", "truth")
+        )
+        region = metrics.edited_region(source, truth)
+        if read:
+            region = np.tile(np.arange(64) < 32, (64, 1))
+        drawn = metrics.pixels(Image.open(tmp_path / "evaluated" / picture["file"]))
+        assert picture["change_inside"] == metrics.measure(drawn, truth, source, region)["change_inside"]
+
+
 def test_a_transformer_tuned_as_a_whole(configure: Configure, squares: Path, tmp_path: Path) -> None:
     options = ("train.max_train_steps=5", "model.lora=null", "optimizer.init_args.lr=0.001")
     run = train(configure("FluxKontext", *options))

@@ -211,7 +211,8 @@ class ImageDataset:
             self._problems.append("data.init_args.dataset_path is an empty list; name at least one folder")
         if rows and arguments.use_edit_mask and all(row.mask_name is None for row in rows):
             self._problems.append(
-                "data.init_args.use_edit_mask=true, but no row has a mask; put STEM_mask beside the target"
+                f"data.init_args.use_edit_mask=true, but no row of {', '.join(map(str, folders))} has a mask; put "
+                "STEM_mask beside the target"
             )
         return rows
 

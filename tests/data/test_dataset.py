@@ -188,7 +188,7 @@ def test_masks_follow_the_target(tmp_path: Path) -> None:
 
 def test_mask_problems(tmp_path: Path) -> None:
     pair(tmp_path, target=(80, 60))
-    assert "no row has a mask" in complaints(tmp_path, use_edit_mask=True)[0]
+    assert f"no row of {tmp_path} has a mask" in complaints(tmp_path, use_edit_mask=True)[0]
     draw(tmp_path / "training_images/a_mask.png", (60, 80))
     (line,) = complaints(tmp_path, use_edit_mask=True)
     assert line == "training_images/a_mask.png: 60 x 80 pixels have not the aspect ratio of the target's 80 x 60"

@@ -65,7 +65,8 @@ def test_restart_after_a_kill(attempt: Callable[..., Any], start: Callable[..., 
 def test_a_machine_is_lost(configure: Callable[..., Any], start: Callable[..., Any], tmp_path: Path) -> None:
     """Its launcher and its processes gone at once, as by a loss of power: the other ends, and says why."""
     configure("FluxKontext")
-    overrides = ("train.max_train_steps=100000", "train.checkpointing_steps=2", "train.collective_timeout=20")
+    # Few checkpoints: lost while the other waits for it to save, and not in a step, it would be waited for.
+    overrides = ("train.max_train_steps=100000", "train.checkpointing_steps=20", "train.collective_timeout=20")
     run = ["-m", "qwen_image_finetune.cli", "train", str(tmp_path / "config.yaml"), *overrides]
     first, second = (start(*command, *run) for command in layouts()["static"])
     project = tmp_path / "output/project"
@@ -83,7 +84,7 @@ def test_a_machine_is_lost(configure: Callable[..., Any], start: Callable[..., A
 @pytest.mark.parametrize("fault", ["hung", "stopped"])
 def test_a_hung_process_is_named(fault: str, attempt: Callable[..., Any], tmp_path: Path) -> None:
     """Whether it still has a thread that speaks, or none at all."""
-    hung = attempt(fault, 0, "train.collective_timeout=10")
+    hung = attempt(fault, 0, "train.collective_timeout=20")  # said after 14 s: room for a machine that is starved
     assert hung.returncode != 0
     assert "process 0 has waited" in hung.stdout, hung.stdout + hung.stderr
     assert "for process 1, " in hung.stdout

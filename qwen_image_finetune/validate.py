@@ -204,7 +204,7 @@ class Validation:
             train,
             model,
             config.loss.model_dump(),
-            config.data.model_dump(mode="json"),
+            config.data.model_dump(mode="json", include={"class_path", "init_args"}),
             keys,
         ]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

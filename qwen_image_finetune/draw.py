@@ -115,7 +115,9 @@ def plan(request: Request) -> list[Drawing]:
 def _pictures(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise DrawingError(f"--folder {folder} is not a folder; a single picture is given with --image")
-    pictures = sorted(path for path in folder.iterdir() if path.suffix.lower() in READ)
+    # Hidden ones are none of the user's: ._cat.jpg, which macOS puts beside cat.jpg on other disks, holds no picture.
+    seen = (path for path in folder.iterdir() if not path.name.startswith("."))
+    pictures = sorted(path for path in seen if path.suffix.lower() in READ)
     if not pictures:
         raise DrawingError(f"--folder {folder} holds no picture that ends in {', '.join(READ)}")
     stems = [path.stem for path in pictures]

@@ -266,6 +266,7 @@ def test_files_of_one_picture(output: str, count: int, expected: list[str]) -> N
 
 
 def test_files_of_a_folder(folder: Path, tmp_path: Path) -> None:
+    (folder / "._a.png").write_bytes(b"what macOS keeps beside a file")
     drawings = plan(Request("x", folder=folder, output=tmp_path / "out"))
     assert [file.name for drawing in drawings for file in drawing.files] == ["a.png", "b.png"]
     assert all(len(drawing.references) == 1 for drawing in drawings)

@@ -87,7 +87,7 @@ def read_state(
         modules: names that flattened keys may mean.
 
     Raises:
-        LoraFileError: a key is left over, or a layer is incomplete.
+        LoraFileError: a key is left over or there twice, or a layer is incomplete.
     """
     flat = {**{_flatten(module): module for module in modules}, **{_flatten(name): name for name in names}}
     groups: dict[str, dict[str, Tensor]] = {}
@@ -97,8 +97,10 @@ def read_state(
         module = None if key is None else _unflatten(key, flat)
         if key is None or module is None:
             unmatched.append(name)
+        elif key.part in groups.setdefault(module, {}):
+            raise LoraFileError(f"{path}: {name} is the second {key.part} of {module}; a file must hold one LoRA")
         else:
-            groups.setdefault(module, {})[key.part] = tensor
+            groups[module][key.part] = tensor
     if unmatched:
         raise LoraFileError(unmatched_message(path, unmatched, len(state)))
     layers: dict[str, Layer] = {}

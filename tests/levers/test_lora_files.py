@@ -442,6 +442,16 @@ def test_a_file_of_another_rank_or_other_targets_is_refused(fields: Any, parts: 
     assert all(part in str(error.value) for part in parts)
 
 
+def test_two_loras_in_one_file_are_refused(tmp_path: Path) -> None:
+    """The one read last would win, and the other be gone without a word."""
+    _, path = saved(tmp_path, "qwen")
+    state = {key.replace(".weight", ".first.weight"): tensor for key, tensor in load_file(path).items()}
+    second = {key.replace(".first.", ".second."): 2 * tensor for key, tensor in state.items()}
+    save_file({**state, **second}, tmp_path / "two.safetensors")
+    with pytest.raises(LoraFileError, match=r"is the second down of transformer_blocks\..*; a file must hold one LoRA"):
+        load_lora(tiny_transformer("qwen"), tmp_path / "two.safetensors", QwenImageEditPipeline)
+
+
 def test_two_loras_at_once(tmp_path: Path) -> None:
     saved(tmp_path, "flux")
     model = tiny_transformer("flux")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -20,6 +21,12 @@ class Update(Protocol):
 def say(message: str) -> None:
     """One line for the person who started the command."""
     print(message, flush=True)
+
+
+def note(message: str) -> None:
+    """A line for whoever started the run, once however many processes there are."""
+    if os.environ.get("RANK", "0") == "0":
+        say(f"note: {message}")
 
 
 def duration(seconds: float) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from qwen_image_finetune.config import Config, resolve_family
 from qwen_image_finetune.levers.stored_precision import base_precision, local_checkpoint
+from qwen_image_finetune.runs import next_version
 
 
 def describe(config: Config) -> str:
@@ -39,8 +39,8 @@ def _plan(config: Config) -> Iterator[str]:
     yield from _memory(config, checkpoint)
     where = f"the cache in {config.cache.cache_dir}" if config.cache.use_cache else "encoders that stay loaded"
     yield f"encodes:  from {where}"
-    project = config.logging.project_dir
-    yield f"writes:   {project}/{_next_version(config)}, a checkpoint every {train.checkpointing_steps} steps"
+    version = next_version(config.logging.project_dir)
+    yield f"writes:   {version}, a checkpoint every {train.checkpointing_steps} steps"
     if train.resume_from_checkpoint:
         yield f"resumes:  {train.resume_from_checkpoint}"
 
@@ -78,10 +78,3 @@ def _memory(config: Config, checkpoint: Path | None) -> Iterator[str]:
 
     for number, line in enumerate(summary(config)):
         yield f"{'memory:   ' if number == 0 else ' ' * 10}{line}"
-
-
-def _next_version(config: Config) -> str:
-    project = config.logging.project_dir
-    names = [path.name for path in project.iterdir()] if project.is_dir() else []
-    numbers = [int(name[1:]) for name in names if re.fullmatch(r"v\d+", name)]
-    return f"v{max(numbers, default=-1) + 1}"

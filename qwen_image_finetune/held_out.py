@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -46,7 +45,9 @@ def open_pairs(config: Config, family: Family, decode: bool = False) -> Pairs:
         except ValueError as error:
             raise ConfigError(f"validation.share={settings.share}: {error}") from error
         left = sorted(set(range(len(dataset))) - set(chosen))
-        _note(f"{len(chosen)} of {len(dataset)} pairs are held out of training (validation.share={settings.share})")
+        console.note(
+            f"{len(chosen)} of {len(dataset)} pairs are held out of training (validation.share={settings.share})"
+        )
         return Pairs(Part(dataset, left), needed(config, Part(dataset, chosen)))
 
     arguments = config.data.init_args.model_copy(update={"dataset_path": settings.dataset_path})
@@ -57,8 +58,10 @@ def open_pairs(config: Config, family: Family, decode: bool = False) -> Pairs:
         raise DataError(f"validation.dataset_path={settings.dataset_path}: every input of it is also trained on")
     if leaking:
         names = ", ".join(folder.rows[row].key for row in sorted(leaking)[:3])
-        _note(f"{len(leaking)} of {len(folder)} held-out pairs are left out: their inputs look like some that are "
-              f"trained on ({names}{', ...' if len(leaking) > 3 else ''})")  # fmt: skip
+        console.note(
+            f"{len(leaking)} of {len(folder)} held-out pairs are left out: their inputs look like some that are "
+            f"trained on ({names}{', ...' if len(leaking) > 3 else ''})"
+        )
     return Pairs(dataset, needed(config, Part(folder, sorted(set(range(len(folder))) - leaking))))
 
 
@@ -73,11 +76,6 @@ def training_config(config: Config, pairs: Pairs) -> Config:
     if pairs.held_out is None:
         return config
     return config.model_copy(update={"validation": config.validation.model_copy(update={"enabled": False})})
-
-
-def _note(words: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        console.say(f"note: {words}")
 
 
 class HeldOutLoss:

@@ -124,9 +124,8 @@ def open_dataset(config: Config, family: Family, decode: bool = False) -> ImageD
         problems = dataset.check(decode=True)
     if problems:
         raise DataError(problems)
-    if os.environ.get("RANK", "0") == "0":
-        for note in dataset.notes:
-            console.say(f"note: {note}")
+    for line in dataset.notes:
+        console.note(line)
     return dataset
 
 

@@ -157,8 +157,7 @@ def claim_version(project_dir: Path, needed: Path | None = None) -> Run:
             for version in _versions(project_dir):
                 if needed is None or not needed.resolve().is_relative_to(version.resolve()):
                     _tidy(version)
-            numbers = [int(name[1:]) for name in os.listdir(project_dir) if VERSION.match(name)]
-            path = project_dir / f"v{max(numbers, default=-1) + 1}"
+            path = next_version(project_dir)
             path.mkdir()
             run = _begin(Run(path, FileLock(path / LOCK, wait=False)), 0)
             sync_folder(project_dir)
@@ -170,6 +169,12 @@ def claim_version(project_dir: Path, needed: Path | None = None) -> Run:
             f"cannot make a version folder in {project_dir}: {error.strerror or error}; logging.output_dir must name "
             "a folder that can be written, on a file system with locks"
         ) from error
+
+
+def next_version(project_dir: Path) -> Path:
+    """The folder that the next new version of a project gets; there may be no project yet."""
+    names = os.listdir(project_dir) if project_dir.is_dir() else []
+    return project_dir / f"v{max((int(name[1:]) for name in names if VERSION.match(name)), default=-1) + 1}"
 
 
 def reopen_version(path: Path) -> Run:

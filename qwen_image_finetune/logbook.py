@@ -16,7 +16,7 @@ from qwen_image_finetune.environment import environment
 from qwen_image_finetune.files import DiskFull, is_disk_full, write_atomic
 from qwen_image_finetune.job import Job
 from qwen_image_finetune.levers import parallel
-from qwen_image_finetune.state import Progress, State, check_resume
+from qwen_image_finetune.state import Progress, State, check_resume, settings
 from qwen_image_finetune.trackers import Trackers
 
 
@@ -32,10 +32,10 @@ class Logbook:
         config, team = job.config, job.team
         # One process looks, so that all see the same.
         found = team.share(lambda: find_resume(config, job.say), "looking for a checkpoint")
-        self.job, self.progress = job, progress
+        self.job, self.progress, self.settings = job, progress, settings(job)
         self.resume = None if found is None else Path(found)  # checkpoint to continue
         if self.resume is not None:
-            check_resume(job, self.resume)
+            check_resume(job, self.settings, self.resume)
         self.run = open_run(config, self.resume) if team.main else None
         self.trackers: Trackers | None = None
         self.writer = checkpoint.CheckpointWriter()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -82,10 +83,13 @@ def sampled(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def check_resume(job: Job, folder: Path) -> None:
+def check_resume(job: Job, now: Mapping[str, Any], folder: Path) -> None:
     """Compare a checkpoint with the run that is to go on from it, before any model loads.
 
     What is not in the checkpoint, as older ones have less, is taken for the same.
+
+    Args:
+        now: the `settings` of the run.
 
     Raises:
         CheckpointError: the file is not what was written there.
@@ -93,7 +97,7 @@ def check_resume(job: Job, folder: Path) -> None:
     """
     trained.check_kind(folder, job.config.model)
     saved, problems = checkpoint.load_state(folder, "progress"), []
-    for key, value in settings(job).items():
+    for key, value in now.items():
         old = saved.get(key, value)
         if old == value:
             continue
@@ -109,9 +113,12 @@ def check_resume(job: Job, folder: Path) -> None:
 class State:
     """Everything a resume needs, as named parts."""
 
-    def __init__(self, job: Job, learner: Learner, progress: Progress) -> None:
-        self.job, self.learner, self.progress = job, learner, progress
-        self.settings = settings(job)
+    def __init__(self, job: Job, learner: Learner, progress: Progress, kept: Mapping[str, Any]) -> None:
+        """
+        Args:
+            kept: the `settings` of the run.
+        """
+        self.job, self.learner, self.progress, self.settings = job, learner, progress, kept
 
     def snapshot(self, keep: bool = True) -> dict[str, Any]:
         """Copies on the CPU of what changes from step to step; the loop may go on while they are written.

@@ -91,7 +91,7 @@ def _train(job: Job, book: Logbook, progress: Progress, stopping: StopSignals) -
     # The model, its optimizer, and the state of both
     with explained(config, "loading the transformer"):
         learner = assemble(job, start_from_lora=book.resume is None)
-        state = State(job, learner, progress)
+        state = State(job, learner, progress, book.settings)
         if book.resume is not None:
             state.load(book.resume)
             job.say(f"continuing {book.resume} at step {progress.step}")

@@ -9,17 +9,19 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from qwen_image_finetune import __version__
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 if TYPE_CHECKING:
     from qwen_image_finetune.config import Config
 
+Asked = TypeVar("Asked")  # a dataclass of what a verb is asked for
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code: 0 done, 1 failed, 2 refused, 130/143 stopped by a signal."""
-    options = parse(_parser(), arguments)
+    from qwen_image_finetune.arguments import build_parser
+
+    options = parse(build_parser(VERBS), arguments)
     return guarded(options.run, options)
 
 
@@ -105,9 +107,7 @@ def predict(options: argparse.Namespace) -> None:
     from qwen_image_finetune.config import load_config
     from qwen_image_finetune.draw import Request, draw
 
-    config = load_config(options.config, options.overrides)
-    given = {field.name: getattr(options, field.name) for field in fields(Request)}
-    draw(config, Request(**{**given, "images": tuple(options.images)}))
+    draw(load_config(options.config, options.overrides), filled(Request, options))
 
 
 def check(options: argparse.Namespace) -> None:
@@ -136,9 +136,7 @@ def evaluate(options: argparse.Namespace) -> None:
     """Measure base, LoRAs and a copy of the input on pairs that were not trained on."""
     from qwen_image_finetune.evaluate import Request, evaluate
 
-    given = {field.name: getattr(options, field.name) for field in fields(Request)}
-    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
-    evaluate(Request(**values))
+    evaluate(filled(Request, options))
 
 
 def report(options: argparse.Namespace) -> None:
@@ -169,11 +167,7 @@ def bench(options: argparse.Namespace) -> None:
     """Measure training steps of a full-size model with random weights, one setting beside the other."""
     from qwen_image_finetune.bench import Options, run
 
-    given: dict[str, Any] = {}
-    for field in fields(Options):
-        value = getattr(options, field.name)
-        given[field.name] = tuple(value) if isinstance(value, list) else value
-    run(Options(**given))
+    run(filled(Options, options))
 
 
 def export(options: argparse.Namespace) -> None:
@@ -193,117 +187,20 @@ def tiny(options: argparse.Namespace) -> None:
     print(options.folder)
 
 
+VERBS = (train, cache, check, predict, evaluate, report, compare, plan, bench, export, tiny)
+
+
+def filled(request: type[Asked], options: argparse.Namespace) -> Asked:
+    """A dataclass whose fields are options of the same names; options that can be repeated become tuples."""
+    given = {field.name: getattr(options, field.name) for field in fields(cast(Any, request))}
+    return request(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+
+
 def tell(notes: Sequence[str]) -> None:
     """What the reader of a configuration should know, once per run however many processes there are."""
     if os.environ.get("RANK", "0") == "0":
         for note in notes:
             print(f"note: {note}", file=sys.stderr, flush=True)
-
-
-def _parser() -> argparse.ArgumentParser:
-    from qwen_image_finetune.families import FAMILIES
-
-    parser = argparse.ArgumentParser("qif", description="Fine-tune image-editing models on pairs of pictures.")
-    parser.add_argument("--version", action="version", version=__version__)
-    verbs = parser.add_subparsers(required=True, metavar="VERB")
-
-    def verb(run: Callable[[argparse.Namespace], None], configured: bool = True) -> argparse.ArgumentParser:
-        added = verbs.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
-        added.set_defaults(run=run)
-        if configured:
-            added.add_argument("config", type=Path, help="the configuration, a YAML file")
-        return added
-
-    def overridable(added: argparse.ArgumentParser) -> None:
-        added.add_argument("overrides", nargs="*", metavar="section.key=value", help="instead of what the file says")
-
-    training = verb(train)
-    training.add_argument("--dry-run", action="store_true", help="say what would be loaded, trained and written")
-    overridable(training)
-    overridable(verb(cache))
-    overridable(verb(check))
-
-    drawing = verb(predict)
-    drawing.add_argument("--prompt", required=True, help="the instruction")
-    source = drawing.add_argument_group("what is edited")
-    source.add_argument(
-        "--image", dest="images", metavar="PICTURE", type=Path, action="append", default=[],
-        help="reference; given repeatedly, the references of one picture",
-    )  # fmt: skip
-    source.add_argument("--folder", type=Path, help="instead: edit each picture of this folder on its own")
-    drawing.add_argument("--lora", help="LoRA file, checkpoint or version folder, or hub id")
-    drawing.add_argument("--strength", type=float, default=1.0, help="of the LoRA; 0 is the base")
-    drawing.add_argument(
-        "--output", type=Path, default=Path("output.png"), help="file of the picture, or a folder for several"
-    )
-    drawing.add_argument("--count", type=int, default=1, help="pictures of each, with seeds from --seed on")
-    drawing.add_argument("--seed", type=int, default=0, help="of the noise")
-    drawing.add_argument("--steps", type=int, help="sampler steps; default: the model's own")
-    drawing.add_argument("--guidance", type=float, help="guidance scale; default: the model's own")
-    drawing.add_argument("--negative-prompt", help="what classifier-free guidance steers away from")
-    drawing.add_argument("--image-guidance", type=float, default=1.0, help="guidance towards the references")
-    drawing.add_argument(
-        "--width", type=int, help="of the picture; default: that of the reference as the model sees it"
-    )
-    drawing.add_argument("--height", type=int, help="the same for its height")
-    overridable(drawing)
-
-    evaluating = verb(evaluate, configured=False)
-    evaluating.add_argument("config", type=Path, help="the configuration, or the version folder of a run")
-    evaluating.add_argument("dataset", type=Path, help="folder of pairs that were not trained on")
-    overridable(evaluating)
-    evaluating.add_argument("--lora", nargs="+", default=[], help="LoRA files, checkpoint folders or hub ids")
-    evaluating.add_argument(
-        "--checkpoints", nargs="+", default=[], metavar="WHICH",
-        help="of the run: all, best, latest, or steps; default: best, else latest",
-    )  # fmt: skip
-    evaluating.add_argument("--strength", type=float, nargs="+", default=[1.0], help="strengths of every LoRA")
-    evaluating.add_argument("--output", type=Path, help="folder; default: evaluation, in the run where one is given")
-    evaluating.add_argument("--count", type=int, help="pairs, spread over the folder; default: all")
-    evaluating.add_argument("--seed", type=int, default=0, help="of the noise of the first pair; the next has the next")
-    evaluating.add_argument("--steps", type=int, help="sampler steps; default: the model's own")
-    evaluating.add_argument("--guidance", type=float, help="guidance scale; default: the model's own")
-
-    reporting = verb(report, configured=False)
-    reporting.add_argument("version", type=Path, help="version folder of a run")
-    reporting.add_argument("--output", type=Path, help="file; default: report.html in the run")
-
-    comparing = verb(compare, configured=False)
-    comparing.add_argument(
-        "versions", type=Path, nargs="+", help="version folders of runs, the first the one compared with"
-    )
-    comparing.add_argument("--output", type=Path, default=Path("compare.html"), help="file")
-
-    planning = verb(plan)
-    planning.add_argument("--card", help="its memory, such as 24GB, or its name, such as H100; default: this machine's")
-    overridable(planning)
-
-    measuring = verb(bench, configured=False)
-    measuring.add_argument("family", choices=sorted(FAMILIES), help="whose architecture")
-    measuring.add_argument("variants", nargs="*", help="rows beside the baseline; default: all that can run here")
-    measuring.add_argument("--size", type=int, nargs=2, default=(1024, 1024), help="width and height in pixels")
-    measuring.add_argument("--batch", type=int, default=1, help="samples a step")
-    measuring.add_argument("--rank", type=int, default=16, help="of the adapter")
-    measuring.add_argument("--steps", type=int, default=5, help="timed steps of each row")
-    measuring.add_argument("--rounds", type=int, default=2, help="over all rows, each built anew in each")
-    measuring.add_argument(
-        "--card", dest="cards", action="append", default=[], metavar="24GB",
-        help="a row with the settings that make the run fit such a card, and no more memory than it has; repeatable",
-    )  # fmt: skip
-    measuring.add_argument("--peak-tflops", type=float, help="of the card's matrix products, for the utilisation")
-    measuring.add_argument("--output", type=Path, help="JSON file to write")
-    measuring.add_argument("--tiny", action="store_true", help="a tiny model, to see that it runs, on a CPU say")
-
-    exporting = verb(export, configured=False)
-    exporting.add_argument("lora", type=Path, help="LoRA file, or the checkpoint or version folder it is in")
-    exporting.add_argument("output", type=Path, help="file to write")
-    exporting.add_argument("--format", choices=("diffusers", "comfy", "kohya"), default="comfy", help="key dialect")
-    exporting.add_argument("--family", choices=sorted(FAMILIES), required=True, help="whose LoRA it is")
-
-    sketching = verb(tiny, configured=False)
-    sketching.add_argument("family", choices=sorted(FAMILIES), help="whose architecture")
-    sketching.add_argument("folder", type=Path, help="where to write it")
-    return parser
 
 
 if __name__ == "__main__":

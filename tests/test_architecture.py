@@ -25,7 +25,7 @@ FLOORS: tuple[frozenset[str], ...] = tuple(
     frozenset(places.split())
     for places in (
         "src",
-        "cli __main__",
+        "cli arguments __main__",
         "trainer train job logbook embeddings assembly data_parallel state stream objective cache predict validate "
         "samples held_out evaluate report compare pages plan plan_words estimate speed bench check draw dry_run "
         "preparation loading footprint",
@@ -38,7 +38,7 @@ FLOORS: tuple[frozenset[str], ...] = tuple(
 STRANGERS = frozenset({"families", "levers", "data"})  # axes that multiply: none of them knows another
 
 # Read before a configuration is known to be right, so they load in a moment.
-LIGHT = ("cli", "config", "runs", "files", "families", "records")
+LIGHT = ("cli", "arguments", "config", "runs", "files", "families", "records")
 HEAVY = frozenset({"torch", "torchvision", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes"})
 
 CODE_FROM_DATA = frozenset({"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"})

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import yaml
 
-from qwen_image_finetune.cli import _parser, main, parse
+from qwen_image_finetune.arguments import build_parser
+from qwen_image_finetune.cli import VERBS, main, parse
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -119,7 +120,7 @@ def run(command: str) -> None:
 def rehearse(command: str) -> None:
     """What can be seen of a command that is not run here: that make, qif and src.main would know what to do."""
     if command.startswith("qif "):
-        parse(_parser(), shlex.split(command)[1:])
+        parse(build_parser(VERBS), shlex.split(command)[1:])
     if command.startswith("make "):
         run(command.replace("make", f"make -C {ROOT} -n", 1))
     elif command.startswith(("qif train", "qif cache")):
@@ -145,7 +146,7 @@ def test_every_command_works(document: Path, desk: Path, tiny_checkpoints: dict[
             continue
         for command in Block(block.kind, text, block.line, block.why_not).commands:
             if document.name in OF_THE_READER and command.startswith("qif "):
-                parse(_parser(), shlex.split(command)[1:])
+                parse(build_parser(VERBS), shlex.split(command)[1:])
                 continue
             if block.why_not or command.startswith(LAUNCHERS):
                 rehearse(command)

@@ -16,8 +16,8 @@ from qwen_image_finetune.data.dataset import ImageDataset
 from qwen_image_finetune.data.images import DataError
 from qwen_image_finetune.families import get_family
 from qwen_image_finetune.held_out import open_pairs, training_config
+from qwen_image_finetune.launch import LaunchError
 from qwen_image_finetune.preparation import Say, build_accelerator, build_team, check_drop_keys, encoder_homes
-from qwen_image_finetune.processes import LaunchError
 from qwen_image_finetune.store import Fingerprints
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qwen_image_finetune import console, loading, processes
+from qwen_image_finetune import console, launch, loading, processes
 from qwen_image_finetune.config import (
     OUR_DATASETS,
     CacheConfig,
@@ -56,14 +56,14 @@ def build_accelerator(config: Config) -> Accelerator:
         # A launcher started one process: DDP around it would copy gradients and refuse weights that wait on the host.
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             os.environ.pop(name, None)
-    processes.check_cards(os.environ, torch.accelerator.device_count())
+    launch.check_cards(os.environ, torch.accelerator.device_count())
     # Without a card accelerate joins processes only if told that the CPU is meant; else each would train for itself.
     on_cpu = not torch.accelerator.is_available()
     # accelerate remembers the first precision of a process and refuses another; two runs in one process are legal here.
     AcceleratorState._reset_state()
     group = InitProcessGroupKwargs(init_method=processes.fresh_start(), timeout=processes.START_TIMEOUT)
     accelerator = Accelerator(cpu=on_cpu, mixed_precision=config.train.mixed_precision, kwargs_handlers=[group])
-    processes.check_start(accelerator.num_processes, launched)
+    launch.check_start(accelerator.num_processes, launched)
     atexit.unregister(processes.leave)
     atexit.register(processes.leave)
     processes.set_timeout(processes.START_TIMEOUT)  # a former run of this process set a shorter one
@@ -92,7 +92,7 @@ def encoder_homes(
     """
 
     def place(name: str | None, key: str) -> torch.device:
-        chosen = processes.encoder_device(name, f"{section}.{key}", str(home), team.local_size)
+        chosen = launch.encoder_device(name, f"{section}.{key}", str(home), team.local_size)
         return home if chosen == str(home) else loading.resolve_device(chosen, f"{section}.{key}")
 
     return {
@@ -174,7 +174,7 @@ def build_predictor(config: Config, tuned: Path | None = None) -> Predictor:
     homes = {"default": home}
     for name, device in config.predict.devices.model_dump().items():
         key = f"predict.devices.{name}"
-        homes[name] = loading.resolve_device(processes.encoder_device(device, key, str(home), local), key)
+        homes[name] = loading.resolve_device(launch.encoder_device(device, key, str(home), local), key)
     card = homes["transformer"]
     waiting = config.train.low_memory and card.type != "cpu"
     turns = [name for name in ("text_encoder", "text_encoder_2")

@@ -31,7 +31,7 @@ FLOORS: tuple[frozenset[str], ...] = tuple(
         "preparation loading footprint",
         "toy",
         "families levers data",
-        "flow store checkpoint runs optim processes trackers verdict intervals metrics",
+        "flow store checkpoint runs optim launch processes trackers verdict intervals metrics",
         "config records files locks signals out_of_memory console host_memory environment __init__",
     )
 )

@@ -19,6 +19,7 @@ from transformers.utils.logging import disable_progress_bar as disable_transform
 from qwen_image_finetune.config import Config, ConfigError, ModelConfig
 from qwen_image_finetune.families.base import Family
 from qwen_image_finetune.levers import weights
+from qwen_image_finetune.levers.model_files import skeleton
 from qwen_image_finetune.levers.stored_precision import base_precision, refuse_scaled_fp8
 
 # Their bars say little about weights that load in seconds, and break into ours.
@@ -170,7 +171,7 @@ def load_transformer(
 
 def empty_transformer(family: Family, folder: Path, dtype: torch.dtype) -> ModelMixin:
     """The transformer, frozen, its parameters in `dtype` but without memory: for `levers.parallel` to fill."""
-    transformer = weights.skeleton(family.transformer, folder / "transformer")
+    transformer = skeleton(family.transformer, folder / "transformer")
     for parameter in transformer.parameters():
         parameter.data = parameter.data.to(dtype)
     for buffer in transformer.buffers():

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from qwen_image_finetune import checkpoint
 from qwen_image_finetune.config import Config, ConfigError
+from qwen_image_finetune.levers.model_files import opened
 from qwen_image_finetune.levers.stored_precision import Precision
 
 ASKED = "ACCELERATE_USE_FSDP"
@@ -171,8 +172,6 @@ def fill(transformer: nn.Module, folder: Path, dtype: torch.dtype, device: torch
     Raises:
         ConfigError: files are missing or broken, or a tensor is missing or of another shape.
     """
-    from qwen_image_finetune.levers.weights import opened
-
     filled: dict[str, Tensor] = {}
     with opened(folder) as files:
         for name, parameter in transformer.named_parameters():

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen_image_finetune.config import ConfigError
+from qwen_image_finetune.levers.model_files import model_class, opened, skeleton
 from qwen_image_finetune.levers.quantized_linear import QuantizedLinear, quantised
 
 # Largest error with which a layer is still quantised. Gaussian weights come out at 0.027, 0.009, 0.092 and 0.122.
@@ -148,8 +149,6 @@ def _weights(transformer: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _stored_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    from qwen_image_finetune.levers import weights
-
-    with weights.opened(folder) as checkpoint:
-        for name, _ in candidates(weights.skeleton(weights.model_class(folder), folder)):
+    with opened(folder) as checkpoint:
+        for name, _ in candidates(skeleton(model_class(folder), folder)):
             yield name, checkpoint.read(f"{name}.weight")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwen_image_finetune.config import ConfigError, ModelConfig
-from qwen_image_finetune.levers import weights
+from qwen_image_finetune.levers import model_files, weights
 from qwen_image_finetune.levers.quantize import Report, quantize
 from qwen_image_finetune.levers.quantized_linear import E4M3, QuantizedLinear
 from qwen_image_finetune.levers.recompute import blocks
@@ -30,7 +30,7 @@ FAMILIES = ("flux", "qwen")
 
 def load(folder: Path, format: Any = False, dtype: torch.dtype = torch.float32) -> tuple[Any, Report | None]:
     model = ModelConfig(pretrained_model_name_or_path="x", quantize=format)
-    return weights.load(weights.model_class(folder), folder, base_precision(folder, model), dtype)
+    return weights.load(model_files.model_class(folder), folder, base_precision(folder, model), dtype)
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
@@ -159,7 +159,7 @@ def test_never_more_in_full_precision_than_what_stays_so_and_one_layer(format: A
         loaded, _ = load(larger_folder, format, torch.bfloat16)
     sizes = {
         name: p.numel()
-        for name, p in weights.skeleton(weights.model_class(larger_folder), larger_folder).named_parameters()
+        for name, p in model_files.skeleton(model_files.model_class(larger_folder), larger_folder).named_parameters()
     }
     stays = sum(p.nbytes for p in loaded.parameters() if p.is_floating_point())
     scales = sum(buffer.nbytes for buffer in loaded.buffers())
@@ -395,7 +395,7 @@ def test_a_class_that_diffusers_does_not_have(tmp_path: Path) -> None:
     for name in ("NoSuchModel", "FluxKontextPipeline", "__name__", None):
         (tmp_path / "config.json").write_text(json.dumps({"_class_name": name}))
         with pytest.raises(ConfigError, match="is no model of the installed diffusers"):
-            weights.model_class(tmp_path)
+            model_files.model_class(tmp_path)
 
 
 def test_the_files_are_only_read(tmp_path: Path) -> None:

@@ -214,6 +214,8 @@ def test_a_data_set_class_of_ones_own_takes_its_own_arguments(load: Load) -> Non
             {"model.lora.init_lora_weights": "gausian"},
             "model.lora.init_lora_weights='gausian' is refused; allowed: true or false or \"gauss",
         ),
+        ({"model.lora.init_lora_weights": "eva"}, "model.lora.init_lora_weights='eva' is refused"),
+        ({"model.lora.init_lora_weights": "loftq"}, "model.lora.init_lora_weights='loftq' is refused"),
         ({"model.lora.target_modules": []}, "model.lora.target_modules=[] is refused"),
         ({"model.lora.target_modules": "to_(q"}, "model.lora.target_modules='to_(q' is not a regular expression"),
         ({"model.quantize": "fp16"}, "model.quantize='fp16' is refused; allowed: true or false or \"fp8\""),

@@ -7,8 +7,6 @@ ordinary LoRA of rank 2r against the untouched base, and a base kept in bfloat16
 
 from __future__ import annotations
 
-import difflib
-import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -25,13 +23,6 @@ from qwen_image_finetune.levers.targets import lora_layers, target_modules
 
 INITIAL = "_initial"  # ending of the name of the frozen adapter that subtracts a starting point
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-REFUSED = {
-    "eva": "needs activations of the training data",
-    "corda": "needs covariances of the training data",
-    "lora_ga": "needs gradients of the training data",
-    "loftq": "quantises the base itself; model.quantize does that here",
-    "mica": "freezes half of the adapter",
-}
 
 
 @dataclass(frozen=True)
@@ -65,7 +56,7 @@ def add_adapter(transformer: nn.Module, config: LoraConfig, seed: int) -> None:
         ConfigError: the initialisation or the targets cannot be used with this transformer.
     """
     name = config.adapter_name
-    initialisation = _check_initialisation(config)
+    initialisation = _checked_initialisation(config)
     modules = target_modules(transformer, config.target_modules)
     if name in adapter_names(transformer):
         raise ConfigError(f"model.lora.adapter_name={name!r}: the transformer already has an adapter of that name")
@@ -173,30 +164,6 @@ def set_strength(transformer: nn.Module, strength: float) -> None:
             layer.set_scale(name, strength)
 
 
-def merge_lora(transformer: nn.Module, strength: float = 1.0) -> None:
-    """Add the active adapters to the weights, summed in float32, and take them off.
-
-    Raises:
-        ValueError: there is no adapter, or a weight is quantised: small changes would be rounded away.
-    """
-    with torch.no_grad():
-        for layer in _all_layers(transformer):
-            weight = base_layer(layer).weight
-            if weight.dtype not in FLOATS:
-                raise ValueError(
-                    f"cannot merge a LoRA into {weight.dtype} weights without rounding it away; load the base with "
-                    "model.quantize=false"
-                )
-            merged = weight.float()
-            for name in layer.active_adapters:
-                if name in layer.lora_A:
-                    scale = strength * layer.lora_alpha[name] / layer.r[name]
-                    down, up = factors(layer, name)
-                    merged = merged + scale * (up.weight.float() @ down.weight.float())
-            weight.copy_(merged)
-    cast(Any, transformer).unload_lora()
-
-
 def adapter_names(transformer: nn.Module) -> tuple[str, ...]:
     """Names of the adapters in the transformer."""
     return tuple(dict.fromkeys(name for _, layer in lora_layers(transformer) for name in layer.lora_A))
@@ -212,23 +179,15 @@ def base_layer(layer: LoraLayer) -> nn.Linear:
     return cast(nn.Linear, layer.get_base_layer())
 
 
-def _check_initialisation(config: LoraConfig) -> bool | str:
+def _checked_initialisation(config: LoraConfig) -> bool | str:
     """The initialisation to use.
 
     Raises:
-        ConfigError: it is unknown, needs what is not there, or does not go with the rank.
+        ConfigError: it does not go with the rank.
     """
     value = config.init_lora_weights
-    key = f"model.lora.init_lora_weights={value!r}"
-    allowed = ["gaussian", "orthogonal", "pissa", "pissa_niter_16", "olora"]
-    if isinstance(value, str) and value not in allowed and not re.fullmatch(r"pissa_niter_\d+", value):
-        if value in REFUSED:
-            raise ConfigError(f"{key} {REFUSED[value]}; allowed: true, false, {', '.join(allowed)}")
-        near = difflib.get_close_matches(value, [*allowed, *REFUSED], n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"{key} is unknown{hint}; allowed: true, false, {', '.join(allowed)}")
     if value == "orthogonal" and config.r % 2:
-        raise ConfigError(f"{key} needs an even rank, not model.lora.r={config.r}")
+        raise ConfigError(f"model.lora.init_lora_weights={value!r} needs an even rank, not model.lora.r={config.r}")
     if isinstance(value, str) and _needs_base(value) and config.pretrained_weight is not None:
         return True
     return value

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from qwen_image_finetune.config import ConfigError, LoraConfig
 from qwen_image_finetune.config.registry import family_of_pipeline
 from qwen_image_finetune.levers import adapters
-from qwen_image_finetune.levers.adapters import INITIAL, Layer, merge_lora, set_strength
+from qwen_image_finetune.levers.adapters import INITIAL, Layer
 from qwen_image_finetune.levers.lora_dialects import native_names, read_state, unmatched_message, write_state
 from qwen_image_finetune.levers.lora_header import (
     ADAPTER_METADATA,
@@ -50,11 +50,9 @@ __all__ = [
     "find_lora",
     "fitting_layers",
     "load_lora",
-    "merge_lora",
     "read_lora",
     "run_metadata",
     "save_lora",
-    "set_strength",
 ]
 
 Dialect = Literal["diffusers", "comfy", "kohya"]

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from qwen_image_finetune import console, loading
 from qwen_image_finetune.config import Config
-from qwen_image_finetune.data.dataset import ImageDataset, Picture
+from qwen_image_finetune.data.dataset import ImageDataset
+from qwen_image_finetune.data.geometry import Picture
 from qwen_image_finetune.data.images import open_upright, resize
 from qwen_image_finetune.families.base import Family
 from qwen_image_finetune.records import Encoded, Example

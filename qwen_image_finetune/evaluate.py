@@ -30,7 +30,7 @@ from qwen_image_finetune.data.sources import read_folder
 from qwen_image_finetune.families import get_family
 from qwen_image_finetune.files import write_atomic
 from qwen_image_finetune.intervals import bootstrap
-from qwen_image_finetune.levers.lora_files import find_lora
+from qwen_image_finetune.levers.lora_sources import find_lora
 from qwen_image_finetune.levers.trained import find_tuned
 from qwen_image_finetune.out_of_memory import explained
 from qwen_image_finetune.predict import Conditions

@@ -11,7 +11,8 @@ from torch import Tensor
 from qwen_image_finetune import console, flow
 from qwen_image_finetune.config import Config, ConfigError, ValidationConfig
 from qwen_image_finetune.data import alike
-from qwen_image_finetune.data.dataset import DataError, ImageDataset
+from qwen_image_finetune.data.dataset import ImageDataset
+from qwen_image_finetune.data.images import DataError
 from qwen_image_finetune.data.part import Part, spread
 from qwen_image_finetune.families.base import Family
 from qwen_image_finetune.objective import Objective

@@ -19,7 +19,7 @@ from qwen_image_finetune.config.schema import shown
 from qwen_image_finetune.config.tree import ABSENT, find
 from qwen_image_finetune.job import Job
 from qwen_image_finetune.levers import parallel, trained
-from qwen_image_finetune.levers.lora_files import run_metadata
+from qwen_image_finetune.levers.lora_metadata import run_metadata
 from qwen_image_finetune.optim import optimizer_state, restore_optimizer
 
 SET_IT_BACK = "set it back, or start afresh"

@@ -16,7 +16,7 @@ from qwen_image_finetune.cli import main
 from qwen_image_finetune.config import Config
 from qwen_image_finetune.evaluate import EvaluationError, Request, evaluate
 from qwen_image_finetune.families import FAMILIES
-from qwen_image_finetune.levers.lora_files import LoraFileError
+from qwen_image_finetune.levers.lora_header import LoraFileError
 from qwen_image_finetune.train import train
 from qwen_image_finetune.trainer import Trainer
 

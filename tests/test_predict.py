@@ -13,7 +13,7 @@ from qwen_image_finetune.cli import main
 from qwen_image_finetune.config import Config, ConfigError
 from qwen_image_finetune.draw import DrawingError, Request, draw, plan
 from qwen_image_finetune.families import FAMILIES, get_family
-from qwen_image_finetune.levers.lora_files import LoraFileError
+from qwen_image_finetune.levers.lora_header import LoraFileError
 from qwen_image_finetune.predict import PredictionError, check_request
 from qwen_image_finetune.train import train
 from qwen_image_finetune.trainer import Trainer

@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 
     from qwen_image_finetune.config import DatasetArguments
 
-__all__ = ["DataError", "ImageDataset", "Picture", "Plan", "Row", "Size"]
-
 _CHUNK = 64  # rows that one thread checks at a time
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from qwen_image_finetune.data.dataset import ImageDataset, Plan
-from qwen_image_finetune.data.geometry import Extent
+from qwen_image_finetune.data.dataset import ImageDataset
+from qwen_image_finetune.data.geometry import Extent, Plan
 from qwen_image_finetune.records import Example
 
 

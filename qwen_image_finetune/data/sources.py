@@ -10,8 +10,6 @@ from qwen_image_finetune.config import no_folder
 from qwen_image_finetune.data.listing import PICTURES, Row, Tree
 from qwen_image_finetune.data.metadata import METADATA, read_metadata
 
-__all__ = ["Row", "read_folder"]
-
 TARGETS, REFERENCES = "training_images", "control_images"
 _OTHER_PICTURES = (".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jxl", ".jfif")
 _NUMBERED_FOLDER = re.compile(rf"{REFERENCES}_([1-9]\d*)")

@@ -24,7 +24,6 @@ from qwen_image_finetune.levers.adapters import INITIAL, Layer
 from qwen_image_finetune.levers.lora_dialects import native_names, read_state, unmatched_message, write_state
 from qwen_image_finetune.levers.lora_header import (
     ADAPTER_METADATA,
-    FILE_NAME,
     LoraFileError,
     adapter_metadata,
     read_metadata,
@@ -36,24 +35,9 @@ from qwen_image_finetune.levers.lora_metadata import (
     most,
     network_metadata,
     peft_fields,
-    run_metadata,
 )
 from qwen_image_finetune.levers.lora_sources import find_lora
 from qwen_image_finetune.levers.targets import endings, linear_modules, lora_layers, target_modules
-
-__all__ = [
-    "FILE_NAME",
-    "Dialect",
-    "LoraFileError",
-    "LoraInfo",
-    "export_lora",
-    "find_lora",
-    "fitting_layers",
-    "load_lora",
-    "read_lora",
-    "run_metadata",
-    "save_lora",
-]
 
 Dialect = Literal["diffusers", "comfy", "kohya"]
 

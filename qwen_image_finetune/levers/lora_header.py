@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-FILE_NAME = "pytorch_lora_weights.safetensors"
 ADAPTER_METADATA = "lora_adapter_metadata"  # diffusers keeps the peft configuration here, as JSON
 LARGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
 ELEMENT_BYTES = (

@@ -13,8 +13,8 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
 )
 
-from qwen_image_finetune.levers.lora_header import FILE_NAME, LoraFileError
-from qwen_image_finetune.runs import checkpoint_folders
+from qwen_image_finetune.levers.lora_header import LoraFileError
+from qwen_image_finetune.runs import LORA_WEIGHTS, checkpoint_folders
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
@@ -41,7 +41,7 @@ def find_lora(source: str | Path) -> Path:
         return path
     if path.is_dir():
         newest_first = reversed(checkpoint_folders(path))
-        path = next((folder for folder in newest_first if (folder / FILE_NAME).is_file()), path)
+        path = next((folder for folder in newest_first if (folder / LORA_WEIGHTS).is_file()), path)
         return path / _choose([file.name for file in path.iterdir()], str(source))
     hub = re.fullmatch(r"([\w][\w.-]*/[\w][\w.-]*)(?:/(.+\.safetensors))?", str(source))
     if hub is None:
@@ -54,21 +54,21 @@ def find_lora(source: str | Path) -> Path:
 def _choose(names: list[str], where: str) -> str:
     """The weights among file names: the usual one, or the only one."""
     files = sorted(name for name in names if name.endswith(".safetensors"))
-    if FILE_NAME in files:
-        return FILE_NAME
+    if LORA_WEIGHTS in files:
+        return LORA_WEIGHTS
     if len(files) == 1:
         return files[0]
     if files:
-        raise LoraFileError(f"{where} has no {FILE_NAME} but {len(files)} others: name one of {', '.join(files)}")
+        raise LoraFileError(f"{where} has no {LORA_WEIGHTS} but {len(files)} others: name one of {', '.join(files)}")
     pickles = sorted(name for name in names if name.lower().endswith(PICKLES))
     reason = f", and {pickles[0]} is a pickle, which can execute code when it is opened" if pickles else ""
-    raise LoraFileError(f"{where} has no {FILE_NAME}{reason}")
+    raise LoraFileError(f"{where} has no {LORA_WEIGHTS}{reason}")
 
 
 def _download(repository: str, file: str | None) -> Path:
     try:
         try:
-            return Path(hf_hub_download(repository, file or FILE_NAME))
+            return Path(hf_hub_download(repository, file or LORA_WEIGHTS))
         except LocalEntryNotFoundError:
             raise
         except EntryNotFoundError:

@@ -12,7 +12,8 @@ import yaml
 from PIL import Image
 
 from qwen_image_finetune import runs
-from qwen_image_finetune.data.sources import Row, read_folder
+from qwen_image_finetune.data.listing import Row
+from qwen_image_finetune.data.sources import read_folder
 
 
 class ReportError(ValueError):

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from qwen_image_finetune.config import DatasetArguments
-from qwen_image_finetune.data.dataset import ImageDataset, Picture
+from qwen_image_finetune.data.dataset import ImageDataset
+from qwen_image_finetune.data.geometry import Picture
 from qwen_image_finetune.data.images import DataError, resize
 
 MULTIPLE = 16

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from qwen_image_finetune.data.sources import Row, read_folder
+from qwen_image_finetune.data.listing import Row
+from qwen_image_finetune.data.sources import read_folder
 
 
 def lay(folder: Path, *names: str) -> Path:

@@ -22,15 +22,10 @@ from torch import Tensor
 
 from qwen_image_finetune.config import Config, ConfigError, LoraConfig
 from qwen_image_finetune.levers import adapters
-from qwen_image_finetune.levers.lora_files import (
-    FILE_NAME,
-    LoraFileError,
-    export_lora,
-    load_lora,
-    read_lora,
-    run_metadata,
-    save_lora,
-)
+from qwen_image_finetune.levers.lora_files import export_lora, load_lora, read_lora, save_lora
+from qwen_image_finetune.levers.lora_header import LoraFileError
+from qwen_image_finetune.levers.lora_metadata import run_metadata
+from qwen_image_finetune.runs import LORA_WEIGHTS
 
 FAMILIES = ["flux", "qwen"]
 EVERY_ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
@@ -50,8 +45,8 @@ def trained(family: str, **fields: Any) -> Any:
 def saved(folder: Path, family: str, **fields: Any) -> tuple[Any, Path]:
     """A trained model and its file."""
     model = trained(family, **fields)
-    save_lora(folder / FILE_NAME, model, config(**fields), {})
-    return model, folder / FILE_NAME
+    save_lora(folder / LORA_WEIGHTS, model, config(**fields), {})
+    return model, folder / LORA_WEIGHTS
 
 
 def metadata_of(path: Path) -> dict[str, str]:
@@ -96,7 +91,7 @@ def test_a_pipeline_with_our_file_is_the_trained_model(
     disturb(transformer)
     with torch.no_grad():
         expected = transformer(**inputs)[0]
-    save_lora(tmp_path / FILE_NAME, transformer, fields, {"ss_steps": "12"})
+    save_lora(tmp_path / LORA_WEIGHTS, transformer, fields, {"ss_steps": "12"})
 
     fresh = pipeline_class.from_pretrained(request.getfixturevalue(f"{family}_folder"))
     warnings.clear()
@@ -110,7 +105,7 @@ def test_a_pipeline_with_our_file_is_the_trained_model(
         assert torch.equal(actual, expected)
     else:  # the two halves of a rank 2r are summed in another order
         torch.testing.assert_close(actual, expected, atol=2e-5, rtol=2e-5)
-    assert metadata_of(tmp_path / FILE_NAME)["ss_steps"] == "12"
+    assert metadata_of(tmp_path / LORA_WEIGHTS)["ss_steps"] == "12"
 
 
 def pipeline_inputs(transformer: Any) -> dict[str, Any]:
@@ -133,8 +128,8 @@ def pipeline_inputs(transformer: Any) -> dict[str, Any]:
 
 def test_the_file_describes_itself(tmp_path: Path) -> None:
     model = trained("flux", target_modules=EVERY_ATTENTION)
-    save_lora(tmp_path / FILE_NAME, model, config(), {"ss_steps": "7", "modelspec.title": "masks"})
-    about = metadata_of(tmp_path / FILE_NAME)
+    save_lora(tmp_path / LORA_WEIGHTS, model, config(), {"ss_steps": "7", "modelspec.title": "masks"})
+    about = metadata_of(tmp_path / LORA_WEIGHTS)
     peft_part = json.loads(about["lora_adapter_metadata"])
     assert (peft_part["transformer.r"], peft_part["transformer.lora_alpha"]) == (4, 6)
     assert peft_part["transformer.target_modules"] == sorted(EVERY_ATTENTION)
@@ -147,11 +142,11 @@ def test_the_file_describes_itself(tmp_path: Path) -> None:
     }
     assert expected.items() <= about.items()
     assert about["modelspec.sai_model_spec"] == "1.0.0"
-    tensors = load_file(tmp_path / FILE_NAME)
+    tensors = load_file(tmp_path / LORA_WEIGHTS)
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
     weights = {f"transformer.{name}" for name in get_peft_model_state_dict(model)}
     assert tensors.keys() == weights
-    assert list(tmp_path.iterdir()) == [tmp_path / FILE_NAME]
+    assert list(tmp_path.iterdir()) == [tmp_path / LORA_WEIGHTS]
     with pytest.raises(ValueError, match="ss_steps"):
         save_lora(tmp_path / "other.safetensors", model, config(), {"ss_steps": 7})  # type: ignore[dict-item]
 
@@ -178,8 +173,8 @@ def test_a_snapshot_can_be_saved_in_place_of_the_weights(tmp_path: Path) -> None
     expected = deltas(model)
     snapshot = {name: tensor.clone() for name, tensor in adapters.trainable_state(model).items()}
     disturb(model, seed=6)
-    save_lora(tmp_path / FILE_NAME, model, config(init_lora_weights="pissa"), {}, snapshot)
-    layers, _ = read_lora(tmp_path / FILE_NAME, FluxKontextPipeline)
+    save_lora(tmp_path / LORA_WEIGHTS, model, config(init_lora_weights="pissa"), {}, snapshot)
+    layers, _ = read_lora(tmp_path / LORA_WEIGHTS, FluxKontextPipeline)
     for name, layer in layers.items():
         torch.testing.assert_close(layer.delta(), expected[name])
 
@@ -223,8 +218,8 @@ def test_diffusers_reads_exported_files(
     disturb(pipe.transformer)
     with torch.no_grad():
         expected = pipe.transformer(**inputs)[0]
-    save_lora(tmp_path / FILE_NAME, pipe.transformer, fields, {})
-    export_lora(tmp_path / FILE_NAME, tmp_path / "exported.safetensors", dialect, PIPELINES[name])
+    save_lora(tmp_path / LORA_WEIGHTS, pipe.transformer, fields, {})
+    export_lora(tmp_path / LORA_WEIGHTS, tmp_path / "exported.safetensors", dialect, PIPELINES[name])
     fresh = PIPELINES[name].from_pretrained(request.getfixturevalue(f"{name}_folder"))
     warnings.clear()
     fresh.load_lora_weights(tmp_path / "exported.safetensors")
@@ -336,13 +331,13 @@ def test_export_reads_kohya_files_too(tmp_path: Path) -> None:
 
 def test_an_export_keeps_what_the_file_says_about_itself(tmp_path: Path) -> None:
     model = trained("flux", target_modules=["to_q", "to_v"])
-    save_lora(tmp_path / FILE_NAME, model, config(), {"ss_steps": "7"})
-    export_lora(tmp_path / FILE_NAME, tmp_path / "x.safetensors", "kohya", FluxKontextPipeline)
+    save_lora(tmp_path / LORA_WEIGHTS, model, config(), {"ss_steps": "7"})
+    export_lora(tmp_path / LORA_WEIGHTS, tmp_path / "x.safetensors", "kohya", FluxKontextPipeline)
     about = metadata_of(tmp_path / "x.safetensors")
     assert about["ss_steps"] == "7"
     assert "lora_adapter_metadata" not in about  # diffusers would apply its alpha on top of the one beside the weights
     with pytest.raises(ValueError, match=r"ends in \.safetensors"):
-        export_lora(tmp_path / FILE_NAME, tmp_path / "x.pt", "kohya", FluxKontextPipeline)
+        export_lora(tmp_path / LORA_WEIGHTS, tmp_path / "x.pt", "kohya", FluxKontextPipeline)
 
 
 def test_an_export_for_another_family_is_refused(tmp_path: Path) -> None:
@@ -362,7 +357,7 @@ def test_an_export_that_does_not_say_the_same_is_not_left_behind(tmp_path: Path)
     save_file(state, tmp_path / "nan.safetensors")
     with pytest.raises(LoraFileError, match="was not written"):
         export_lora(tmp_path / "nan.safetensors", tmp_path / "x.safetensors", "comfy", FluxKontextPipeline)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["nan.safetensors", FILE_NAME]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["nan.safetensors", LORA_WEIGHTS]
 
 
 def test_modules_of_different_rank_and_alpha(tmp_path: Path) -> None:

@@ -325,7 +325,7 @@ def test_one_step_draws_a_picture(trainer: Trainer) -> None:
 
 
 def test_a_version_stands_for_its_newest_checkpoint(tmp_path: Path) -> None:
-    from qwen_image_finetune.levers.lora_files import find_lora
+    from qwen_image_finetune.levers.lora_sources import find_lora
 
     for name in ("checkpoint-0-9", "checkpoint-1-10", "checkpoint-2-11"):
         (tmp_path / name).mkdir()

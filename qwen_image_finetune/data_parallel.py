@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from qwen_image_finetune.config import LoraConfig
 from qwen_image_finetune.families.base import Family
-from qwen_image_finetune.footprint import stand_in
+from qwen_image_finetune.footprint import replace_parameters, stand_in
 from qwen_image_finetune.levers import adapters
 
 if TYPE_CHECKING:
@@ -58,11 +58,7 @@ def unreached(family: Family, transformer_config: dict[str, Any], lora: LoraConf
     batch = stand_in(family, transformer_config, [(side, side)] * 2, rows=1, text_tokens=8)
     guidance = 1.0 if family.distilled_guidance(transformer_config) else None
     with FakeTensorMode(allow_non_fake_inputs=True):
-        for module in model.modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    empty = torch.empty(parameter.shape, dtype=torch.bfloat16)
-                    module._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+        replace_parameters(model, lambda parameter: torch.bfloat16)
         output = family.velocity(model, batch.target, torch.empty(1), batch, guidance)
         reached = {id(leaf) for leaf in leaves(output)}
     return [

@@ -172,7 +172,8 @@ def footprint(
     with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
         # Norms of a model that is trained itself are in float32; that no fused kernel takes them is of no use here.
         warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
-        _replace(model, lambda parameter: adapter_dtype if parameter.requires_grad else dtype)  # masters stay exact
+        # What is trained keeps its own precision, whatever the forward pass computes in.
+        replace_parameters(model, lambda parameter: adapter_dtype if parameter.requires_grad else dtype)
         _run(family, model, batch, kinds, dtype, mixed=adapter_dtype != dtype)
     return Footprint(kinds, outside, adapter, lora is None)
 
@@ -237,6 +238,15 @@ def stand_in(
     return batch.to("cpu", torch.bfloat16)
 
 
+def replace_parameters(model: nn.Module, dtype_of: Callable[[nn.Parameter], torch.dtype]) -> None:
+    """Give every parameter new memory, which is none under a fake tensor mode."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                empty = torch.empty(parameter.shape, dtype=dtype_of(parameter))
+                module._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+
+
 def _with_gradient(item: Any) -> Any:
     return item.detach().requires_grad_() if isinstance(item, Tensor) and item.dim() == 3 else item
 
@@ -246,15 +256,6 @@ def _shorten(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and type(module[0]).__name__ in model._repeated_blocks:
             del module[1:]
-
-
-def _replace(model: nn.Module, dtype_of: Callable[[nn.Parameter], torch.dtype]) -> None:
-    """Give every parameter new memory, which is none under a fake tensor mode."""
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                empty = torch.empty(parameter.shape, dtype=dtype_of(parameter))
-                module._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
 
 
 def _numbers(module: nn.Module) -> int:

@@ -16,8 +16,7 @@ import torch
 from qwen_image_finetune import speed
 from qwen_image_finetune.config import Config, ConfigError
 from qwen_image_finetune.config.exclusions import contradictions
-from qwen_image_finetune.config.schema import shown
-from qwen_image_finetune.config.tree import find
+from qwen_image_finetune.config.tree import find, shown
 from qwen_image_finetune.estimate import ENCODER_PARTS, GIB, OUTSIDE, Estimate, Estimator, Size
 from qwen_image_finetune.families.base import Family
 from qwen_image_finetune.host_memory import free_host_memory

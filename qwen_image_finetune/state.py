@@ -15,8 +15,7 @@ from safetensors import SafetensorError
 from qwen_image_finetune import checkpoint
 from qwen_image_finetune.assembly import Learner
 from qwen_image_finetune.config import ConfigError
-from qwen_image_finetune.config.schema import shown
-from qwen_image_finetune.config.tree import ABSENT, find
+from qwen_image_finetune.config.tree import ABSENT, find, shown
 from qwen_image_finetune.job import Job
 from qwen_image_finetune.levers import parallel, trained
 from qwen_image_finetune.levers.lora_metadata import run_metadata

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from qwen_image_finetune.config.tree import find, shown
+
 if TYPE_CHECKING:
     from qwen_image_finetune.config.schema import Config
 
@@ -102,8 +104,5 @@ def contradictions(config: Config) -> list[str]:
 
 
 def _shown(values: dict[str, Any], key: str) -> str:
-    from qwen_image_finetune.config.schema import shown
-    from qwen_image_finetune.config.tree import find
-
     value = find(values, key)
     return key if isinstance(value, dict) else f"{key}={shown(value)}"

@@ -9,10 +9,10 @@ from typing import Any, cast
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qwen_image_finetune.config.schema import Config, ConfigError, shown
+from qwen_image_finetune.config.schema import Config, ConfigError
 from qwen_image_finetune.config.spellings import SPELLINGS
 from qwen_image_finetune.config.text import omegaconf_words
-from qwen_image_finetune.config.tree import ABSENT, find, only, put, texts
+from qwen_image_finetune.config.tree import ABSENT, find, only, put, shown, texts
 
 REFERENCE = re.compile(r"\$\{\s*([A-Za-z_][\w.]*)\s*\}")
 

@@ -13,10 +13,10 @@ from pydantic import ValidationError
 from qwen_image_finetune.config.family import model_problems, trainer_problems
 from qwen_image_finetune.config.idle import idle_notes
 from qwen_image_finetune.config.interpolation import resolve
-from qwen_image_finetune.config.schema import Config, ConfigError, shown
+from qwen_image_finetune.config.schema import Config, ConfigError
 from qwen_image_finetune.config.spellings import SPELLINGS, canonicalise
 from qwen_image_finetune.config.text import parse_mapping, read_yaml
-from qwen_image_finetune.config.tree import find, put, remove
+from qwen_image_finetune.config.tree import find, put, remove, shown
 from qwen_image_finetune.config.words import known_keys, problems, section_of, take_unknown, unknown
 
 OVERRIDE = re.compile(r"(\w+(?:\.\w+)*)=(.*)")

@@ -5,7 +5,6 @@ The reference in docs/configuration.md is generated from these declarations.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from omegaconf import OmegaConf
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 
 from qwen_image_finetune.config.exclusions import contradictions
+from qwen_image_finetune.config.tree import shown
 
 OUR_DATASETS = ("src.data.dataset.ImageDataset", "qwen_image_finetune.data.dataset.ImageDataset")
 
@@ -29,12 +29,6 @@ class Allowed:
     """What a type takes, in words: messages and the reference quote it."""
 
     words: str
-
-
-def shown(value: Any) -> str:
-    """A value as the person would write it: true, null, 'text', [1, 2], {"lr": 0.0001}."""
-    text = repr(value) if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
-    return text if len(text) <= 120 else f"{text[:117]}..."
 
 
 def _whole(value: Any) -> Any:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qwen_image_finetune.config.schema import shown
-from qwen_image_finetune.config.tree import ABSENT, find, put, remove
+from qwen_image_finetune.config.tree import ABSENT, find, put, remove, shown
 
 # Older spellings and second homes of a key: (where configurations have it, where it lives). Today's place wins.
 SPELLINGS: tuple[tuple[str, str], ...] = (

@@ -1,7 +1,8 @@
-"""Nested dictionaries addressed by dotted keys."""
+"""Nested dictionaries addressed by dotted keys, and their values as a person would write them."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
@@ -54,3 +55,9 @@ def only(tree: Any, shape: Any) -> Any:
     if isinstance(tree, dict) and isinstance(shape, dict):
         return {name: only(tree[name], inner) for name, inner in shape.items()}
     return tree
+
+
+def shown(value: Any) -> str:
+    """A value as the person would write it: true, null, 'text', [1, 2], {"lr": 0.0001}."""
+    text = repr(value) if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 120 else f"{text[:117]}..."

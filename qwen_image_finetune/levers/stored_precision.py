@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_image_finetune.config import ConfigError, ModelConfig
-from qwen_image_finetune.config.schema import shown
+from qwen_image_finetune.config.tree import shown
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' name; with ".index.json" the list of its shards
 FP8_SCALES = ("weight_scale", "scale_weight")  # one number, or one a row; the weight is what is stored, times this

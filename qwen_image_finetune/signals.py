@@ -37,11 +37,7 @@ class StopSignals:
     def check(self) -> None:
         """Raises SystemExit where a signal was received."""
         if self.received:
-            raise SystemExit(self.exit_code)
-
-    @property
-    def exit_code(self) -> int:
-        return INTERRUPTED if self.received == signal.SIGINT else TERMINATED
+            raise SystemExit(exit_code(self.received))
 
     def restore(self) -> None:
         """Put the former handlers back."""
@@ -68,8 +64,13 @@ class StopSignals:
         name = signal.Signals(number).name
         if not self._deferred:
             _tell(f"{name}: stopped; training had not begun, and what was cached is kept")
-            raise SystemExit(self.exit_code)
+            raise SystemExit(exit_code(number))
         _tell(f"{name}: saving after this step; a second SIGINT stops at once and keeps the last checkpoint")
+
+
+def exit_code(number: int) -> int:
+    """With which a process ends that this signal stopped."""
+    return INTERRUPTED if number == signal.SIGINT else TERMINATED
 
 
 def _tell(message: str) -> None:

@@ -35,7 +35,7 @@ from qwen_image_finetune.logbook import Logbook, memory_gib, open_logbook
 from qwen_image_finetune.objective import Objective
 from qwen_image_finetune.out_of_memory import explained
 from qwen_image_finetune.records import Batch
-from qwen_image_finetune.signals import INTERRUPTED, TERMINATED, StopSignals
+from qwen_image_finetune.signals import StopSignals, exit_code
 from qwen_image_finetune.state import Progress, State
 from qwen_image_finetune.stream import micro_batches, sample_keys
 from qwen_image_finetune.validate import Validation, open_validation
@@ -172,7 +172,7 @@ def _loop(
                 book.save(state, wait=True)
                 job.say(f"stopped by {signal.Signals(stop).name} after step {progress.step}, which is saved; "
                         "continue with train.resume_from_checkpoint=latest")  # fmt: skip
-                raise SystemExit(INTERRUPTED if stop == signal.SIGINT else TERMINATED)
+                raise SystemExit(exit_code(stop))
 
             # A checkpoint, and a look at what was learnt
             last = progress.step == job.total_steps

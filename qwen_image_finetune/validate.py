@@ -114,14 +114,8 @@ class Validation:
             kept = {"of": self._identity(), "losses": losses}
             write_atomic(self.folder / f"{BASE}.json", json.dumps(kept) + "\n")
 
-    def __call__(
-        self,
-        step: int,
-        cancelled: Callable[[], bool] = lambda: False,
-        draw: bool = True,
-        checkpoint: Path | None = None,
-    ) -> list[Path]:
-        """Measure, draw, save beside references, base and truth, and report; returns the files of the samples.
+    def __call__(self, step: int, cancelled: Callable[[], bool], draw: bool, checkpoint: Path | None) -> None:
+        """Measure, draw, save beside references, base and truth, and report.
 
         Args:
             cancelled: asked between sampler steps; once it says so, this round is given up and nothing is saved.
@@ -140,12 +134,13 @@ class Validation:
                 if draw:
                     drawn = self.sampler.draw(f"samples of step {step}", self.folder is not None, check)
         except _Cancelled:
-            return []
-        if self.run is None or self.folder is None:
-            return []
+            return
+        if self.run is None:
+            return
         if losses:
             self._report(Measured(step, losses), checkpoint)
-        return self._keep(step, drawn) if drawn else []
+        if drawn:
+            self._keep(step, drawn)
 
     def _losses(self, title: str, check: Callable[[], None]) -> list[float]:
         if self.loss is None or not self.measured_rows:
@@ -169,17 +164,16 @@ class Validation:
         self.best.offer(now, base, checkpoint)
         self.last = now
 
-    def _keep(self, step: int, drawn: list[Image.Image]) -> list[Path]:
+    def _keep(self, step: int, drawn: list[Image.Image]) -> None:
         assert self.folder is not None
         strips, layout = self.sampler.strips(drawn, None if self.base is None else self.base.pictures)
-        files = samples.save(self.folder / f"step-{step}", strips)
+        samples.save(self.folder / f"step-{step}", strips)
         samples.save_layout(self.folder / f"step-{step}", layout)
         if self.trackers is not None:
             self.trackers.pictures("samples", strips, step)
         truths = [self.rows.dataset.load(index).target for index in self.sampler.chosen]
         if line := constant(step, drawn, truths):
             console.say(line)
-        return files
 
     def _known_base(self) -> Base | None:
         if self.folder is None or not (self.folder / f"{BASE}.json").is_file():

@@ -147,6 +147,7 @@ class Row:
         return float(loss.detach())
 
     def timed_step(self) -> None:
+        """A step whose time, in milliseconds, counts."""
         began = time.perf_counter()
         self.step()  # it ends with a number on the host, so nothing is left to do on the card
         self.milliseconds.append(1e3 * (time.perf_counter() - began))

@@ -67,6 +67,7 @@ class Work:
 
     @property
     def together(self) -> int:
+        """The sum."""
         return self.products + self.attention_forward + self.attention_backward
 
 
@@ -81,10 +82,12 @@ class Footprint:
 
     @property
     def weights(self) -> int:
+        """Numbers in all weights, the adapter aside."""
         return self.weights_outside + sum(kind.count * kind.weights for kind in self.kinds.values())
 
     @property
     def num_blocks(self) -> int:
+        """Repeated blocks of all kinds."""
         return sum(kind.count for kind in self.kinds.values())
 
     def kept(self, keep: float | str | None) -> int:

@@ -50,6 +50,7 @@ METRICS = {
 
 
 def pixels(picture: Image) -> Pixels:
+    """A picture as (H, W, 3) float64, sRGB in [0, 1]."""
     return np.asarray(picture.convert("RGB"), dtype=np.float64) / 255
 
 
@@ -80,6 +81,7 @@ def measure(drawn: Pixels, truth: Pixels, source: Pixels | None, edited: Mask | 
 
 
 def psnr(drawn: Pixels, truth: Pixels) -> float:
+    """Peak signal-to-noise ratio in dB; PSNR_LIMIT for equal pictures."""
     from skimage.metrics import mean_squared_error, peak_signal_noise_ratio
 
     if mean_squared_error(truth, drawn) == 0:

@@ -41,6 +41,7 @@ def raise_explained(error: Exception, config: Config, doing: str) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on a device or on the host; torch says the latter in words alone."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _ON_CPU)

@@ -111,6 +111,7 @@ class Run:
         write_atomic(self.path / STATE, json.dumps({"state": state, "step": step}) + "\n")
 
     def checkpoint_path(self, epoch: int, step: int) -> Path:
+        """Where a checkpoint is kept: `step` optimizer steps are done, the last of them in `epoch` (0-based)."""
         return self.path / f"checkpoint-{epoch}-{step}"
 
     def checkpoints(self) -> list[Path]:

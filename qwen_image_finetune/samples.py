@@ -141,4 +141,5 @@ def save(folder: Path, pictures: Sequence[Image.Image]) -> list[Path]:
 
 
 def save_layout(folder: Path, layout: Sequence[dict[str, Any]]) -> None:
+    """Write beside the strips which part of each is which picture."""
     write_atomic(folder / LAYOUT, json.dumps(layout, indent=1, ensure_ascii=False) + "\n")

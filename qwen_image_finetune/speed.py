@@ -25,6 +25,7 @@ class Card:
     attained: Attained | None = None
 
     def is_called(self, name: str) -> bool:
+        """Whether `name`, as people or the driver write it, means this card."""
         words, parts = name.replace("-", " ").lower().split(), self.name.lower().split()
         if name.strip().isdigit():  # "4090", as people say
             return name.strip() in parts

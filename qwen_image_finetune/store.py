@@ -49,6 +49,7 @@ class Store:
         self.folder = folder
 
     def path(self, key: str) -> Path:
+        """The file of an entry, whether or not it is there."""
         return self.folder / key[:2] / f"{key}.safetensors"
 
     def missing(self, keys: Iterable[str]) -> list[str]:

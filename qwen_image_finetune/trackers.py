@@ -42,6 +42,7 @@ class Trackers:
             self._writer.add_text("config", f"```yaml\n{config.to_yaml()}\n```", resumed_at or 0)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """One point of the curve of each name, at an optimizer step."""
         if self._writer is not None:
             from tensorboard.compat.proto.summary_pb2 import Summary
 
@@ -68,6 +69,7 @@ class Trackers:
         self._collected.clear()
 
     def pictures(self, name: str, pictures: Sequence[Image], step: int) -> None:
+        """RGB pictures of an optimizer step, as NAME/0, NAME/1, ..."""
         import numpy as np
 
         if self._writer is not None:

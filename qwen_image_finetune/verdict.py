@@ -31,6 +31,7 @@ class Measured:
 
     @property
     def mean(self) -> float:
+        """Over the pairs."""
         return math.fsum(self.losses) / len(self.losses)
 
     def against(self, other: Measured) -> Interval:

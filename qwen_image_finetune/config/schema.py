@@ -196,6 +196,7 @@ class DatasetArguments(Section):
 
     @property
     def folders(self) -> tuple[Path, ...]:
+        """dataset_path as paths, one or several."""
         paths = [self.dataset_path] if isinstance(self.dataset_path, str) else self.dataset_path
         return tuple(Path(path).expanduser() for path in paths)
 
@@ -362,10 +363,12 @@ class LoggingConfig(Section):
 
     @property
     def project_dir(self) -> Path:
+        """The folder of the versions."""
         return Path(self.output_dir).expanduser() / self.tracker_project_name
 
     @property
     def trackers(self) -> tuple[str, ...]:
+        """Names of the trackers that are told; none for "none"."""
         names = [self.report_to] if isinstance(self.report_to, str) else self.report_to
         return tuple(name for name in names if name != "none")
 

@@ -49,6 +49,7 @@ def fields(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[
 
 @cache
 def known_keys() -> dict[str, FieldInfo]:
+    """Every key of a configuration, dotted, with its declaration."""
     return dict(fields())
 
 

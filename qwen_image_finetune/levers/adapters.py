@@ -35,10 +35,12 @@ class Layer:
 
     @property
     def rank(self) -> int:
+        """Rows of `down`, columns of `up`."""
         return self.down.shape[0]
 
     @property
     def scale(self) -> float:
+        """The factor before up @ down."""
         return self.alpha / self.rank
 
     def delta(self) -> Tensor:

@@ -78,6 +78,7 @@ class Offload:
         transformer.register_forward_hook(self._end, always_call=True)
 
     def pack(self, tensor: Tensor) -> Tensor | Offloaded:
+        """What autograd keeps in place of a tensor: small ones and weights stay as they are."""
         size = tensor.numel() * tensor.element_size()
         if size < self.smallest or tensor.untyped_storage().data_ptr() in self._weights:
             return tensor
@@ -89,6 +90,7 @@ class Offload:
 
     @staticmethod
     def unpack(saved: Tensor | Offloaded) -> Tensor:
+        """The tensor again, on the device where it was."""
         return saved.take() if isinstance(saved, Offloaded) else saved
 
     def _begin(self, *arguments: Any) -> None:

@@ -158,6 +158,7 @@ def shard(transformer: nn.Module, sharding: Sharding, device: torch.device) -> N
 
 
 def is_sharded(transformer: nn.Module) -> bool:
+    """Whether `shard` has cut its weights over the processes."""
     return isinstance(transformer, FSDPModule)
 
 

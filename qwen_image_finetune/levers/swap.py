@@ -67,6 +67,7 @@ class SwappedBlock:
         self.put(self.host)
 
     def put(self, buffer: Tensor) -> None:
+        """Let the block use the tensors in `buffer` (bytes,) uint8."""
         for place in self.places:
             place.put(buffer)
 

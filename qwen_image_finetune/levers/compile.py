@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from qwen_image_finetune.levers.recompute import Keep, Runner, blocks, recompute
+from qwen_image_finetune.levers.recompute import Keep, Runner, recompute
 from qwen_image_finetune.levers.rotation import use_real_rotation
 
 # torch stops compiling a function silently after eight shapes; the number of geometries is the bound here.
@@ -84,12 +84,6 @@ def compile_transformer(transformer: nn.Module, keep: Keep | None) -> None:
 def compilation_of(transformer: nn.Module) -> Compilation | None:
     """What `compile_transformer` counts; None for a transformer that is not compiled."""
     return _compilations.get(transformer)
-
-
-def most_graphs(transformer: nn.Module, num_geometries: int) -> int:
-    """The number of compilations that a run of so many sizes of batch and pictures never exceeds."""
-    kinds = {type(block) for block in blocks(transformer)}
-    return (len(kinds) + 1) * min(num_geometries, STATIC + 1)
 
 
 def _run(block: nn.Module, *arguments: Any) -> Any:

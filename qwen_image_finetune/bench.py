@@ -15,8 +15,8 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -138,7 +138,9 @@ class Row:
         sigma = torch.full((len(self.noise),), 0.5, device=self.device)
         noisy = 0.5 * self.batch.target + 0.5 * self.noise
         others = self.variant is None
-        with _flash(others), torch.autocast(self.device.type, self.dtype, enabled=not others):
+        # Models that leave the choice of an attention to torch get its flash attention and no other.
+        flash = sdpa_kernel(SDPBackend.FLASH_ATTENTION) if others else nullcontext()
+        with flash, torch.autocast(self.device.type, self.dtype, enabled=not others):
             velocity = self.family.velocity(self.model, noisy, sigma.to(noisy.dtype), self.batch, guidance)
             loss = functional.mse_loss(velocity.float(), (self.noise - self.batch.target).float())
             loss.backward()
@@ -315,16 +317,6 @@ def _as_others_do(model: Any, options: Options) -> None:
     model.enable_gradient_checkpointing()
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
-
-
-@contextmanager
-def _flash(wanted: bool) -> Iterator[None]:
-    """torch's flash attention and no other, for models that leave the choice to torch."""
-    if not wanted:
-        yield
-        return
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        yield
 
 
 def _random_transformer(family: Family, about: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Any:

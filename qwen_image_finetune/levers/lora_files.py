@@ -7,7 +7,6 @@ skipped gives another picture without a word.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -32,7 +31,6 @@ from qwen_image_finetune.levers.lora_metadata import (
     adapter_json,
     exactly,
     model_metadata,
-    most,
     network_metadata,
     peft_fields,
 )
@@ -40,18 +38,6 @@ from qwen_image_finetune.levers.lora_sources import find_lora
 from qwen_image_finetune.levers.targets import endings, linear_modules, lora_layers, target_modules
 
 Dialect = Literal["diffusers", "comfy", "kohya"]
-
-
-@dataclass(frozen=True)
-class LoraInfo:
-    """What was loaded."""
-
-    path: Path
-    rank: int  # of most modules
-    alpha: float  # of most modules
-    targets: tuple[str, ...]  # endings of the module names
-    num_modules: int
-    metadata: dict[str, str]
 
 
 def save_lora(
@@ -114,7 +100,7 @@ def load_lora(
     pipeline_class: type[Any],
     config: LoraConfig | None = None,
     adapter_name: str = "default",
-) -> LoraInfo:
+) -> None:
     """Load a LoRA from a file, a folder or the hub; its effect is exactly what its file says.
 
     With `config` (training goes on from it) the adapter is the config's: rank and target modules must agree, and where
@@ -125,36 +111,25 @@ def load_lora(
         ConfigError: its rank or target modules are not the config's.
     """
     path = find_lora(source)
-    layers, metadata = fitting_layers(transformer, path, pipeline_class)
-    info = LoraInfo(
-        path=path,
-        rank=most(layer.rank for layer in layers.values()),
-        alpha=most(layer.alpha for layer in layers.values()),
-        targets=tuple(endings(layers)),
-        num_modules=len(layers),
-        metadata=metadata,
-    )
+    layers = fitting_layers(transformer, path, pipeline_class)
     if config is None:
         _add_as_it_is(transformer, layers, adapter_name)
-        return info
+        return
     adapter_name = config.adapter_name
-    _check_config(transformer, layers, info, config)
+    _check_config(transformer, layers, path, config)
     if adapter_name not in adapters.adapter_names(transformer):
         adapters.add_adapter(transformer, config.model_copy(update={"pretrained_weight": str(path)}), seed=0)
     _fill(transformer, layers, adapter_name)
-    return info
 
 
-def fitting_layers(
-    transformer: nn.Module, path: Path, pipeline_class: type[Any]
-) -> tuple[dict[str, Layer], dict[str, str]]:
-    """`read_lora` for a transformer, whose weights are not read.
+def fitting_layers(transformer: nn.Module, path: Path, pipeline_class: type[Any]) -> dict[str, Layer]:
+    """The layers of a LoRA file, by module name, for a transformer whose weights are not read.
 
     Raises:
         LoraFileError: the file is broken or does not fit this transformer.
     """
     linear = linear_modules(transformer)
-    layers, metadata = read_lora(path, pipeline_class, linear)
+    layers, _ = read_lora(path, pipeline_class, linear)
     unknown = [name for name in layers if name not in linear]
     if unknown:
         raise LoraFileError(unmatched_message(path, unknown, len(layers)))
@@ -165,7 +140,7 @@ def fitting_layers(
                 f"{path}: {name} is {weight_shape[0]} x {weight_shape[1]} in this transformer and "
                 f"{layer.up.shape[0]} x {layer.down.shape[1]} in the file: it was trained on another model"
             )
-    return layers, metadata
+    return layers
 
 
 def export_lora(source: Path, destination: Path, dialect: Dialect, pipeline_class: type[Any]) -> None:
@@ -211,7 +186,7 @@ def _write(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str])
         partial.unlink(missing_ok=True)
 
 
-def _check_config(transformer: nn.Module, layers: Mapping[str, Layer], info: LoraInfo, config: LoraConfig) -> None:
+def _check_config(transformer: nn.Module, layers: Mapping[str, Layer], path: Path, config: LoraConfig) -> None:
     wanted = target_modules(transformer, config.target_modules)
     ranks = sorted({layer.rank for layer in layers.values()})
     only_file, only_config = [n for n in layers if n not in wanted], [n for n in wanted if n not in layers]
@@ -220,8 +195,8 @@ def _check_config(transformer: nn.Module, layers: Mapping[str, Layer], info: Lor
     differences = [f"{len(names)} modules only in the {where}, such as {names[0]}"
                    for where, names in (("file", only_file), ("config", only_config)) if names]  # fmt: skip
     raise ConfigError(
-        f"model.lora.pretrained_weight: {info.path} does not match model.lora. "
-        f"The file has rank {', '.join(map(str, ranks))} and targets {list(info.targets)}; "
+        f"model.lora.pretrained_weight: {path} does not match model.lora. "
+        f"The file has rank {', '.join(map(str, ranks))} and targets {endings(layers)}; "
         f"the config has r={config.r} and target_modules={config.target_modules!r}"
         + "".join(f"; {difference}" for difference in differences)
         + ". Set model.lora.r and model.lora.target_modules to the file's"

@@ -15,7 +15,6 @@ from qwen_image_finetune.config.family import resolve_family
 from qwen_image_finetune.config.load import load_config
 from qwen_image_finetune.config.schema import (
     OUR_DATASETS,
-    TRACKERS,
     CacheConfig,
     Config,
     ConfigError,
@@ -29,7 +28,6 @@ from qwen_image_finetune.config.schema import (
     PredictConfig,
     PredictDevices,
     SchedulerConfig,
-    Section,
     TrainConfig,
     ValidationConfig,
 )
@@ -39,7 +37,6 @@ from qwen_image_finetune.config.words import no_folder
 __all__ = [
     "OUR_DATASETS",
     "SPELLINGS",
-    "TRACKERS",
     "CacheConfig",
     "Config",
     "ConfigError",
@@ -53,7 +50,6 @@ __all__ = [
     "PredictConfig",
     "PredictDevices",
     "SchedulerConfig",
-    "Section",
     "TrainConfig",
     "ValidationConfig",
     "import_class",

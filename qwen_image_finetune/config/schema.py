@@ -339,7 +339,6 @@ class CacheConfig(Section):
     )
 
 
-TRACKERS = ("tensorboard", "wandb", "swanlab", "trackio", "none")
 Tracker = Literal["tensorboard", "wandb", "swanlab", "trackio", "none"]
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from qwen_image_finetune.config.registry import DEFAULT_FAMILY, FAMILIES, Entry, family_of_pipeline
+from qwen_image_finetune.config.registry import FAMILIES
 
 if TYPE_CHECKING:
     from qwen_image_finetune.families.base import Family
 
-__all__ = ["DEFAULT_FAMILY", "FAMILIES", "Entry", "family_of_pipeline", "get_family"]
+__all__ = ["FAMILIES", "get_family"]
 
 
 def get_family(name: str) -> Family:

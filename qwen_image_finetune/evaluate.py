@@ -24,6 +24,7 @@ from PIL.Image import Image
 from qwen_image_finetune import console, loading, metrics, runs, samples
 from qwen_image_finetune.cache import EncodedDataset, TextVariant
 from qwen_image_finetune.config import Config, load_config, resolve_family
+from qwen_image_finetune.data.dataset import ImageDataset
 from qwen_image_finetune.data.images import resize
 from qwen_image_finetune.data.part import Part, spread
 from qwen_image_finetune.data.sources import read_folder
@@ -209,7 +210,7 @@ def checkpoints(run: Path, word: str) -> list[Path]:
     )
 
 
-def encode(config: Config, predictor: Predictor, dataset: Any, request: Request) -> list[Row]:
+def encode(config: Config, predictor: Predictor, dataset: ImageDataset, request: Request) -> list[Row]:
     """The rows as training would see them, on the CPU."""
     folder = loading.checkpoint_folder(config, predictor.family)
     encoder = EncodedDataset(config, predictor.family, dataset, folder, predictor.pipe.vae.dtype)

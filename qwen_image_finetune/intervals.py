@@ -14,6 +14,7 @@ _T = (
     2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
 )  # fmt: skip
 _NORMAL = 1.959964
+RESAMPLES = 2000  # of the bootstrap
 
 
 class Interval(NamedTuple):
@@ -52,7 +53,7 @@ def t_interval(values: Sequence[float]) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
-def bootstrap(values: Sequence[float], resamples: int = 2000, seed: int = 0) -> Interval:
+def bootstrap(values: Sequence[float]) -> Interval:
     """Percentile bootstrap of the mean (Efron 1979): the same values always give the same interval.
 
     Raises:
@@ -63,6 +64,6 @@ def bootstrap(values: Sequence[float], resamples: int = 2000, seed: int = 0) -> 
     array = np.asarray(values, dtype=np.float64)
     if len(array) == 1:
         return Interval(float(array[0]), -math.inf, math.inf)
-    chosen = np.random.default_rng(seed).integers(0, len(array), (resamples, len(array)))
+    chosen = np.random.default_rng(0).integers(0, len(array), (RESAMPLES, len(array)))
     low, high = np.quantile(array[chosen].mean(axis=1), [0.025, 0.975])
     return Interval(float(array.mean()), float(low), float(high))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 
 SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # that accelerate reads
@@ -12,7 +11,7 @@ class LaunchError(ValueError):
     """The processes that run are not the ones that were asked for."""
 
 
-def asked_for(environment: Mapping[str, str], parent: Sequence[str] = ()) -> tuple[int, str]:
+def asked_for(environment: Mapping[str, str], parent: Sequence[str]) -> tuple[int, str]:
     """How many processes the launcher was told to start, as far as it lets us know, and who says so.
 
     Args:
@@ -31,13 +30,13 @@ def asked_for(environment: Mapping[str, str], parent: Sequence[str] = ()) -> tup
     return 1, ""
 
 
-def check_start(
-    processes: int, environment: Mapping[str, str] = os.environ, parent: Sequence[str] | None = None
-) -> None:
+def check_start(processes: int, environment: Mapping[str, str], parent: Sequence[str] | None = None) -> None:
     """Refuse a start with fewer processes than were asked for: each would train for itself, on all of the data.
 
     Args:
         processes: that take part in this run.
+        environment: os.environ, as the launcher left it.
+        parent: command line of the parent process; None looks for it.
 
     Raises:
         LaunchError: with the command that starts them.

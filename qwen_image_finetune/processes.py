@@ -80,12 +80,11 @@ class Team:
 
             self._store = _get_default_store()
 
-    def meet(self, what: str, patience: float = PATIENCE) -> None:
+    def meet(self, what: str) -> None:
         """Wait until all processes are here, without a collective.
 
         Args:
             what: they come from, for messages.
-            patience: seconds.
 
         Raises:
             ProcessLost: one did not come in time; names it.
@@ -96,7 +95,7 @@ class Team:
         self._store.set(f"{key}/{self.rank}", what)
         if self._store.add(key, 1) == self.size:
             self._store.set(f"{key}/complete", what)
-        self._wait(f"{key}/complete", what, patience, [f"{key}/{rank}" for rank in range(self.size)])
+        self._wait(f"{key}/complete", what, [f"{key}/{rank}" for rank in range(self.size)])
         # Started without a launcher that keeps the store (srun, mpirun), the first process does: were it to end now,
         # whoever still asks whether the meeting is complete would fail at the end of a run that succeeded.
         left, began = self._store.add(f"{key}/left", 1), time.monotonic()
@@ -111,21 +110,21 @@ class Team:
         key = f"qif/shared/{next(_numbers)}"
         if self.main:
             self._store.set(key, json.dumps(make()))
-        self._wait(key, what, PATIENCE, [])
+        self._wait(key, what, [])
         return json.loads(self._store.get(key))
 
-    def _wait(self, key: str, what: str, patience: float, signatures: list[str]) -> None:
+    def _wait(self, key: str, what: str, signatures: list[str]) -> None:
         assert self._store is not None
         began = reported = time.monotonic()
         while not self._store.check([key]):
             time.sleep(POLL)
             now = time.monotonic()
-            if now - began < patience and now - reported < SECONDS_BETWEEN_LINES:
+            if now - began < PATIENCE and now - reported < SECONDS_BETWEEN_LINES:
                 continue
             absent = [rank for rank, name in enumerate(signatures) if not self._store.check([name])] or [0]
             late = f"process {', '.join(map(str, absent))}"
-            if now - began >= patience:
-                raise ProcessLost(f"{what}: process {self.rank} waited {console.duration(patience)} for {late}")
+            if now - began >= PATIENCE:
+                raise ProcessLost(f"{what}: process {self.rank} waited {console.duration(PATIENCE)} for {late}")
             reported = now
             if self.rank == min(set(range(self.size)) - set(absent), default=0):
                 console.say(f"{what}: waiting for {late}")

@@ -20,7 +20,12 @@ STEPS_PER_HISTOGRAM = 50
 class Trackers:
     """All trackers of a run; silent where there are none."""
 
-    def __init__(self, config: Config, run: Path, resumed_at: int | None = None) -> None:
+    def __init__(self, config: Config, run: Path, resumed_at: int | None) -> None:
+        """
+        Args:
+            run: the version folder.
+            resumed_at: steps that were done before; None for a run from its start.
+        """
         local = run / config.logging.logging_dir
         self._trackers: list[Any] = []  # online ones
         self._collected: dict[str, list[Tensor]] = {}  # since the last histogram of each name

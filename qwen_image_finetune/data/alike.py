@@ -96,7 +96,7 @@ def _close_pairs(hashes: Hashes, distance: int) -> Iterable[tuple[int, int]]:
                 yield from ((int(one), int(other)) for other in near)
 
 
-def choose(dataset: ImageDataset, share: float, distance: int = DISTANCE) -> list[int]:
+def choose(dataset: ImageDataset, share: float) -> list[int]:
     """Rows to hold out, in order: `share` of them, whole groups, by the content of their inputs alone.
 
     Names, order and number of processes do not matter. As many groups are taken, in the order of their content
@@ -106,7 +106,7 @@ def choose(dataset: ImageDataset, share: float, distance: int = DISTANCE) -> lis
         ValueError: rows are so alike that no group can be held out.
     """
     members: dict[int, list[int]] = {}
-    for row, group in enumerate(groups(input_hashes(dataset), distance).tolist()):
+    for row, group in enumerate(groups(input_hashes(dataset)).tolist()):
         members.setdefault(group, []).append(row)
     wanted = min(max(round(share * len(dataset)), 1), len(dataset) - 1)
     chosen: list[int] = []
@@ -130,9 +130,9 @@ def _content(rows: Sequence[Row], group: Sequence[int]) -> str:
     return min(digests)
 
 
-def leaking(held_out: ImageDataset, training: ImageDataset, distance: int = DISTANCE) -> list[int]:
+def leaking(held_out: ImageDataset, training: ImageDataset) -> list[int]:
     """Rows of `held_out` whose input looks like one of `training`."""
     ours, theirs = input_hashes(held_out), input_hashes(training)
-    labels = groups(np.concatenate([ours, theirs]), distance)
+    labels = groups(np.concatenate([ours, theirs]))
     trained = set(labels[len(ours) :].tolist())
     return [row for row, label in enumerate(labels[: len(ours)].tolist()) if label in trained]

@@ -138,7 +138,7 @@ def restore(weights: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
 
 
 def adapter_layers(
-    transformer: nn.Module, adapter_name: str = "default", state: Mapping[str, Tensor] | None = None
+    transformer: nn.Module, adapter_name: str, state: Mapping[str, Tensor] | None = None
 ) -> dict[str, Layer]:
     """The adapter as a LoRA against the untouched base, by module name; a starting point is subtracted in rank 2r.
 

@@ -64,7 +64,7 @@ def quantize(transformer: nn.Module, format: str) -> Report:
 
 
 def quantization_errors(
-    source: nn.Module | Path | str, format: str = "fp8", rows: int | None = None
+    source: nn.Module | Path | str, format: str, rows: int | None = None
 ) -> list[tuple[str, float]]:
     """Relative error of each layer that `format` would be used for, worst first (see `relative_error`).
 

@@ -11,6 +11,7 @@ WIDTH, HEIGHT = 420, 220
 LEFT, RIGHT, TOP, BOTTOM = 52, 8, 8, 22  # margins of the drawing area
 MOST_POINTS = 400  # of one line: more than that a screen does not show
 COLOURS = 6  # that the style sheet has
+TICKS = 4  # steps between the lines across, about
 
 
 @dataclass(frozen=True)
@@ -79,11 +80,11 @@ def curve(title: str, series: Sequence[Series], zero: bool = False) -> str:
     )
 
 
-def nice_ticks(low: float, high: float, number: int = 4) -> list[float]:
+def nice_ticks(low: float, high: float) -> list[float]:
     """Round values that span [low, high]: multiples of 1, 2 or 5 times a power of ten."""
     if high == low:
         low, high = low - (abs(low) or 1) * 0.1, high + (abs(high) or 1) * 0.1
-    rough = (high - low) / number
+    rough = (high - low) / TICKS
     power = 10 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))
     begin, end = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)

@@ -343,11 +343,11 @@ def test_an_export_keeps_what_the_file_says_about_itself(tmp_path: Path) -> None
 def test_an_export_for_another_family_is_refused(tmp_path: Path) -> None:
     """Attention is called alike in both: the file would come out with names that its model does not have."""
     model = trained("qwen")
-    save_lora(tmp_path / FILE_NAME, model, config(), {"qif.family": "QwenImageEdit"})
+    save_lora(tmp_path / LORA_WEIGHTS, model, config(), {"qif.family": "QwenImageEdit"})
     with pytest.raises(LoraFileError, match="is a LoRA of QwenImageEdit, not of FluxKontext: export"):
-        export_lora(tmp_path / FILE_NAME, tmp_path / "x.safetensors", "comfy", FluxKontextPipeline)
+        export_lora(tmp_path / LORA_WEIGHTS, tmp_path / "x.safetensors", "comfy", FluxKontextPipeline)
     assert not (tmp_path / "x.safetensors").exists()
-    export_lora(tmp_path / FILE_NAME, tmp_path / "x.safetensors", "comfy", QwenImageEditPipeline)
+    export_lora(tmp_path / LORA_WEIGHTS, tmp_path / "x.safetensors", "comfy", QwenImageEditPipeline)
 
 
 def test_an_export_that_does_not_say_the_same_is_not_left_behind(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from qwen_image_finetune.config import SPELLINGS, Config, ConfigError, load_config
@@ -458,6 +458,7 @@ AWKWARD = st.one_of(
     rate=st.floats(0, 1),
     lr=st.floats(1e-12, 1e3),
 )
+@example(output="\\${:", paths=["${a:b}"], argument="${:", rate=0.0, lr=1.0)
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_round_trip_of_awkward_values(
     load_text: Load, output: str, paths: list[str], argument: str, rate: float, lr: float

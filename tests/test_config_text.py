@@ -117,7 +117,8 @@ def test_tag_shorthand_of_the_file_s_own_is_refused(tmp_path: Path) -> None:
         "${oc.decode:'1'}",
         "${oc.create:{a: 1}}",
         "${ oc.env : SECRET }",
-        "\\${oc.env:SECRET}",
+        "\\\\${oc.env:SECRET}",  # the backslash is escaped, not the dollar
+        "\\${a}${oc.env:SECRET}",
     ],
 )
 def test_resolvers_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
@@ -128,6 +129,17 @@ def test_resolvers_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     ):
         assert "logging.output_dir=" in message and "environment variables and the like are not read" in message
         assert "hunter2" not in message
+
+
+def test_an_escaped_resolver_is_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never resolved, however often the configuration is written and read again."""
+    monkeypatch.setenv("SECRET", "hunter2")
+    path, text = tmp_path / "run.yaml", MODEL + "logging: {output_dir: '\\${oc.env:SECRET}'}"
+    for _ in range(3):
+        path.write_text(text)
+        config = load_config(path)
+        assert config.logging.output_dir == "${oc.env:SECRET}"
+        text = config.to_yaml()
 
 
 @pytest.mark.parametrize(

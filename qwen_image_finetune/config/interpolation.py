@@ -44,9 +44,11 @@ def resolve(tree: dict[Any, Any], source: str) -> dict[Any, Any]:
 def _calls(text: str) -> bool:
     """Whether a colon stands inside ``${...}``: OmegaConf would call a function there."""
     depth = 0
-    for token in re.findall(r"\$\{|\}|:", text):
+    for backslashes, token in re.findall(r"(\\*)(\$\{|\}|:)", text):
         if token == ":" and depth > 0:
             return True
+        if token == "${" and depth == 0 and len(backslashes) % 2:
+            continue  # written so that it is text
         depth = max(0, depth + {"${": 1, "}": -1, ":": 0}[token])
     return False
 

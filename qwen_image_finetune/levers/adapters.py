@@ -166,6 +166,30 @@ def set_strength(transformer: nn.Module, strength: float) -> None:
             layer.set_scale(name, strength)
 
 
+def merge_lora(transformer: nn.Module, strength: float = 1.0) -> None:
+    """Add the active adapters to the weights, summed in float32, and take them off.
+
+    Raises:
+        ValueError: there is no adapter, or a weight is quantised: small changes would be rounded away.
+    """
+    with torch.no_grad():
+        for layer in _all_layers(transformer):
+            weight = base_layer(layer).weight
+            if weight.dtype not in FLOATS:
+                raise ValueError(
+                    f"cannot merge a LoRA into {weight.dtype} weights without rounding it away; load the base with "
+                    "model.quantize=false"
+                )
+            merged = weight.float()
+            for name in layer.active_adapters:
+                if name in layer.lora_A:
+                    scale = strength * layer.lora_alpha[name] / layer.r[name]
+                    down, up = factors(layer, name)
+                    merged = merged + scale * (up.weight.float() @ down.weight.float())
+            weight.copy_(merged)
+    cast(Any, transformer).unload_lora()
+
+
 def adapter_names(transformer: nn.Module) -> tuple[str, ...]:
     """Names of the adapters in the transformer."""
     return tuple(dict.fromkeys(name for _, layer in lora_layers(transformer) for name in layer.lora_A))

@@ -191,6 +191,37 @@ def test_strength_goes_from_the_base_to_what_was_trained(init: bool | str) -> No
         adapters.set_strength(tiny_transformer("flux"), 1.0)
 
 
+@pytest.mark.parametrize("init", [True, "pissa"])
+@pytest.mark.parametrize("strength", [1.0, 0.3])
+def test_merged_weights_do_what_the_adapter_did(init: bool | str, strength: float) -> None:
+    model = adapted(init_lora_weights=init)
+    disturb(model)
+    adapters.set_strength(model, strength)
+    expected = run(model)
+    adapters.merge_lora(model, strength)
+    torch.testing.assert_close(run(model), expected, atol=1e-5, rtol=1e-5)
+    assert model.state_dict().keys() == tiny_transformer("flux").state_dict().keys()
+
+
+def test_merging_sums_in_float32() -> None:
+    model = adapted(dtype=torch.bfloat16)
+    disturb(model)
+    name, layer = next(iter(adapters.adapter_layers(model, "default").items()))
+    expected = model.get_submodule(name).base_layer.weight.double() + layer.delta().double()
+    adapters.merge_lora(model)
+    merged = model.get_submodule(name).weight
+    assert merged.dtype == torch.bfloat16
+    assert (merged.double() - expected).abs().max() <= expected.abs().max() * 2**-8  # one rounding to bfloat16
+
+
+def test_a_quantised_base_is_not_merged_into() -> None:
+    model = adapted(target_modules=["proj_mlp"])
+    layer = model.single_transformer_blocks[0].proj_mlp.base_layer
+    layer.weight = nn.Parameter(layer.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(ValueError, match="rounding it away"):
+        adapters.merge_lora(model)
+
+
 def test_prepare_applies_adapters_and_recomputation() -> None:
     config = Config(model={"pretrained_model_name_or_path": "x"}, train={"gradient_checkpointing": True})  # type: ignore[arg-type]
     model = prepare(tiny_transformer("flux"), config)

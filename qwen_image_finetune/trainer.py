@@ -124,7 +124,7 @@ class Trainer:
         """Draw pictures; loads the model first if that has not happened. Options: see `Predictor.predict`."""
         from qwen_image_finetune.out_of_memory import explained
 
-        steps = num_inference_steps or self.predictor.family.num_inference_steps
+        steps = self.predictor.family.num_inference_steps if num_inference_steps is None else num_inference_steps
         with explained(self.config, "predicting"), console.progress("drawing", steps) as update:
             return self.predictor.predict(prompt_image, prompt, steps, guidance_scale, progress=update, **options)
 

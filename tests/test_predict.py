@@ -164,6 +164,11 @@ def test_a_model_tuned_as_a_whole_is_drawn_with(configure: Configure, tmp_path: 
         draw(config, Request("add a hat", (tmp_path / "reference.png",), lora=str(run), strength=0.5))
 
 
+def test_no_steps_are_not_the_default(trainer: Trainer) -> None:
+    with pytest.raises(PredictionError, match="0 inference steps"):
+        trainer.predict(photograph(), "add a hat", 0)
+
+
 def test_one_picture_for_each_seed(trainer: Trainer) -> None:
     alone = [trainer.predict(photograph(), "add a hat", 2, seed=seed)[0] for seed in (3, 4)]
     together = trainer.predict(photograph(), "add a hat", 2, seed=[3, 4])

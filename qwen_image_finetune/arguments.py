@@ -35,6 +35,11 @@ def _overrides(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="instead of what the file says")
 
 
+def _sampler(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--steps", type=int, help="sampler steps; default: the model's own")
+    verb.add_argument("--guidance", type=float, help="guidance scale; default: the model's own")
+
+
 def _train(verb: argparse.ArgumentParser) -> None:
     _configuration(verb)
     verb.add_argument("--dry-run", action="store_true", help="say what would be loaded, trained and written")
@@ -56,8 +61,7 @@ def _predict(verb: argparse.ArgumentParser) -> None:
     )
     verb.add_argument("--count", type=int, default=1, help="pictures of each, with seeds from --seed on")
     verb.add_argument("--seed", type=int, default=0, help="of the noise")
-    verb.add_argument("--steps", type=int, help="sampler steps; default: the model's own")
-    verb.add_argument("--guidance", type=float, help="guidance scale; default: the model's own")
+    _sampler(verb)
     verb.add_argument("--negative-prompt", help="what classifier-free guidance steers away from")
     verb.add_argument("--image-guidance", type=float, default=1.0, help="guidance towards the references")
     verb.add_argument("--width", type=int, help="of the picture; default: that of the reference as the model sees it")
@@ -77,8 +81,7 @@ def _evaluate(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--output", type=Path, help="folder; default: evaluation, in the run where one is given")
     verb.add_argument("--count", type=int, help="pairs, spread over the folder; default: all")
     verb.add_argument("--seed", type=int, default=0, help="of the noise of the first pair; the next has the next")
-    verb.add_argument("--steps", type=int, help="sampler steps; default: the model's own")
-    verb.add_argument("--guidance", type=float, help="guidance scale; default: the model's own")
+    _sampler(verb)
 
 
 def _report(verb: argparse.ArgumentParser) -> None:

@@ -11,6 +11,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from qwen_image_finetune import console
+
 if TYPE_CHECKING:
     from qwen_image_finetune.config import Config
 
@@ -197,10 +199,9 @@ def filled(request: type[Asked], options: argparse.Namespace) -> Asked:
 
 
 def tell(notes: Sequence[str]) -> None:
-    """What the reader of a configuration should know, once per run however many processes there are."""
-    if os.environ.get("RANK", "0") == "0":
-        for note in notes:
-            print(f"note: {note}", file=sys.stderr, flush=True)
+    """What the reader of a configuration should know, beside what is printed: a dry run can be piped."""
+    for note in notes:
+        console.note(note, sys.stderr)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Protocol, TextIO
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -23,10 +23,10 @@ def say(message: str) -> None:
     print(message, flush=True)
 
 
-def note(message: str) -> None:
-    """A line for whoever started the run, once however many processes there are."""
+def note(message: str, stream: TextIO | None = None) -> None:
+    """A line for whoever started the run, once however many processes there are; on standard output by default."""
     if os.environ.get("RANK", "0") == "0":
-        say(f"note: {message}")
+        print(f"note: {message}", file=stream, flush=True)
 
 
 def duration(seconds: float) -> str:

@@ -162,9 +162,13 @@ def open_request(request: Request) -> tuple[Path | None, Config]:
 
 
 def with_masks_there_are(config: Config) -> Config:
-    """A run that weighs its loss by masks needs them; where the pairs to evaluate on have none, it is the truth that
-    shows the edited region."""
+    """The configuration, without masks where it reads them and the pairs have none.
+
+    A run that weighs its loss by masks needs them; here the truth shows the edited region as well.
+    """
     arguments = config.data.init_args
+    if not arguments.use_edit_mask:
+        return config
     rows = [row for folder in arguments.folders for row in read_folder(folder, masks=True)[0]]
     if not rows or any(row.mask_name is not None for row in rows):
         return config

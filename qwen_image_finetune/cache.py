@@ -20,9 +20,9 @@ from torch import Tensor
 
 from qwen_image_finetune import console, loading
 from qwen_image_finetune.config import Config
-from qwen_image_finetune.data.dataset import ImageDataset
+from qwen_image_finetune.data.dataset import ImageDataset, cropped
 from qwen_image_finetune.data.geometry import Picture
-from qwen_image_finetune.data.images import open_upright, resize
+from qwen_image_finetune.data.images import resize
 from qwen_image_finetune.families.base import Family
 from qwen_image_finetune.records import Encoded, Example
 from qwen_image_finetune.store import Fingerprints, Store, entry_key
@@ -112,16 +112,24 @@ class EncodedDataset:
     """Rows of a dataset as `Encoded`, out of the store or straight from the encoders."""
 
     def __init__(
-        self, config: Config, family: Family, dataset: ImageDataset, checkpoint: Path, dtype: torch.dtype
+        self,
+        config: Config,
+        family: Family,
+        dataset: ImageDataset,
+        checkpoint: Path,
+        dtype: torch.dtype,
+        trained_on: bool = True,
     ) -> None:
         self.family, self.dataset = family, dataset
+        # Crops and flips that are stored: visits of training take turns, other pairs are seen as they are.
+        self.visits: tuple[int | None, ...] = tuple(range(config.cache.num_variations)) if trained_on else (None,)
         self.drop_keys = config.cache.prompt_empty_drop_keys
         self.variants = text_variants(config, family)
         self.dtype = str(dtype).removeprefix("torch.")
         folder = Path(config.cache.cache_dir).expanduser()
         self.store, self.fingerprints = Store(folder), Fingerprints(folder)
         self.checkpoint = checkpoint
-        self._row_keys: list[RowKeys] = []
+        self._row_keys: list[list[RowKeys]] = []  # of each row, for each of `visits`
 
     # Naming and filling the store
 
@@ -138,7 +146,10 @@ class EncodedDataset:
         }
         images: dict[str, PictureSource] = {}
         texts: dict[str, TextSource] = {}
-        self._row_keys = [self._name_row(index, encoders, images, texts) for index in range(len(self.dataset))]
+        self._row_keys = [
+            [self._name_row(index, visit, encoders, images, texts) for visit in self.visits]
+            for index in range(len(self.dataset))
+        ]
         self.fingerprints.save()
 
         keys = [*images, *texts]
@@ -153,12 +164,18 @@ class EncodedDataset:
         )
 
     def _name_row(
-        self, index: int, encoders: dict[str, str], images: dict[str, PictureSource], texts: dict[str, TextSource]
+        self,
+        index: int,
+        visit: int | None,
+        encoders: dict[str, str],
+        images: dict[str, PictureSource],
+        texts: dict[str, TextSource],
     ) -> RowKeys:
-        plan, own_prompt = self.dataset.plan(index), self.dataset.prompt(index)
+        plan, own_prompt = self.dataset.plan(index, visit), self.dataset.prompt(index)
 
         def identity(picture: Picture) -> list[Any]:
-            return [self.fingerprints.file(picture.path), list(picture.box), list(picture.size)]
+            mirrored = ["mirrored"] if picture.mirrored else []
+            return [self.fingerprints.file(picture.path), list(picture.box), list(picture.size), *mirrored]
 
         def image(picture: Picture, mask: Picture | None = None) -> str:
             extra = {} if mask is None else {"mask": identity(mask)}
@@ -194,8 +211,8 @@ class EncodedDataset:
         lacking = {*missing.images, *missing.texts}
         return [
             index
-            for index, keys in enumerate(self._row_keys)
-            if not lacking.isdisjoint((keys.target, *keys.references, *keys.texts))
+            for index, variations in enumerate(self._row_keys)
+            if any(not lacking.isdisjoint((keys.target, *keys.references, *keys.texts)) for keys in variations)
         ]
 
     def encode_texts(self, pipe: DiffusionPipeline, texts: dict[str, TextSource]) -> Iterator[str]:
@@ -225,14 +242,17 @@ class EncodedDataset:
 
     # Reading rows
 
-    def read(self, index: int, variant: TextVariant = AS_IT_IS) -> Encoded:
+    def read(self, index: int, variant: TextVariant = AS_IT_IS, visit: int = 0) -> Encoded:
         """A row out of the store; `missing` must have named its entries.
+
+        Args:
+            visit: how often the row was seen before.
 
         Raises:
             DamagedEntry: an entry is not as it was written.
             FileNotFoundError: an entry is gone.
         """
-        keys = self._row_keys[index]
+        keys = self._row_keys[index][visit % len(self.visits)]
 
         def embed(wanted: TextVariant) -> dict[str, Tensor]:
             # Where the text encoder is blind, a row has one text with and without its references.
@@ -279,11 +299,6 @@ class EncodedDataset:
             return text
         own = embed(variant._replace(prompt=None))
         return {name: text[name] if name in self.drop_keys else own[name] for name in text}
-
-
-def cropped(picture: Picture, background: str = "white") -> Image:
-    """The part of the upright picture that is used, at its own size."""
-    return open_upright(picture.path, background).crop(picture.box)
 
 
 def latent_mask(mask: Image, latent: Tensor) -> Tensor:

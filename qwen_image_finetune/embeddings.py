@@ -122,4 +122,5 @@ def encode_dataset(config: Config) -> None:
         fill_cache(config, EncodedDataset(training_config(config, pairs), family, pairs.training, folder, dtype),
                    accelerator, say)  # fmt: skip
         if pairs.held_out is not None:
-            fill_cache(config, EncodedDataset(config, family, pairs.held_out, folder, dtype), accelerator, say)
+            fill_cache(config, EncodedDataset(config, family, pairs.held_out, folder, dtype, trained_on=False),
+                       accelerator, say)  # fmt: skip

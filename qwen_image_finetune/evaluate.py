@@ -217,7 +217,7 @@ def checkpoints(run: Path, word: str) -> list[Path]:
 def encode(config: Config, predictor: Predictor, dataset: ImageDataset, request: Request) -> list[Row]:
     """The rows as training would see them, on the CPU."""
     folder = loading.checkpoint_folder(config, predictor.family)
-    encoder = EncodedDataset(config, predictor.family, dataset, folder, predictor.pipe.vae.dtype)
+    encoder = EncodedDataset(config, predictor.family, dataset, folder, predictor.pipe.vae.dtype, trained_on=False)
     guided_twice = predictor.guidance(request.guidance).prompt != 1.0
     rows = []
     with predictor.encoding(), console.progress("encoding the pairs", len(dataset)) as update:

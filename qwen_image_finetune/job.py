@@ -77,7 +77,7 @@ def open_job(config: Config) -> Job:
     dtype = loading.encoder_dtype(config.train.mixed_precision)
     held_out = None
     if pairs.held_out is not None:
-        held_out = EncodedDataset(config, family, pairs.held_out, folder, dtype)
+        held_out = EncodedDataset(config, family, pairs.held_out, folder, dtype, trained_on=False)
     batches = plan_batches(config, pairs.training, team.size)
     job = Job(
         config=config,

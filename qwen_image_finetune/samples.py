@@ -18,7 +18,7 @@ from qwen_image_finetune.data.images import resize
 from qwen_image_finetune.data.part import spread
 from qwen_image_finetune.files import write_atomic
 from qwen_image_finetune.predict import Conditions, Predictor
-from qwen_image_finetune.records import Batch, Encoded, collate
+from qwen_image_finetune.records import Batch, Encoded, Example, collate
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
@@ -76,7 +76,10 @@ class Sampler:
         variant = TextVariant(prompt)
         if self.pipe is None:
             return self.rows.read(index, variant)
-        return self.rows.encode(self.pipe, self.rows.dataset.load(index), variant)
+        return self.rows.encode(self.pipe, self._example(index), variant)
+
+    def _example(self, index: int) -> Example:
+        return self.rows.dataset.load(index, self.rows.visits[0])
 
     def strips(
         self, drawn: Sequence[Image.Image], base: Sequence[Image.Image] | None
@@ -88,7 +91,7 @@ class Sampler:
         """
         strips, layout = [], []
         for place, (index, picture) in enumerate(zip(self.chosen, drawn, strict=True)):
-            example = self.rows.dataset.load(index)
+            example = self._example(index)
             parts = [("reference", reference) for reference in example.references]
             parts += [] if base is None else [("base", base[place])]
             parts += [("drawn", picture), ("truth", example.target)]

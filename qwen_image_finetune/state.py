@@ -36,9 +36,10 @@ FIXED = {
 # What may change in the middle of a run, but makes it another one than without a break.
 FREE = (
     "model.quantize", "model.lora.lora_dropout", "data.batch_size", "data.shuffle", "cache.prompt_empty_drop_keys",
+    "cache.num_variations",
     *(f"data.init_args.{key}" for key in (
         "caption_dropout_rate", "prompt_image_dropout_rate", "image_size", "resolution", "center_crop",
-        "center_crop_ratio", "random_crop", "crop_size", "crop_scale")),
+        "center_crop_ratio", "random_crop", "crop_size", "crop_scale", "random_flip")),
     *(f"train.{key}" for key in (
         "mixed_precision", "max_grad_norm", "sigma_distribution", "sigma_shift", "guidance_scale")),
     *(f"loss.{key}" for key in ("mask_loss", "foreground_weight", "background_weight")),

@@ -66,7 +66,8 @@ class _Numbered(torch.utils.data.Dataset[tuple[MicroBatch, Any]]):
         if self.cached:
             # Stacked here: a few large tensors pass from a worker process sooner than several for each sample.
             variants = row_variants(micro)
-            return micro, collate([self.rows.read(*sample) for sample in zip(micro.rows, variants, strict=True)])
+            samples = zip(micro.rows, variants, strict=True)
+            return micro, collate([self.rows.read(row, variant, micro.visit) for row, variant in samples])
         return micro, [self.rows.dataset.load(row, micro.visit) for row in micro.rows]
 
 

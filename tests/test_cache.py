@@ -180,6 +180,47 @@ def test_every_row_keeps_its_own_caption(name: str, configure: Configure, tiny_c
     assert with_caption.shape != dropped.shape or not torch.equal(with_caption, dropped)
 
 
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+def test_visits_take_turns_at_the_stored_crops_and_flips(
+    name: str, configure: Configure, tiny_checkpoints: dict[str, Path]
+) -> None:
+    random = (
+        "data.init_args.random_crop=true",
+        "data.init_args.crop_scale=[0.5,0.9]",
+        "data.init_args.random_flip=true",
+    )
+    rows = open_rows(configure(name, *random, "cache.num_variations=3"), name)
+    missing = rows.missing()
+    assert len(missing.images) == 3 * 14
+    assert len(missing.texts) == (3 if rows.family.text_sees_references else 1) * 7
+    cache.fill(rows, missing, CPU, shown=False)
+    pipe = rows.family.pipeline.from_pretrained(tiny_checkpoints[name])
+    for index, visit in ((0, 0), (0, 1), (5, 2), (5, 7)):
+        stored = rows.read(index, visit=visit)
+        fresh = rows.encode(pipe, rows.dataset.load(index, visit % 3))
+        pairs = [(stored.target, fresh.target), *zip(stored.references, fresh.references, strict=True)]
+        pairs += [(stored.text[key], tensor) for key, tensor in fresh.text.items()]
+        assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
+    assert not torch.equal(rows.read(0, visit=0).target, rows.read(0, visit=1).target)
+
+
+def test_pairs_that_are_not_trained_on_are_seen_as_they_are(configure: Configure) -> None:
+    random = (
+        "data.init_args.random_crop=true",
+        "data.init_args.crop_scale=[0.5,0.9]",
+        "data.init_args.random_flip=true",
+    )
+
+    def entries(*overrides: str, trained_on: bool) -> set[str]:
+        config, family = configure("FluxKontext", "cache.num_variations=3", *overrides), get_family("FluxKontext")
+        folder, dataset = Path(config.model.pretrained_model_name_or_path), open_dataset(config, family)
+        rows = EncodedDataset(config, family, dataset, folder, torch.float32, trained_on)
+        return set(rows.missing().images)
+
+    assert entries(*random, trained_on=False) == entries(trained_on=False) == entries(trained_on=True)
+    assert entries(*random, trained_on=False).isdisjoint(entries(*random, trained_on=True))
+
+
 def test_a_dropped_prompt_replaces_only_the_configured_embeddings(configure: Configure) -> None:
     config = configure(
         "FluxKontext", "data.init_args.caption_dropout_rate=0.5", "cache.prompt_empty_drop_keys=[prompt_embeds]"

@@ -373,6 +373,7 @@ NOTED: dict[str, Any] = {
     "cache.text_encoder_device": ("cuda:1", {}, {"cache.use_cache": True}),
     "cache.text_encoder_2_device": ("cuda:1", {}, {"cache.use_cache": True}),
     "cache.prompt_empty_drop_keys": (["x"], {"cache.use_cache": True}, {"data.init_args.caption_dropout_rate": 0.1}),
+    "cache.num_variations": (4, {}, {"cache.use_cache": True, "data.init_args.random_flip": True}),
     "logging.logging_dir": ("elsewhere", {}, {"logging.report_to": ["tensorboard", "wandb"]}),
     "validation.steps": (7, {}, {"validation.enabled": True}),
     "validation.num_validation_samples": (7, {}, {"validation.enabled": True}),
@@ -424,9 +425,14 @@ def test_every_idle_key_is_a_key_and_is_tested() -> None:
     assert {key for key, _, _ in IDLE} <= set(known_keys())
 
 
-def test_random_crop_with_the_cache_keeps_one_crop(load: Load) -> None:
-    [note] = load({"data.init_args.random_crop": True, "cache.use_cache": True}).notes
-    assert "keeps the one crop" in note
+@pytest.mark.parametrize("key", ["random_crop", "random_flip"])
+def test_the_cache_keeps_one_crop_and_flip_unless_more_are_asked_for(load: Load, key: str) -> None:
+    settings = {f"data.init_args.{key}": True, "cache.use_cache": True}
+    [note] = load(settings).notes
+    assert "every sample keeps the one it is cached with; cache.num_variations" in note
+    assert load({**settings, "cache.num_variations": 4}).notes == ()
+    [note] = load({"cache.use_cache": True, "cache.num_variations": 4}).notes
+    assert note.startswith("cache.num_variations=4 has no effect: neither data.init_args.random_crop nor")
 
 
 # Back to YAML, and the reference.

@@ -58,12 +58,14 @@ def assert_close(first: dict[str, Tensor], second: dict[str, Tensor], tolerance:
 
 @pytest.mark.parametrize("name", FAMILY_NAMES)
 def test_cached_equals_uncached(name: str, configure: Configure) -> None:
-    """Same losses, same weights; with both dropouts and two epochs, so two shuffles."""
+    """Same losses, same weights; with both dropouts, flips and two epochs, so two shuffles."""
     options = (
         "data.batch_size=2",
         "data.init_args.caption_dropout_rate=0.4",
         "train.max_train_steps=10",
         "data.init_args.prompt_image_dropout_rate=0.4",
+        "data.init_args.random_flip=true",
+        "cache.num_variations=3",
     )
     cached = train(configure(name, *options))
     uncached = train(configure(name, *options, "cache.use_cache=false"))

@@ -21,6 +21,12 @@ def _without_cache(config: Config) -> bool:
     return not config.cache.use_cache
 
 
+def _random(config: Config) -> bool:
+    """Whether a sample may look otherwise each time it is seen."""
+    arguments = config.data.init_args
+    return _own_class(config) or arguments.random_crop or arguments.random_flip
+
+
 def _qwen(config: Config) -> bool:
     """Whether the checkpoint is known to be of a family that has one text encoder, and no guidance embedding."""
     family, source = resolve_family(config)
@@ -66,6 +72,9 @@ IDLE: tuple[tuple[str, Condition, str], ...] = (
       for section, ending in (("train", "_device"), ("cache", "_device"), ("predict.devices", ""))),
     ("cache.prompt_empty_drop_keys", lambda c: c.data.init_args.caption_dropout_rate == 0,
      "data.init_args.caption_dropout_rate is 0"),
+    ("cache.num_variations", _without_cache, "cache.use_cache is false, and every visit has its own crop and flip"),
+    ("cache.num_variations", lambda c: not _random(c),
+     "neither data.init_args.random_crop nor data.init_args.random_flip is true"),
     ("logging.logging_dir", lambda c: set(c.logging.trackers) <= {"tensorboard"},
      "no tracker in logging.report_to keeps files of its own"),
     *((f"validation.{key}", lambda c: not c.validation.enabled, "validation.enabled is false")
@@ -81,8 +90,9 @@ IDLE: tuple[tuple[str, Condition, str], ...] = (
 
 # (when, what to know): settings that work together in a way one might not expect.
 ADVICE: tuple[tuple[Condition, str], ...] = (
-    (lambda c: c.cache.use_cache and c.data.init_args.random_crop and not _own_class(c),
-     "data.init_args.random_crop=true with cache.use_cache=true: every sample keeps the one crop it is cached with"),
+    (lambda c: c.cache.use_cache and c.cache.num_variations == 1 and _random(c) and not _own_class(c),
+     "random crops and flips with cache.use_cache=true: every sample keeps the one it is cached with; "
+     "cache.num_variations stores more of them"),
 )  # fmt: skip
 
 

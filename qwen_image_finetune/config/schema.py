@@ -167,6 +167,7 @@ class DatasetArguments(Section):
     crop_scale: Annotated[list[Rate], Field(min_length=2, max_length=2), Allowed("[smallest, largest]")] = Field(
         [1.0, 1.0], description="range of the random window's scale, [smallest, largest]"
     )
+    random_flip: Switch = Field(False, description="every other visit, by chance: the whole pair left to right")
 
     @model_validator(mode="after")
     def _consistent(self) -> DatasetArguments:
@@ -336,6 +337,9 @@ class CacheConfig(Section):
     text_encoder_2_device: Device | None = Field(None, description="the same for the second text encoder")
     prompt_empty_drop_keys: list[Text] | None = Field(
         None, description="text embeddings that the dropped prompt replaces; default: all"
+    )
+    num_variations: Count = Field(
+        1, description="random crops and flips of each sample that are stored; its visits take turns"
     )
 
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+from PIL.Image import Image, Transpose
 
 from qwen_image_finetune.data import suspects
 from qwen_image_finetune.data.geometry import (
@@ -29,8 +30,6 @@ from qwen_image_finetune.data.sources import read_folder
 from qwen_image_finetune.records import Example
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from qwen_image_finetune.config import DatasetArguments
 
 _CHUNK = 64  # rows that one thread checks at a time
@@ -53,7 +52,7 @@ class ImageDataset:
             size: `Family.size`.
             side_multiple: sides of pictures are multiples of this, in pixels.
             max_references: most references of one row.
-            seed: of the random crop.
+            seed: of random crops and flips.
 
         Raises:
             DataError: options that no data could fulfil.
@@ -62,7 +61,7 @@ class ImageDataset:
         self.rows: Sequence[Row]
         self._size, self._max_references, self._seed = size, max_references, seed
         self._image_size, self._area = self._final(arguments, side_multiple)
-        self._crop = _crop(arguments)
+        self._crop, self._random_flip = _crop(arguments), arguments.random_flip
         self._problems: list[str] = []
         self.rows = self._list(arguments)
         self._note_rows(arguments.use_edit_mask)
@@ -105,11 +104,12 @@ class ImageDataset:
             self._note_pictures(decode)
         return list(problems)
 
-    def plan(self, index: int, visit: int = 0) -> Plan:
+    def plan(self, index: int, visit: int | None = None) -> Plan:
         """What becomes of the pictures of a row, from the headers of its files.
 
         Args:
-            visit: how often the row was seen before; a random crop differs from visit to visit.
+            visit: how often the row was seen before; random crops and flips differ from visit to visit. None:
+                nothing is random, as pairs are seen that are not trained on.
 
         Raises:
             DataError: a header that cannot be read, or a picture too long and narrow.
@@ -118,17 +118,19 @@ class ImageDataset:
         extents = self._read_extents(index)
         images = extents[: 1 + len(row.reference_names)]
         nominal = self._crop.nominal(images[0], self._image_size)
-        draw = generator(self._seed, row.key, visit) if self._crop.random else None
+        random = self._crop.random or self._random_flip
+        draw = generator(self._seed, row.key, visit) if random and visit is not None else None
         box = self._crop.box(images[0], nominal, draw)
+        mirrored = draw is not None and self._random_flip and bool(draw.integers(2))
         try:
             parts = fit(images, box, nominal, self._size, self._image_size, self._area)
         except DataError as error:
             raise DataError([f"{row.target}: {line}" for line in error.problems]) from None
         paths = (row.target, *row.references)
-        target, *references = (Picture(path, *part) for path, part in zip(paths, parts, strict=True))
+        target, *references = (Picture(path, *part, mirrored) for path, part in zip(paths, parts, strict=True))
         mask = None
         if row.mask is not None:
-            mask = Picture(row.mask, transfer(target.box, images[0], extents[-1]), target.size)
+            mask = Picture(row.mask, transfer(target.box, images[0], extents[-1]), target.size, mirrored)
         return Plan(target, tuple(references), mask)
 
     def geometry(self, index: int, with_references: bool = True) -> tuple[Extent, ...]:
@@ -155,7 +157,7 @@ class ImageDataset:
                 raise DataError(f"{row.caption}: cannot be read ({error})") from error
         return text.replace("\r\n", "\n").replace("\r", "\n").strip()
 
-    def load(self, index: int, visit: int = 0) -> Example:
+    def load(self, index: int, visit: int | None = None) -> Example:
         """Read a row: the target and its mask at their final size, the references cropped but at their own size.
 
         Raises:
@@ -163,15 +165,15 @@ class ImageDataset:
         """
         plan = self.plan(index, visit)
         extents = self._read_extents(index)
-        target = resize(_cropped(plan.target, extents[0]), plan.target.size)
+        target = resize(cropped(plan.target, extent=extents[0]), plan.target.size)
         mask = None
         if plan.mask is not None:
-            mask = resize(_cropped(plan.mask, extents[-1], "black").convert("L"), plan.mask.size)
+            mask = resize(cropped(plan.mask, "black", extents[-1]).convert("L"), plan.mask.size)
         return Example(
             key=self.rows[index].key,
             prompt=self.prompt(index),
             references=tuple(
-                _cropped(picture, extents[place]) for place, picture in enumerate(plan.references, start=1)
+                cropped(picture, extent=extents[place]) for place, picture in enumerate(plan.references, start=1)
             ),
             reference_sizes=tuple(picture.size for picture in plan.references),
             target=target,
@@ -305,8 +307,18 @@ def _decode(row: Row) -> list[str]:
     return problems
 
 
-def _cropped(picture: Picture, extent: Extent, background: str = "white") -> Image:
+def cropped(picture: Picture, background: str = "white", extent: Extent | None = None) -> Image:
+    """The part of a picture that is used, upright or mirrored, at its own size.
+
+    Args:
+        extent: upright size that the file had when it was planned for, where that is to be checked.
+
+    Raises:
+        DataError: the file cannot be read, or has another size now.
+    """
     image = open_upright(picture.path, background)
-    if image.size != extent:
+    if extent is not None and image.size != extent:
         raise DataError(f"{picture.path}: changed while it was used; it had {extent} pixels, now {image.size}")
-    return image if picture.box == (0, 0, *extent) else image.crop(picture.box)
+    if picture.box != (0, 0, *image.size):
+        image = image.crop(picture.box)
+    return image.transpose(Transpose.FLIP_LEFT_RIGHT) if picture.mirrored else image

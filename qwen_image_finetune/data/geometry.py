@@ -29,6 +29,7 @@ class Picture:
     path: Path
     box: Box  # what is kept, in upright pixels
     size: Extent  # final size
+    mirrored: bool = False  # left to right, after the crop
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,9 @@ class Crop:
         return max(1, round(self.window[0] * shrink)), max(1, round(self.window[1] * shrink))
 
     def box(self, extent: Extent, nominal: Extent, draw: np.random.Generator | None) -> Box:
-        """The part kept of a target: in the middle, or where `draw` says."""
+        """The part kept of a target: in the middle, or, if it is random, where `draw` says."""
         width, height = nominal
-        if draw is None:
+        if draw is None or not self.random:
             return centered((0, 0, *extent), nominal)
         scale = draw.uniform(*self.scale)
         width, height = max(1, round(width * scale)), max(1, round(height * scale))

@@ -26,7 +26,7 @@ class Part(ImageDataset):
         chosen = self.indices if rows is None else [self.indices[row] for row in rows]
         return self.whole.check(decode, progress, chosen)
 
-    def plan(self, index: int, visit: int = 0) -> Plan:
+    def plan(self, index: int, visit: int | None = None) -> Plan:
         return self.whole.plan(self.indices[index], visit)
 
     def geometry(self, index: int, with_references: bool = True) -> tuple[Extent, ...]:
@@ -35,7 +35,7 @@ class Part(ImageDataset):
     def prompt(self, index: int) -> str:
         return self.whole.prompt(self.indices[index])
 
-    def load(self, index: int, visit: int = 0) -> Example:
+    def load(self, index: int, visit: int | None = None) -> Example:
         return self.whole.load(self.indices[index], visit)
 
 

@@ -144,8 +144,9 @@ def test_random_crop(tmp_path: Path) -> None:
         assert 20 <= right - left <= 40
         assert plan.references[0].box == (2 * left, 2 * upper, 2 * right, 2 * lower)
     assert [again.plan(0, visit) for visit in reversed(range(20))] == visits[::-1]
-    assert dataset(tmp_path, seed=1, **options).plan(0) != visits[0]
-    assert data.plan(1).target.box != visits[0].target.box
+    assert dataset(tmp_path, seed=1, **options).plan(0, 0) != visits[0]
+    assert data.plan(1, 0).target.box != visits[0].target.box
+    assert data.plan(0).target.box == (20, 10, 60, 50)  # where nothing is trained: the middle, unscaled
     assert data.load(0, 3).references[0].size == tuple(
         np.subtract(visits[3].references[0].box[2:], visits[3].references[0].box[:2])
     )
@@ -167,6 +168,28 @@ def test_random_crop_has_the_shape_of_a_fixed_size(tmp_path: Path) -> None:
     boxes = [data.plan(0, visit).target.box for visit in range(20)]
     assert {(box[2] - box[0], box[3] - box[1]) for box in boxes} == {(30, 60)}
     assert len({box[0] for box in boxes}) > 5
+
+
+def test_random_flips_turn_the_whole_pair(tmp_path: Path) -> None:
+    pair(tmp_path, target=(80, 60), reference=(160, 120))
+    draw(tmp_path / "training_images/a_mask.png", (80, 60))
+    pair(tmp_path, "b")
+    windows: dict[str, Any] = {"random_crop": True, "crop_size": 40, "crop_scale": [0.5, 1.0], "use_edit_mask": True}
+    data, again = dataset(tmp_path, random_flip=True, **windows), dataset(tmp_path, random_flip=True, **windows)
+    upright = dataset(tmp_path, **windows)
+    mirrored = [data.plan(0, visit).target.mirrored for visit in range(200)]
+    assert 70 < sum(mirrored) < 130
+    assert [again.plan(0, visit).target.mirrored for visit in reversed(range(200))] == mirrored[::-1]
+    assert [data.plan(1, visit).target.mirrored for visit in range(200)] != mirrored
+    for visit in range(8):
+        flipped, plain = data.load(0, visit), upright.load(0, visit)  # the same windows: flips are drawn after them
+        assert flipped.mask is not None and plain.mask is not None
+        pictures = (flipped.target, *flipped.references, flipped.mask)
+        for ours, theirs in zip(pictures, (plain.target, *plain.references, plain.mask), strict=True):
+            expected = np.asarray(theirs, dtype=int)
+            difference = np.abs(np.asarray(ours) - (expected[:, ::-1] if mirrored[visit] else expected)).max()
+            assert difference <= (1 if mirrored[visit] else 0)  # rounding of the resize
+    assert not data.plan(0).target.mirrored  # nothing is random where nothing is trained
 
 
 def test_masks_follow_the_target(tmp_path: Path) -> None:

@@ -56,10 +56,9 @@ def newest_version(project: Path) -> Path:
 
 
 def demonstrate(name: str) -> Result:
-    """Cache, if it is asked for, train and draw one family."""
+    """Cache, train and draw one family."""
     config = Path(f"configs/demo_{name}.yaml")
-    if load_config(ROOT / config).cache.use_cache:
-        qif("cache", config)
+    qif("cache", config)
     began = time.monotonic()
     qif("train", config)
     seconds = time.monotonic() - began

@@ -59,7 +59,7 @@ class Measured:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=100, help="optimizer steps of each run (make demo: 400 and 600)")
+    parser.add_argument("--steps", type=int, default=100, help="optimizer steps of each run (make demo: 800 and 1000)")
     parser.add_argument("--bases", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="default: both")
     parser.add_argument("--precisions", nargs="+", choices=ROWS, default=list(ROWS), help="beside bf16; default: all")
     parser.add_argument("--output", type=Path, help="JSON file to write")
@@ -95,7 +95,6 @@ def measure(
     settings = load_config(config, overrides)
     settings = load_config(config, [
         f"validation.dataset_path={HELD_OUT}",
-        "cache.use_cache=true", "data.init_args.random_crop=false",  # encoded once for all rows
         *overrides,
         "validation.enabled=true", f"validation.steps={steps + 1}", "validation.num_loss_pairs=1000",
         f"validation.num_loss_sigmas={LEVELS}", "validation.num_validation_samples=1",

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 HELD_OUT = ROOT / "data/face_seg_held_out"
 PROMPT = "draw the segmentation mask of this face"
 FACES = 8
-STEPS = 100  # `make demo` takes 800 and 600
+STEPS = 100  # `make demo` takes 800 and 1000, from 16 variations
 
 
 @pytest.mark.parametrize("name", ["flux_kontext", "qwen_image_edit"])
@@ -26,7 +26,7 @@ def test_a_lora_from_twenty_pairs_segments_faces_nobody_trained_on(
     monkeypatch.syspath_prepend(ROOT / "scripts")
     import draw_many
 
-    overrides = [f"train.max_train_steps={STEPS}", f"cache.cache_dir={tmp_path / 'cache'}",
+    overrides = [f"train.max_train_steps={STEPS}", f"cache.cache_dir={tmp_path / 'cache'}", "cache.num_variations=4",
                  f"logging.output_dir={tmp_path / 'output'}", "logging.report_to=none"]  # fmt: skip
     config = load_config(ROOT / f"configs/demo_{name}.yaml", overrides)
     version = train(config)
@@ -47,4 +47,5 @@ def test_a_lora_from_twenty_pairs_segments_faces_nobody_trained_on(
     draw_many.add_lora(predictor, next(version.glob("checkpoint-*")) / "pytorch_lora_weights.safetensors")
     after = score(draw_many.draw)
     assert before < 0.3
-    assert after > 0.65, after  # 0.74 and 0.80 were seen
+    assert print(name, after)
+    assert after > 0.7, after  # 0.80 and 0.83 were seen

@@ -59,7 +59,7 @@ class Measured:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=100, help="optimizer steps of each run (make demo: 800 and 1000)")
+    parser.add_argument("--steps", type=int, default=100, help="optimizer steps of each run (make demo: 800)")
     parser.add_argument("--bases", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="default: both")
     parser.add_argument("--precisions", nargs="+", choices=ROWS, default=list(ROWS), help="beside bf16; default: all")
     parser.add_argument("--output", type=Path, help="JSON file to write")

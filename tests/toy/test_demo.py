@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 HELD_OUT = ROOT / "data/face_seg_held_out"
 PROMPT = "draw the segmentation mask of this face"
 FACES = 8
-STEPS = 100  # `make demo` takes 800 and 1000, from 16 variations
+STEPS = 100  # `make demo` takes 800, from 16 variations
 
 
 @pytest.mark.parametrize("name", ["flux_kontext", "qwen_image_edit"])

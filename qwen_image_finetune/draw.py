@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from qwen_image_finetune import console
 from qwen_image_finetune.config import Config
 from qwen_image_finetune.data.images import open_upright
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 READ = (".jpg", ".jpeg", ".png", ".webp")
 WRITTEN = (".png", ".jpg", ".jpeg", ".webp")
@@ -27,7 +24,7 @@ class DrawingError(ValueError):
 class Drawing:
     """One call of the predictor, and the file of each seed."""
 
-    references: tuple[Image, ...]
+    references: tuple[Path, ...]
     files: tuple[Path, ...]
 
 
@@ -60,7 +57,7 @@ def draw(config: Config, request: Request) -> list[Path]:
 
     Raises:
         DataError: a reference cannot be read.
-        DrawingError: no references to be had, or an output that cannot be written.
+        DrawingError: no references to be had, or an output that cannot be written or would replace a reference.
         PredictionError: references or sizes that the family does not take.
     """
     drawings = plan(request)
@@ -87,8 +84,9 @@ def draw(config: Config, request: Request) -> list[Path]:
 
     written = []
     for drawing in drawings:
+        references = [open_upright(path) for path in drawing.references]
         pictures = trainer.predict(
-            drawing.references or None, request.prompt, request.steps, request.guidance,
+            references or None, request.prompt, request.steps, request.guidance,
             negative_prompt=request.negative_prompt, image_guidance_scale=request.image_guidance,
             width=request.width, height=request.height, seed=request.seeds,
         )  # fmt: skip
@@ -100,16 +98,34 @@ def draw(config: Config, request: Request) -> list[Path]:
 
 
 def plan(request: Request) -> list[Drawing]:
-    """The drawings of a request, with their references read."""
+    """The drawings of a request. Every reference is opened once to see that it can be, one at a time."""
     if request.count < 1 or request.seed < 0:
         raise DrawingError(f"--count {request.count} and --seed {request.seed}: at least one picture, seeds from 0")
     if request.folder is None:
-        references = tuple(open_upright(path) for path in request.images)
-        return [Drawing(references, _files(request, None))]
-    if request.images:
+        drawings = [Drawing(request.images, _files(request, None))]
+    elif request.images:
         raise DrawingError("--folder edits each picture of a folder on its own: leave --image out, or --folder")
-    pictures = _pictures(request.folder)
-    return [Drawing((open_upright(path),), _files(request, path.stem)) for path in pictures]
+    else:
+        drawings = [Drawing((path,), _files(request, path.stem)) for path in _pictures(request.folder)]
+    for drawing in drawings:
+        for path in drawing.references:
+            open_upright(path)
+    _check_kept(drawings)
+    return drawings
+
+
+def _check_kept(drawings: Sequence[Drawing]) -> None:
+    """Refuse outputs that are references too, under whatever name: a picture that was edited is kept."""
+    references = {_identity(path): path for drawing in drawings for path in drawing.references}
+    for file in (file for drawing in drawings for file in drawing.files if file.exists()):
+        if reference := references.get(_identity(file)):
+            raise DrawingError(f"--output: {file} would overwrite {reference}, which it is made from; choose another")
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    """The same for all names of a file: links, and disks that ignore case."""
+    found = path.stat()
+    return found.st_dev, found.st_ino
 
 
 def _pictures(folder: Path) -> list[Path]:

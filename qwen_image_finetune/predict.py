@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -228,9 +228,9 @@ class Predictor:
 
 
 def check_request(
-    family: Family, images: Sequence[Image], width: int | None, height: int | None, steps: int | None = None
+    family: Family, images: Sized, width: int | None, height: int | None, steps: int | None = None
 ) -> None:
-    """Refuse what the family cannot draw; nothing needs to be loaded for it.
+    """Refuse what the family cannot draw; nothing needs to be loaded for it. Of the references only the number counts.
 
     Raises:
         PredictionError: see `Predictor.predict`.
@@ -241,7 +241,7 @@ def check_request(
         )
     if steps is not None and steps < 1:
         raise PredictionError(f"{steps} inference steps: give at least 1, or none for the model's own")
-    if width is None and height is None and images:
+    if width is None and height is None and len(images):
         return
     if width is None or height is None:
         raise PredictionError("give width and height together, or a picture to take the size from")

@@ -11,6 +11,7 @@ from PIL import Image
 
 from qwen_image_finetune.cli import main
 from qwen_image_finetune.config import Config, ConfigError
+from qwen_image_finetune.data.images import DataError
 from qwen_image_finetune.draw import DrawingError, Request, draw, plan
 from qwen_image_finetune.families import FAMILIES, get_family
 from qwen_image_finetune.levers.lora_header import LoraFileError
@@ -274,7 +275,7 @@ def test_files_of_a_folder(folder: Path, tmp_path: Path) -> None:
     (folder / "._a.png").write_bytes(b"what macOS keeps beside a file")
     drawings = plan(Request("x", folder=folder, output=tmp_path / "out"))
     assert [file.name for drawing in drawings for file in drawing.files] == ["a.png", "b.png"]
-    assert all(len(drawing.references) == 1 for drawing in drawings)
+    assert [drawing.references for drawing in drawings] == [(folder / "a.png",), (folder / "b.jpg",)]
 
 
 def test_requests_that_mean_nothing(folder: Path, tmp_path: Path) -> None:
@@ -291,6 +292,28 @@ def test_requests_that_mean_nothing(folder: Path, tmp_path: Path) -> None:
     refused("holds no picture", folder=tmp_path / "empty", output=tmp_path / "out")
     photograph().save(folder / "a.jpg")
     refused("several pictures called a", folder=folder, output=tmp_path / "out")
+
+
+def test_no_picture_is_overwritten_by_its_edit(folder: Path, tmp_path: Path) -> None:
+    def refused(output: Path, **given: object) -> None:
+        with pytest.raises(DrawingError, match=f"{output}.* would overwrite {folder}/"):
+            plan(Request("x", output=output, **given))  # type: ignore[arg-type]
+
+    refused(folder, folder=folder)
+    refused(folder / "b.jpg", images=(folder / "a.png", folder / "b.jpg"))
+    (tmp_path / "link.png").symlink_to(folder / "a.png")
+    refused(tmp_path / "link.png", images=(folder / "a.png",))
+    photograph().save(folder / "a-5.png")
+    refused(folder, folder=folder, count=2, seed=5)
+    photograph().save(tmp_path / "old.png")
+    assert plan(Request("x", images=(folder / "a.png",), output=tmp_path / "old.png"))  # another file may go
+
+
+def test_a_broken_picture_of_a_folder_is_said_before_anything_is_drawn(folder: Path, tmp_path: Path) -> None:
+    broken = folder / "b.jpg"
+    broken.write_bytes(broken.read_bytes()[:-100])
+    with pytest.raises(DataError, match=r"b\.jpg: cannot be read"):
+        plan(Request("x", folder=folder, output=tmp_path / "out"))
 
 
 def test_the_command_draws_each_picture_of_a_folder(folder: Path, tmp_path: Path, configure: Configure) -> None:

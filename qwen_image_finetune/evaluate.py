@@ -154,6 +154,8 @@ def open_request(request: Request) -> tuple[Path | None, Config]:
         raise EvaluationError(f"{run} holds no config.yaml: give a configuration, or the version folder of a run")
     if request.count is not None and request.count < 1:
         raise EvaluationError(f"--count {request.count}: at least one picture")
+    if request.steps is not None and request.steps < 1:
+        raise EvaluationError(f"--steps {request.steps}: at least 1, or leave it out for the model's own")
     if request.checkpoints and run is None:
         raise EvaluationError("--checkpoints are those of a run: give its version folder in place of the configuration")
     file = request.config / "config.yaml" if run else request.config

@@ -110,6 +110,8 @@ def test_what_cannot_be_evaluated_is_said(configure: Configure, squares: Path, t
     for words, given in {
         "give its version folder": {"checkpoints": ("all",)},
         "at least one picture": {"count": 0},
+        "--steps 0: at least 1": {"steps": 0},
+        "--steps -1: at least 1": {"steps": -1},
     }.items():
         with pytest.raises(EvaluationError, match=words):
             evaluate(Request(file, squares, **given))  # type: ignore[arg-type]

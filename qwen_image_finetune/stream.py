@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qwen_image_finetune import cache
-from qwen_image_finetune.cache import TextVariant
+from qwen_image_finetune.cache import EncodedDataset, TextVariant
 from qwen_image_finetune.config import DataConfig
 from qwen_image_finetune.data.batches import MicroBatch
 from qwen_image_finetune.job import Job
@@ -24,9 +24,8 @@ def micro_batches(job: Job, pipe: DiffusionPipeline | None, first_step: int) -> 
     Args:
         pipe: encodes the samples on the way; None reads the cache.
     """
-    source = _Numbered(job, cached=pipe is None)
-    span = range(first_step * source.accumulation, job.total_steps * source.accumulation)
-    for micro, items in _read_ahead(source, span, job.config.data):
+    reader = _Reader(job.rows, cached=pipe is None)
+    for micro, items in _read_ahead(reader, own_micro_batches(job, first_step), job.config.data):
         if pipe is None:
             yield micro, items
         else:
@@ -37,32 +36,40 @@ def micro_batches(job: Job, pipe: DiffusionPipeline | None, first_step: int) -> 
             yield micro, collate(encoded)
 
 
-def _read_ahead(source: _Numbered, span: range, settings: DataConfig) -> Iterator[tuple[MicroBatch, Any]]:
-    """The numbered micro-batches in order, read by worker processes, or by threads where there are none."""
+def own_micro_batches(job: Job, first_step: int) -> Iterator[MicroBatch]:
+    """Which rows this process trains on, from `first_step` to the end of the run.
+
+    Drawn by whoever asks for the next one, not by those that read the rows: `Batches` is not made for several threads.
+    """
+    for step in range(first_step, job.total_steps):
+        micros = job.batches.at(step)
+        for place in range(job.config.train.gradient_accumulation_steps):
+            yield micros[place * job.team.size + job.team.rank]
+
+
+def _read_ahead(
+    reader: _Reader, micros: Iterator[MicroBatch], settings: DataConfig
+) -> Iterator[tuple[MicroBatch, Any]]:
+    """The micro-batches in order, read by worker processes, or by threads where there are none."""
     if settings.num_workers == 0:
-        yield from (loaded for _, loaded in cache.ahead(span, source.__getitem__, settings.prefetch_factor))
+        yield from (loaded for _, loaded in cache.ahead(micros, reader.__getitem__, settings.prefetch_factor))
         return
     yield from torch.utils.data.DataLoader(
-        source,
+        reader,
         batch_size=None,
-        sampler=span,
+        sampler=micros,
         num_workers=settings.num_workers,
         prefetch_factor=settings.prefetch_factor,
     )
 
 
-class _Numbered(torch.utils.data.Dataset[tuple[MicroBatch, Any]]):
-    """Micro-batches of one process by their number since the start of training."""
+class _Reader(torch.utils.data.Dataset[tuple[MicroBatch, Any]]):
+    """Reads what belongs to a micro-batch. Worker processes get a copy of it."""
 
-    def __init__(self, job: Job, cached: bool) -> None:
-        # Worker processes get a copy of this: no more of the job than it needs.
-        self.rows, self.batches, self.cached = job.rows, job.batches, cached
-        self.rank, self.processes = job.team.rank, job.team.size
-        self.accumulation = job.config.train.gradient_accumulation_steps
+    def __init__(self, rows: EncodedDataset, cached: bool) -> None:
+        self.rows, self.cached = rows, cached
 
-    def __getitem__(self, number: int) -> tuple[MicroBatch, Batch | list[Example]]:
-        step, place = divmod(number, self.accumulation)
-        micro = self.batches.at(step)[place * self.processes + self.rank]
+    def __getitem__(self, micro: MicroBatch) -> tuple[MicroBatch, Batch | list[Example]]:
         if self.cached:
             # Stacked here: a few large tensors pass from a worker process sooner than several for each sample.
             variants = row_variants(micro)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import math
 import re
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 
 BASE, COPY = "base", "copy of the input"
 RESULTS = "evaluation.json"
+TRUTH, INPUT = "truth", "input"  # folders of what the candidates' pictures are looked at beside
 
 
 class EvaluationError(ValueError):
@@ -115,10 +117,10 @@ def evaluate(request: Request) -> dict[str, Any]:
     if isinstance(lpips, str):
         console.say(f"note: {lpips}")
     results = []
-    for candidate in found:
+    for candidate, folder in zip(found, folder_names([candidate.name for candidate in found]), strict=True):
         with explained(config, "predicting"):
             drawn = draw(trainer, candidate, rows, request)
-        files = samples.save(output / slug(candidate.name), drawn)
+        files = samples.save(output / folder, drawn)
         results.append(result(candidate, rows, drawn, lpips, [str(file.relative_to(output)) for file in files]))
     compare(results)
     save_inputs(output, rows)
@@ -300,9 +302,9 @@ def compare(results: Sequence[dict[str, Any]]) -> None:
 
 def save_inputs(output: Path, rows: Sequence[Row]) -> None:
     """What the pictures of the candidates are to be looked at beside."""
-    samples.save(output / "truth", [row.example.target for row in rows])
+    samples.save(output / TRUTH, [row.example.target for row in rows])
     if all(row.source is not None for row in rows):
-        samples.save(output / "input", [row.source for row in rows if row.source is not None])
+        samples.save(output / INPUT, [row.source for row in rows if row.source is not None])
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
@@ -332,6 +334,12 @@ def summary(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def slug(name: str) -> str:
-    """A folder name of a candidate's name."""
-    return re.sub(r"[^\w.]+", "-", name).strip("-.") or "candidate"
+def folder_names(names: Sequence[str]) -> list[str]:
+    """A folder name for each candidate's name, all different, also on disks that ignore case."""
+    found: list[str] = []
+    for name in names:
+        slug = re.sub(r"(?:[^\w.-]|-(?!\d))+", "-", name).strip("-.") or "candidate"  # the minus of a strength stays
+        numbered = itertools.chain([slug], (f"{slug}-{number}" for number in itertools.count(2)))
+        taken = {TRUTH, INPUT, *(folder.casefold() for folder in found)}
+        found.append(next(folder for folder in numbered if folder.casefold() not in taken))
+    return found

@@ -14,7 +14,7 @@ from PIL import Image
 from qwen_image_finetune import metrics
 from qwen_image_finetune.cli import main
 from qwen_image_finetune.config import Config
-from qwen_image_finetune.evaluate import EvaluationError, Request, evaluate
+from qwen_image_finetune.evaluate import EvaluationError, Request, evaluate, folder_names
 from qwen_image_finetune.families import FAMILIES
 from qwen_image_finetune.levers.lora_header import LoraFileError
 from qwen_image_finetune.train import train
@@ -123,3 +123,20 @@ def test_what_cannot_be_evaluated_is_said(configure: Configure, squares: Path, t
     (tmp_path / "v7" / "config.yaml").write_text(file.read_text())
     with pytest.raises(EvaluationError, match="no checkpoint 'best'"):
         evaluate(Request(tmp_path / "v7", squares))
+
+
+def test_every_candidate_has_a_folder_of_its_own() -> None:
+    names = {
+        "base": "base",
+        "copy of the input": "copy-of-the-input",
+        "run x 1": "run-x-1",
+        "run x -1": "run-x--1",
+        "a/b x 0.5": "a-b-x-0.5",
+        "a-b x 0.5": "a-b-x-0.5-2",
+        "A b x 0.5": "A-b-x-0.5-3",
+        "../checkpoint-3-12 x 1": "checkpoint-3-12-x-1",
+        "truth": "truth-2",
+        "Input": "Input-2",
+        "/": "candidate",
+    }
+    assert folder_names(list(names)) == list(names.values())

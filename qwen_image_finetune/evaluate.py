@@ -37,7 +37,7 @@ from qwen_image_finetune.levers.trained import find_tuned
 from qwen_image_finetune.out_of_memory import explained
 from qwen_image_finetune.predict import Conditions
 from qwen_image_finetune.preparation import check_loras, open_dataset
-from qwen_image_finetune.records import Encoded, Example, collate
+from qwen_image_finetune.records import Encoded, collate
 from qwen_image_finetune.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -81,16 +81,15 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Row:
-    """A pair, encoded once for all candidates."""
+    """A pair, encoded once for all candidates. All pairs stay in memory: pictures only at the size of the target."""
 
-    example: Example
+    key: str
+    prompt: str
+    source: Image | None  # the (first) reference
+    target: Image
+    mask: Image | None
     wanted: Encoded
     negative: Encoded | None
-
-    @property
-    def source(self) -> Image | None:
-        """The (first) reference at the size of the truth."""
-        return resize(self.example.references[0], self.example.target.size) if self.example.references else None
 
 
 def evaluate(request: Request) -> dict[str, Any]:
@@ -221,7 +220,7 @@ def checkpoints(run: Path, word: str) -> list[Path]:
 def encode(config: Config, predictor: Predictor, dataset: ImageDataset, request: Request) -> list[Row]:
     """The rows as training would see them, on the CPU."""
     folder = loading.checkpoint_folder(config, predictor.family)
-    encoder = EncodedDataset(config, predictor.family, dataset, folder, predictor.pipe.vae.dtype, trained_on=False)
+    encoder = EncodedDataset(config, predictor.family, dataset, folder, predictor.pipe.vae.dtype)
     guided_twice = predictor.guidance(request.guidance).prompt != 1.0
     rows = []
     with predictor.encoding(), console.progress("encoding the pairs", len(dataset)) as update:
@@ -229,7 +228,9 @@ def encode(config: Config, predictor: Predictor, dataset: ImageDataset, request:
             example = dataset.load(index)
             other = TextVariant(predictor.family.negative_prompt)
             negative = encoder.encode(predictor.pipe, example, other) if guided_twice else None
-            rows.append(Row(example, encoder.encode(predictor.pipe, example), negative))
+            source = resize(example.references[0], example.target.size) if example.references else None
+            wanted = encoder.encode(predictor.pipe, example)
+            rows.append(Row(example.key, example.prompt, source, example.target, example.mask, wanted, negative))
             update(index + 1)
     return rows
 
@@ -237,7 +238,7 @@ def encode(config: Config, predictor: Predictor, dataset: ImageDataset, request:
 def draw(trainer: Trainer, candidate: Candidate, rows: Sequence[Row], request: Request) -> list[Image]:
     """What a candidate makes of every row; each row has its own noise, the same for all candidates."""
     if candidate.name == COPY:
-        return [row.source or row.example.target.copy() for row in rows]
+        return [row.source or row.target.copy() for row in rows]
     use(trainer, candidate)
     predictor = trainer.predictor
     drawn = []
@@ -264,12 +265,12 @@ def result(
     """Measures of every picture, and their means."""
     pictures: list[dict[str, Any]] = []
     for row, picture, file in zip(rows, drawn, files, strict=True):
-        ours, truth = metrics.pixels(picture), metrics.pixels(row.example.target)
+        ours, truth = metrics.pixels(picture), metrics.pixels(row.target)
         source = None if row.source is None else metrics.pixels(row.source)
-        edited = None if row.example.mask is None else np.asarray(row.example.mask) > 127
+        edited = None if row.mask is None else np.asarray(row.mask) > 127
         values = metrics.measure(ours, truth, source, edited)
         values["lpips"] = None if isinstance(lpips, str) else lpips(ours, truth)
-        pictures.append({"key": row.example.key, "prompt": row.example.prompt, "file": file, **values})
+        pictures.append({"key": row.key, "prompt": row.prompt, "file": file, **values})
     return {
         "name": candidate.name,
         "source": None if candidate.source is None else str(candidate.source),
@@ -302,7 +303,7 @@ def compare(results: Sequence[dict[str, Any]]) -> None:
 
 def save_inputs(output: Path, rows: Sequence[Row]) -> None:
     """What the pictures of the candidates are to be looked at beside."""
-    samples.save(output / TRUTH, [row.example.target for row in rows])
+    samples.save(output / TRUTH, [row.target for row in rows])
     if all(row.source is not None for row in rows):
         samples.save(output / INPUT, [row.source for row in rows if row.source is not None])
 

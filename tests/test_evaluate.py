@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +15,11 @@ from PIL import Image
 from qwen_image_finetune import metrics
 from qwen_image_finetune.cli import main
 from qwen_image_finetune.config import Config
-from qwen_image_finetune.evaluate import EvaluationError, Request, evaluate, folder_names
+from qwen_image_finetune.data.images import resize
+from qwen_image_finetune.evaluate import EvaluationError, Request, encode, evaluate, folder_names
 from qwen_image_finetune.families import FAMILIES
 from qwen_image_finetune.levers.lora_header import LoraFileError
+from qwen_image_finetune.preparation import open_dataset
 from qwen_image_finetune.train import train
 from qwen_image_finetune.trainer import Trainer
 
@@ -123,6 +126,24 @@ def test_what_cannot_be_evaluated_is_said(configure: Configure, squares: Path, t
     (tmp_path / "v7" / "config.yaml").write_text(file.read_text())
     with pytest.raises(EvaluationError, match="no checkpoint 'best'"):
         evaluate(Request(tmp_path / "v7", squares))
+
+
+def test_of_a_large_reference_only_the_size_of_the_target_is_kept(
+    configure: Configure, write_pairs: Callable[..., Path], tmp_path: Path
+) -> None:
+    large = (201, 203)
+    folder = write_pairs(tmp_path / "large", [large] * 2)
+    config = configure("FluxKontext", f"data.init_args.dataset_path={folder}")
+    predictor = Trainer(config).predictor
+    dataset = open_dataset(config, predictor.family)
+    rows = encode(config, predictor, dataset, Request(tmp_path / "config.yaml", folder))
+    gc.collect()
+    kept = [each.size for each in gc.get_objects() if isinstance(each, Image.Image)]
+    assert large not in kept
+    for row, index in zip(rows, range(2), strict=True):
+        reference = Image.open(folder / "control_images" / f"{index}.png")
+        assert row.target.size == (64, 64)
+        assert np.array_equal(np.asarray(row.source), np.asarray(resize(reference, (64, 64))))
 
 
 def test_every_candidate_has_a_folder_of_its_own() -> None:

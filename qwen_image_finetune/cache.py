@@ -122,7 +122,8 @@ class EncodedDataset:
     ) -> None:
         self.family, self.dataset = family, dataset
         # Crops and flips that are stored: visits of training take turns, other pairs are seen as they are.
-        self.visits: tuple[int | None, ...] = tuple(range(config.cache.num_variations)) if trained_on else (None,)
+        number = config.cache.num_variations if config.data.is_random else 1
+        self.visits: tuple[int | None, ...] = tuple(range(number)) if trained_on else (None,)
         self.drop_keys = config.cache.prompt_empty_drop_keys
         self.variants = text_variants(config, family)
         self.dtype = str(dtype).removeprefix("torch.")
@@ -130,6 +131,10 @@ class EncodedDataset:
         self.store, self.fingerprints = Store(folder), Fingerprints(folder)
         self.checkpoint = checkpoint
         self._row_keys: list[list[RowKeys]] = []  # of each row, for each of `visits`
+
+    def example(self, index: int) -> Example:
+        """The pictures behind `read` at the first visit."""
+        return self.dataset.load(index, self.visits[0])
 
     # Naming and filling the store
 

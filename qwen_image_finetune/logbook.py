@@ -70,6 +70,11 @@ class Logbook:
         step = self.progress.step
         return self.run.checkpoint_path(self.job.batches.epoch_of(max(step - 1, 0)), step)
 
+    def written_checkpoint(self) -> Path | None:
+        """The same, once it stands there as a whole."""
+        self.writer.wait()
+        return self.checkpoint_path()
+
     def save(self, state: State, wait: bool = False) -> None:
         """Copy the state to the host and write it behind the loop's back; `wait` for the last one of a run."""
         run, final, limit = self.run, self.checkpoint_path(), self.job.config.train.checkpoints_total_limit

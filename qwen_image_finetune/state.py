@@ -36,7 +36,6 @@ FIXED = {
 # What may change in the middle of a run, but makes it another one than without a break.
 FREE = (
     "model.quantize", "model.lora.lora_dropout", "data.batch_size", "data.shuffle", "cache.prompt_empty_drop_keys",
-    "cache.num_variations",
     *(f"data.init_args.{key}" for key in (
         "caption_dropout_rate", "prompt_image_dropout_rate", "image_size", "resolution", "center_crop",
         "center_crop_ratio", "random_crop", "crop_size", "crop_scale", "random_flip")),
@@ -49,6 +48,7 @@ NAMES = {  # of what is stored under a name that is no key
     "micro_batches_per_step": "train.gradient_accumulation_steps times processes",
     "base": "the sum over the files of the base's transformer",
     "pairs": "the number of pairs",
+    "variations": "the number of crops and flips of each sample",
 }
 
 
@@ -66,6 +66,8 @@ def settings(job: Job) -> dict[str, Any]:
     kept = {key: value for key in (*FIXED, *FREE) if (value := find(values, key)) is not ABSENT}
     if job.config.model.lora is not None:  # a full fine-tune brings its whole model along
         kept["base"] = sampled(job.folder / "transformer")
+    cached = job.config.cache.use_cache and job.config.data.is_random
+    kept["variations"] = job.config.cache.num_variations if cached else None  # without the cache all are new
     kept["seed"], kept["micro_batches_per_step"] = job.config.train.seed, job.micro_batches_per_step
     return {**kept, "pairs": len(job.rows.dataset)}
 

@@ -218,7 +218,7 @@ def _validate(
 
     with explained(job.config, "drawing samples"):
         if validation is not None:
-            validation(book.progress.step, cancelled, draws, book.checkpoint_path() if saved else None)
+            validation(book.progress.step, cancelled, draws, book.written_checkpoint if saved else None)
         job.team.meet("drawing samples")
 
 

@@ -114,13 +114,16 @@ class Validation:
             kept = {"of": self._identity(), "losses": losses}
             write_atomic(self.folder / f"{BASE}.json", json.dumps(kept) + "\n")
 
-    def __call__(self, step: int, cancelled: Callable[[], bool], draw: bool, checkpoint: Path | None) -> None:
+    def __call__(
+        self, step: int, cancelled: Callable[[], bool], draw: bool, checkpoint: Callable[[], Path | None] | None
+    ) -> None:
         """Measure, draw, save beside references, base and truth, and report.
 
         Args:
             cancelled: asked between sampler steps; once it says so, this round is given up and nothing is saved.
             draw: also draw samples.
-            checkpoint: where this step is saved, if it is; only then can it be pointed to as the best.
+            checkpoint: waits until this step is saved and says where, if it is to be; only then can it be pointed to as
+                the best.
         """
 
         def check() -> None:
@@ -152,7 +155,7 @@ class Validation:
                 update(done)
         return losses
 
-    def _report(self, now: Measured, checkpoint: Path | None) -> None:
+    def _report(self, now: Measured, checkpoint: Callable[[], Path | None] | None) -> None:
         assert self.run is not None and self.best is not None
         base = None if self.base is None else Measured(0, self.base.losses)
         values = now.values(base)
@@ -161,17 +164,16 @@ class Validation:
             self.trackers.scalars(values, now.step)
         for line in verdict(now, base, self.last, self.best.measured):
             console.say(line)
-        self.best.offer(now, base, checkpoint)
+        self.best.offer(now, base, None if checkpoint is None else checkpoint())
         self.last = now
 
     def _keep(self, step: int, drawn: list[Image.Image]) -> None:
         assert self.folder is not None
-        strips, layout = self.sampler.strips(drawn, None if self.base is None else self.base.pictures)
+        strips, layout, truths = self.sampler.strips(drawn, None if self.base is None else self.base.pictures)
         samples.save(self.folder / f"step-{step}", strips)
         samples.save_layout(self.folder / f"step-{step}", layout)
         if self.trackers is not None:
             self.trackers.pictures("samples", strips, step)
-        truths = [self.rows.dataset.load(index).target for index in self.sampler.chosen]
         if line := constant(step, drawn, truths):
             console.say(line)
 

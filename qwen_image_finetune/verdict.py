@@ -59,11 +59,11 @@ class Best:
             self.measured = Measured(int(kept["step"]), [float(loss) for loss in kept["losses"]])
 
     def offer(self, now: Measured, base: Measured | None, checkpoint: Path | None) -> None:
-        """Point to a checkpoint if it is better than the one before. One that is not saved cannot be pointed to.
+        """Point to a checkpoint if it is better than the one before, not if it is not saved or its loss not finite.
 
         Measured with other pairs, an old best says nothing about the new ones and is replaced.
         """
-        if checkpoint is None:
+        if checkpoint is None or not math.isfinite(now.mean):
             return
         comparable = self.measured is not None and len(self.measured.losses) == len(now.losses)
         if comparable and self.measured is not None and self.measured.mean <= now.mean:

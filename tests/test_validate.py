@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +19,9 @@ from qwen_image_finetune.config import Config, ConfigError
 from qwen_image_finetune.data.images import DataError
 from qwen_image_finetune.families import FAMILIES, get_family
 from qwen_image_finetune.held_out import open_pairs
+from qwen_image_finetune.state import State
 from qwen_image_finetune.train import train
+from qwen_image_finetune.verdict import Best, Measured
 
 FAMILY_NAMES = sorted(FAMILIES)
 Configure = Callable[..., Config]
@@ -151,6 +155,26 @@ def test_a_resumed_run_goes_on_with_its_base_and_its_best(configure: Configure, 
     best = json.loads((whole / runs.BEST).read_text())
     assert best["held_out_loss"] == min(line["held_out_loss"] for line in lines(whole, "held_out_loss"))
     assert (whole / best["checkpoint"]).is_dir()
+
+
+def test_only_what_stands_there_is_pointed_to(
+    configure: Configure, held_out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long a checkpoint takes to write: one that a kill ends is never the best."""
+    write, offer, there = State.write, Best.offer, list[bool]()
+
+    def slow(self: State, folder: Path, snapshot: dict[str, Any]) -> None:
+        time.sleep(1)
+        write(self, folder, snapshot)
+
+    def looking(self: Best, now: Measured, base: Measured | None, checkpoint: Path | None) -> None:
+        there.append(checkpoint is None or checkpoint.is_dir())
+        offer(self, now, base, checkpoint)
+
+    monkeypatch.setattr(State, "write", slow)
+    monkeypatch.setattr(Best, "offer", looking)
+    train(configure("FluxKontext", "train.checkpointing_steps=2", "train.max_train_steps=4", rounds(held_out)))
+    assert there == [True, True]
 
 
 def test_strips_say_what_is_where(configure: Configure, held_out: Path) -> None:

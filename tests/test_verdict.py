@@ -96,7 +96,7 @@ def test_the_best_saved_one_is_pointed_to_and_outlives_the_limit(tmp_path: Path)
     best.offer(Measured(2, [0.4, 0.3]), None, saved(2))
     best.offer(Measured(3, [0.1, 0.1]), None, None)  # not saved
     best.offer(Measured(4, [0.6, 0.6]), None, saved(4))
-    saved(5)
+    best.offer(Measured(5, [math.nan, 0.1]), None, saved(5))  # a run that has collapsed
     assert json.loads((run.path / runs.BEST).read_text())["checkpoint"] == "checkpoint-0-2"
     assert runs.best_checkpoint(run.path) == run.checkpoint_path(0, 2)
     assert [folder.name for folder in run.checkpoints()] == ["checkpoint-0-2", "checkpoint-0-5"]

@@ -21,12 +21,6 @@ def _without_cache(config: Config) -> bool:
     return not config.cache.use_cache
 
 
-def _random(config: Config) -> bool:
-    """Whether a sample may look otherwise each time it is seen."""
-    arguments = config.data.init_args
-    return _own_class(config) or arguments.random_crop or arguments.random_flip
-
-
 def _qwen(config: Config) -> bool:
     """Whether the checkpoint is known to be of a family that has one text encoder, and no guidance embedding."""
     family, source = resolve_family(config)
@@ -43,7 +37,6 @@ IDLE: tuple[tuple[str, Condition, str], ...] = (
      "the model is a local folder"),
     ("model.lora.init_lora_weights", lambda c: c.model.lora is not None and c.model.lora.pretrained_weight is not None,
      "the adapter starts from model.lora.pretrained_weight"),
-    ("data.prefetch_factor", lambda c: c.data.num_workers == 0, "data.num_workers is 0"),
     ("data.persistent_workers", lambda c: True, "a run reads its data in one pass, in which workers live to its end"),
     ("data.init_args.center_crop_ratio", lambda c: not (c.data.init_args.center_crop or _own_class(c)),
      "data.init_args.center_crop is false"),
@@ -73,7 +66,7 @@ IDLE: tuple[tuple[str, Condition, str], ...] = (
     ("cache.prompt_empty_drop_keys", lambda c: c.data.init_args.caption_dropout_rate == 0,
      "data.init_args.caption_dropout_rate is 0"),
     ("cache.num_variations", _without_cache, "cache.use_cache is false, and every visit has its own crop and flip"),
-    ("cache.num_variations", lambda c: not _random(c),
+    ("cache.num_variations", lambda c: not c.data.is_random,
      "neither data.init_args.random_crop nor data.init_args.random_flip is true"),
     ("logging.logging_dir", lambda c: set(c.logging.trackers) <= {"tensorboard"},
      "no tracker in logging.report_to keeps files of its own"),
@@ -90,7 +83,7 @@ IDLE: tuple[tuple[str, Condition, str], ...] = (
 
 # (when, what to know): settings that work together in a way one might not expect.
 ADVICE: tuple[tuple[Condition, str], ...] = (
-    (lambda c: c.cache.use_cache and c.cache.num_variations == 1 and _random(c) and not _own_class(c),
+    (lambda c: c.cache.use_cache and c.cache.num_variations == 1 and c.data.is_random and not _own_class(c),
      "random crops and flips with cache.use_cache=true: every sample keeps the one it is cached with; "
      "cache.num_variations stores more of them"),
 )  # fmt: skip

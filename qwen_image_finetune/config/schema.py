@@ -209,7 +209,7 @@ class DataConfig(Section):
     init_args: DatasetArguments = Field(DatasetArguments(), description="its arguments")
     batch_size: Count = Field(1, description="samples per process in one forward pass")
     num_workers: Natural = Field(0, description="processes that read data; 0 reads in the training process")
-    prefetch_factor: Count = Field(2, description="batches each worker reads ahead")
+    prefetch_factor: Count = Field(2, description="batches read ahead, by each worker where there are some")
     persistent_workers: Switch = Field(False, description="no effect: workers live as long as the run")
     shuffle: Switch = Field(True, description="a new order of the samples every epoch")
 
@@ -219,6 +219,11 @@ class DataConfig(Section):
         if self.class_path in OUR_DATASETS:  # load_config has named the nearest key before this is reached
             _refuse([f"'data.init_args.{name}' is not an argument of {self.class_path}" for name in unknown])
         return self
+
+    @property
+    def is_random(self) -> bool:
+        """Whether a sample may look otherwise each time it is seen; a class of the user's own may do anything."""
+        return self.class_path not in OUR_DATASETS or self.init_args.random_crop or self.init_args.random_flip
 
 
 class TrainConfig(Section):

@@ -2,7 +2,7 @@
 
 Everything that autograd saves while the transformer runs is copied to the host, and back when the backward pass asks;
 with recomputation these are the inputs of the blocks and the outputs that selective checkpointing keeps. On a card the
-copies go through page-locked memory on a stream of their own, and the one that will be asked for next is fetched
+copies go through page-locked memory on a stream of their own, and those that will be asked for next are fetched
 ahead. Weights are left where they are, and so are small tensors, which would cost more time than they free memory.
 """
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 SMALLEST = 1 << 20  # bytes; smaller tensors stay
+AHEAD = 2  # tensors that are fetched before they are asked for: what one block keeps
 
 
 class Offloaded:
@@ -23,6 +24,7 @@ class Offloaded:
     def __init__(self, tensor: Tensor, stream: torch.Stream | None, before: Offloaded | None) -> None:
         self.device, self.stream, self.before = tensor.device, stream, before
         self.layout = tensor.size(), tensor.stride()
+        self.taken = False
         self.returned: Tensor | None = None
         self.arrived: torch.Event | None = None
         # The stretch of memory that the tensor lies in: it comes back with the strides that it had.
@@ -51,17 +53,25 @@ class Offloaded:
         self.arrived = self.stream.record_event()
 
     def take(self) -> Tensor:
-        """The tensor, on its device again; the one that was saved before it is fetched meanwhile."""
+        """The tensor, on its device again; those that were saved before it are fetched meanwhile."""
         self.fetch()
-        if self.before is not None:
-            self.before.fetch()
-            self.before = None
+        self.taken = True
+        place, self.before = self.before, None
+        for _ in range(AHEAD):
+            if place is None or place.taken:  # one operation asks for what it saved in the order of saving
+                break
+            place.fetch()
+            place = place.before
         if self.arrived is not None:
             torch.accelerator.current_stream(self.device).wait_event(self.arrived)
         assert self.returned is not None
         # A graph that is kept may ask again, and then pays for another copy.
         stretch, self.returned, self.arrived = self.returned, None, None
         return stretch.as_strided(*self.layout)
+
+    def __del__(self) -> None:
+        if self.arrived is not None:  # fetched, never taken: the copy ends before others get its memory
+            torch.accelerator.current_stream(self.device).wait_event(self.arrived)
 
 
 class Offload:

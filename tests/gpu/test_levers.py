@@ -14,6 +14,7 @@ from qwen_image_finetune import levers
 from qwen_image_finetune.config import Config
 from qwen_image_finetune.levers.attention import attend, choose
 from qwen_image_finetune.levers.compile import compilation_of
+from qwen_image_finetune.levers.offload import Offloaded
 from qwen_image_finetune.levers.quantize import quantize
 from qwen_image_finetune.levers.quantized_linear import FOUR_BITS, has_fp8_products, quantised
 
@@ -176,6 +177,21 @@ def test_what_saves_memory_changes_no_bit(family: str, format: str | None) -> No
             found = gradients(model)
             wrong = [name for name in plain if not torch.equal(plain[name], found[name])]
             assert not wrong, (way, wrong[:3])
+
+
+def test_a_copy_that_nobody_takes_ends_before_its_memory_is_used_again() -> None:
+    """As after an exception in the backward pass."""
+    activation = torch.ones(1 << 28, device=CARD, dtype=torch.uint8)
+    saved = Offloaded(activation, torch.Stream(CARD), None)
+    torch.accelerator.synchronize()
+    saved.fetch()
+    assert saved.returned is not None
+    memory = saved.returned.data_ptr()
+    del saved
+    other = torch.zeros_like(activation)
+    assert other.data_ptr() == memory, "what this is about"
+    torch.accelerator.synchronize()
+    assert not other.any()
 
 
 @pytest.mark.parametrize("keep", [None, "none", 0.0, 0.5])

@@ -21,7 +21,7 @@ from diffusers.loaders.lora_pipeline import FluxLoraLoaderMixin
 from torch import Tensor
 
 from qwen_image_finetune.levers.adapters import Layer
-from qwen_image_finetune.levers.lora_header import Key, LoraFileError, declared_alpha, parse_key
+from qwen_image_finetune.levers.lora_header import Declared, Key, LoraFileError, parse_key
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def native_names(pipeline_class: type[Any]) -> Mapping[str, Native]:
 def read_state(
     state: Mapping[str, Tensor],
     names: Mapping[str, Native],
-    declared: Mapping[str, Any],
+    declared: Declared,
     modules: Iterable[str],
     path: Path,
 ) -> dict[str, Layer]:
@@ -83,7 +83,7 @@ def read_state(
 
     Args:
         names: of `native_names`.
-        declared: peft configuration from the metadata of the file; counts where there is no alpha beside the weights.
+        declared: alpha by the metadata of the file; counts where there is no alpha beside the weights.
         modules: names that flattened keys may mean.
 
     Raises:
@@ -107,7 +107,7 @@ def read_state(
     for module, parts in groups.items():
         template, number = _template(module)
         native = names.get(template, Native((module,)))
-        layer = _layer(parts, module, declared if native.modules == (module,) else {}, path)
+        layer = _layer(parts, module, declared if native.modules == (module,) else Declared(), path)
         for target, piece in _take_apart(layer, native, module, path).items():
             layers[target.replace("{}", number)] = piece
     return layers
@@ -156,7 +156,7 @@ def unmatched_message(path: Path, keys: list[str], total: int) -> str:
     return f"{path}: {len(keys)} of {total} keys have no place in this transformer{reason}: {shown}"
 
 
-def _layer(parts: Mapping[str, Tensor], module: str, declared: Mapping[str, Any], path: Path) -> Layer:
+def _layer(parts: Mapping[str, Tensor], module: str, declared: Declared, path: Path) -> Layer:
     if not {"down", "up"} <= parts.keys():
         raise LoraFileError(f"{path}: {module} has {' and '.join(sorted(parts))} only; a LoRA layer needs both factors")
     down, up = parts["down"].float(), parts["up"].float()
@@ -165,7 +165,7 @@ def _layer(parts: Mapping[str, Tensor], module: str, declared: Mapping[str, Any]
             f"{path}: {module} has factors {tuple(down.shape)} and {tuple(up.shape)} that do not multiply"
         )
     rank = down.shape[0]
-    alpha = float(parts["alpha"]) if "alpha" in parts else declared_alpha(dict(declared), module, rank)
+    alpha = float(parts["alpha"]) if "alpha" in parts else declared.alpha_of(module, rank)
     return Layer(down, up, alpha)
 
 

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ADAPTER_METADATA = "lora_adapter_metadata"  # diffusers keeps the peft configuration here, as JSON
+LONGEST_NAME = 200  # characters of a module's name, and of a pattern for such names
+MOST_REPEATS = 16  # of characters, in all patterns of a file
+LARGEST_FLOAT = 3.4e38  # of float32
 LARGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
 ELEMENT_BYTES = (
     dict.fromkeys(("F64", "I64"), 8)
@@ -29,6 +33,8 @@ _PARTS = re.compile(
     r"^(?P<module>.+)\.(?:(?P<down>lora_A(\.\w+)?\.weight|lora_down\.weight|lora\.down\.weight)"
     r"|(?P<up>lora_B(\.\w+)?\.weight|lora_up\.weight|lora\.up\.weight)|(?P<alpha>alpha))$"
 )
+# Of regular expressions: single characters, each repeated or not, and alternatives.
+_HARMLESS = re.compile(r"\^?(?:(?:[\w. -]|\\(?:[^\w\\]|[dw_])|\[[\w-]+\])[*+?]?|\|)*\$?")
 
 
 class LoraFileError(ValueError):
@@ -44,12 +50,28 @@ class Key:
     part: str  # down, up or alpha
 
 
+@dataclass(frozen=True)
+class Declared:
+    """What a file's metadata say about the alpha of its modules."""
+
+    alpha: float | None = None  # None: nothing
+    patterns: tuple[tuple[re.Pattern[str], float], ...] = ()  # of names of modules with another alpha
+    rank_stabilised: bool = False  # a scale of alpha / sqrt(rank) (https://arxiv.org/abs/2312.03732)
+
+    def alpha_of(self, module: str, rank: int) -> float:
+        """Alpha of a module of this rank: what is declared, or the rank itself, which is a scale of 1."""
+        if self.alpha is None:
+            return float(rank)
+        alpha = next((alpha for pattern, alpha in self.patterns if pattern.match(module)), self.alpha)
+        return alpha * rank**0.5 if self.rank_stabilised else alpha
+
+
 def parse_key(key: str) -> Key | None:
     """The name of a tensor taken apart; None where it belongs to no plain LoRA of a transformer."""
     prefix = next((known for known in (*PREFIXES, *FLAT_PREFIXES) if key.startswith(known)), "")
     rest = key.removeprefix(prefix)
     match = _PARTS.match(rest)
-    if match is None or rest.startswith(("text_encoder", "lora_te")):
+    if match is None or len(match["module"]) > LONGEST_NAME or rest.startswith(("text_encoder", "lora_te")):
         return None
     part = next(name for name in ("down", "up", "alpha") if match[name] is not None)
     return Key(match["module"], prefix in FLAT_PREFIXES, part)
@@ -73,7 +95,7 @@ def read_metadata(path: Path) -> dict[str, str]:
         text = file.read(length)
     try:
         content = json.loads(text)
-        metadata = content.pop("__metadata__", {})
+        metadata = {str(name): str(value) for name, value in content.pop("__metadata__", {}).items()}
         end = max((entry["data_offsets"][1] for entry in content.values()), default=0)
         for entry in content.values():
             _check_entry(entry)
@@ -83,38 +105,74 @@ def read_metadata(path: Path) -> dict[str, str]:
         raise LoraFileError(
             f"{path} has {size} bytes where its header says {8 + length + end}; download or save it again"
         )
-    return {str(name): str(value) for name, value in metadata.items()}
+    return metadata
 
 
-def adapter_metadata(metadata: dict[str, str], path: Path) -> dict[str, Any]:
-    """The peft configuration that diffusers keeps in the metadata, without its prefix; empty where there is none.
+def adapter_metadata(metadata: dict[str, str], path: Path) -> Declared:
+    """What the peft configuration that diffusers keeps in the metadata says about alpha; nothing where there is none.
 
     Raises:
         LoraFileError: it is there and cannot be read.
     """
     try:
         content = json.loads(metadata.get(ADAPTER_METADATA) or "{}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise LoraFileError(f"{path}: metadata {ADAPTER_METADATA} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise LoraFileError(f"{path}: metadata {ADAPTER_METADATA} is not a JSON object")
-    return {name.removeprefix("transformer."): value for name, value in content.items()}
+    fields = {name.removeprefix("transformer."): value for name, value in content.items()}
+    try:
+        return _declared(fields)
+    except ValueError as error:
+        raise LoraFileError(f"{path}: metadata {ADAPTER_METADATA}: {error}") from error
 
 
-def pattern_value(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
-    """A value of peft's rank_pattern or alpha_pattern for a module, as peft looks it up."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
+def _declared(fields: dict[str, Any]) -> Declared:
+    if "lora_alpha" not in fields:
+        return Declared()
+    patterns, rank_stabilised = fields.get("alpha_pattern"), fields.get("use_rslora")
+    if not isinstance(patterns, dict | None):
+        raise ValueError(f"alpha_pattern is {_short(patterns)}; it must be an object of module names and numbers")
+    if not isinstance(rank_stabilised, bool | None):
+        raise ValueError(f"use_rslora is {_short(rank_stabilised)}; it must be true or false")
+    alphas = {text: _number(value, f"alpha_pattern {_short(text)}") for text, value in (patterns or {}).items()}
+    if sum(map(_repeats, alphas)) > MOST_REPEATS:
+        raise ValueError(f"alpha_pattern repeats characters more than {MOST_REPEATS} times; use the modules' names")
+    return Declared(
+        alpha=_number(fields["lora_alpha"], "lora_alpha"),
+        patterns=tuple((_compiled(text), alpha) for text, alpha in alphas.items()),
+        rank_stabilised=bool(rank_stabilised),
+    )
 
 
-def declared_alpha(declared: dict[str, Any], module: str, rank: int) -> float:
-    """Alpha of a module of this rank: what the peft configuration says, or the rank itself, which is a scale of 1."""
-    if "lora_alpha" not in declared:
-        return float(rank)
-    alpha = float(pattern_value(declared.get("alpha_pattern"), module, declared["lora_alpha"]))
-    return alpha * rank**0.5 if declared.get("use_rslora") else alpha
+def _number(value: Any, name: str) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= LARGEST_FLOAT:  # nor NaN
+        raise ValueError(f"{name} is {_short(value)}; it must be a number")
+    return float(value)
+
+
+def _compiled(text: str) -> re.Pattern[str]:
+    """A pattern of peft, as peft looks names up with it; of its language only what cannot take for ever.
+
+    Python's matching goes back over every repeat inside a repeat: `(a+)+` on a name of 40 letters takes years.
+    """
+    if len(text) > LONGEST_NAME or not _HARMLESS.fullmatch(text) or _repeats(text) > 2:
+        raise ValueError(
+            f"alpha_pattern {_short(text)} is not read; names of modules are, up to {LONGEST_NAME} characters, with |, "
+            "[...] and at most two of * + ?, but no groups"
+        )
+    try:
+        return re.compile(rf"(.*\.)?({text})$")
+    except re.error as error:
+        raise ValueError(f"alpha_pattern {_short(text)} is no regular expression: {error}") from error
+
+
+def _repeats(text: str) -> int:
+    return len(re.findall(r"(?<!\\)[*+?]", text))
+
+
+def _short(value: Any) -> str:
+    return reprlib.repr(value)
 
 
 def _check_entry(entry: dict[str, Any]) -> None:

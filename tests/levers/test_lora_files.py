@@ -15,6 +15,7 @@ from diffusers import FluxKontextPipeline, QwenImageEditPipeline
 from diffusers.loaders.lora_conversion_utils import swap_scale_shift
 from huggingface_hub import constants
 from peft.utils import get_peft_model_state_dict
+from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_transformers import PIPELINES, disturb, run, tiny_transformer
@@ -23,7 +24,7 @@ from torch import Tensor
 from qwen_image_finetune.config import Config, ConfigError, LoraConfig
 from qwen_image_finetune.levers import adapters
 from qwen_image_finetune.levers.lora_files import export_lora, load_lora, read_lora, save_lora
-from qwen_image_finetune.levers.lora_header import LoraFileError
+from qwen_image_finetune.levers.lora_header import LoraFileError, adapter_metadata
 from qwen_image_finetune.levers.lora_metadata import run_metadata
 from qwen_image_finetune.levers.targets import endings
 from qwen_image_finetune.runs import LORA_WEIGHTS
@@ -514,6 +515,7 @@ def header_file(path: Path, header: bytes, length: int | None = None, data: byte
     (b'{"a":{"dtype":"F32"}}', None, b"", "broken safetensors header"),
     (b"[" * 100_000, None, b"", "broken safetensors header"),
     (b"{}", None, b"", "holds no LoRA layers"),
+    (b'{"__metadata__":[]}', None, b"", "broken safetensors header"),
 ])  # fmt: skip
 def test_broken_files_are_refused(header: bytes, length: int | None, data: bytes, message: str, tmp_path: Path) -> None:
     path = header_file(tmp_path / "x.safetensors", header, length, data)
@@ -521,6 +523,48 @@ def test_broken_files_are_refused(header: bytes, length: int | None, data: bytes
         load_lora(tiny_transformer("flux"), path, FluxKontextPipeline)
     assert str(path) in str(error.value)
     assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize("declared, message", [
+    ('{"lora_alpha": null}', "lora_alpha is None; it must be a number"),
+    ('{"lora_alpha": true}', "lora_alpha is True; it must be a number"),
+    ('{"lora_alpha": NaN}', "lora_alpha is nan; it must be a number"),
+    ('{"lora_alpha": 1' + "0" * 400 + "}", "lora_alpha is 1000.*; it must be a number"),
+    ('{"lora_alpha": 8, "use_rslora": "no"}', "use_rslora is 'no'; it must be true or false"),
+    ('{"lora_alpha": 8, "alpha_pattern": ["to_q"]}', r"alpha_pattern is \['to_q'\]; it must be an object"),
+    ('{"lora_alpha": 8, "alpha_pattern": {"to_q": "8"}}', "alpha_pattern 'to_q' is '8'; it must be a number"),
+    ('{"lora_alpha": 8, "alpha_pattern": {"[": 1}}', "'.' is not read; names of modules are"),
+    ('{"lora_alpha": 8, "alpha_pattern": {"[z-a]": 1}}', r"'\[z-a\]' is no regular expression"),
+    ('{"lora_alpha": 8, "alpha_pattern": {"(.+)+x": 1}}', r"'\(\.\+\)\+x' is not read"),
+    ('{"lora_alpha": 8, "alpha_pattern": {".*.*.*x": 1}}', "at most two of"),
+    ('{"lora_alpha": 8, "alpha_pattern": {"' + "a" * 201 + '": 1}}', "up to 200 characters"),
+    (json.dumps({"lora_alpha": 8, "alpha_pattern": {f".*{n}": 1 for n in range(17)}}), "more than 16 times"),
+    ("[" * 100_000, "is not JSON"),
+    ("[]", "is not a JSON object"),
+])  # fmt: skip
+def test_alphas_that_mean_nothing_are_refused(declared: str, message: str, tmp_path: Path) -> None:
+    state = load_file(saved(tmp_path, "flux")[1])
+    save_file(state, tmp_path / "x.safetensors", {"lora_adapter_metadata": declared.replace('{"', '{"transformer.', 1)})
+    with pytest.raises(LoraFileError, match=rf"x\.safetensors: metadata lora_adapter_metadata.*{message}") as error:
+        read_lora(tmp_path / "x.safetensors", FluxKontextPipeline)
+    assert len(str(error.value)) < 1000
+
+
+def test_alpha_is_looked_up_as_peft_does() -> None:
+    patterns = {
+        "^blocks.0.attn.to_q": 1, r"^blocks\.1\.attn\.to\_q": 2, "to_k|to_v": 3, r"blocks\.\d+\.ff.*": 4,
+        "[0-2].out$": 5, "attn.to_q": 6, "proj-x y": 7, "": 8,
+    }  # fmt: skip
+    text = json.dumps({"transformer.lora_alpha": 9, "transformer.alpha_pattern": patterns})
+    declared = adapter_metadata({"lora_adapter_metadata": text}, Path("x"))
+    names = [
+        *(f"{start}{block}.{part}" for start in ("", "single_", "x.") for block in ("blocks.0", "blocks.1", "blocks.12")
+          for part in ("attn.to_q", "attn.to_k", "to_vv", "to_v", "ff", "ff.0.net", "out", "0.out", "proj-x y")),
+        "to_k", "xto_k", "0.out", "a.",
+    ]  # fmt: skip
+    expected = [float(patterns.get(get_pattern_key(list(patterns), name), 9)) for name in names]
+    assert [declared.alpha_of(name, 4) for name in names] == expected
+    assert set(expected) == set(range(1, 10))
 
 
 def test_a_file_cut_short_is_refused(tmp_path: Path) -> None:

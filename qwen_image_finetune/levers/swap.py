@@ -12,6 +12,7 @@ recomputation every copy would stay until the backward pass, and nothing would b
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -50,17 +51,19 @@ class Place:
 
 
 class SwappedBlock:
-    """The frozen tensors of one block, in host memory."""
+    """The frozen tensors of one block, in host memory; page-locked for as long as this lives, if `device` is CUDA's."""
 
-    def __init__(self, block: nn.Module, pinned: bool) -> None:
+    def __init__(self, block: nn.Module, device: torch.device) -> None:
         tensors = list(_frozen(block))
         self.places, size = [], 0
         for module, name, tensor in tensors:
             self.places.append(Place(module, name, tensor.dtype, tensor.shape, size))
             size += -(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT
         self.host = torch.empty(size, dtype=torch.uint8)
-        if pinned:
+        if device.type == "cuda":
             _page_lock(self.host)
+            # The buffer is an argument, so that it outlives the call. At the end of a process nobody needs to be told.
+            weakref.finalize(self, _unlock, self.host, device).atexit = False
         for place, (_, _, tensor) in zip(self.places, tensors, strict=True):
             content = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
             self.host[place.begin : place.begin + content.numel()].copy_(content)
@@ -79,7 +82,7 @@ class Swap:
         self.device, self.last = device, len(chain) - 1
         self.entered, self.upwards = 0, True
         self.stream = torch.Stream(device) if device.type != "cpu" else None
-        self.waiting = {number: SwappedBlock(chain[number], self.stream is not None) for number in chosen}
+        self.waiting = {number: SwappedBlock(chain[number], device) for number in chosen}
         self.visiting: dict[int, tuple[Tensor, torch.Event | None]] = {}  # copies on the card, and when they are whole
         for number, block in enumerate(chain):
             block.register_forward_pre_hook(self._hook(self.enter, number))
@@ -203,4 +206,14 @@ def _page_lock(buffer: Tensor) -> None:
         raise RuntimeError(
             f"page-locking {buffer.numel() / 2**30:.2f} GiB of host memory failed (CUDA error {int(status)}): raise "
             "the limit of locked memory (ulimit -l), or set train.blocks_to_swap lower"
+        )
+
+
+def _unlock(buffer: Tensor, device: torch.device) -> None:
+    """Undo `_page_lock`, before other things get this memory and cannot be page-locked."""
+    torch.cuda.synchronize(device)  # copies of it may be on their way
+    status = torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())
+    if int(status) != 0:
+        raise RuntimeError(
+            f"{buffer.numel() / 2**30:.2f} GiB of host memory stay page-locked (CUDA error {int(status)})"
         )

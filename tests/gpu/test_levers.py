@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ from qwen_image_finetune.levers.compile import compilation_of
 from qwen_image_finetune.levers.offload import Offloaded
 from qwen_image_finetune.levers.quantize import quantize
 from qwen_image_finetune.levers.quantized_linear import FOUR_BITS, has_fp8_products, quantised
+from qwen_image_finetune.levers.swap import swap_blocks
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CARD = torch.device("cuda", 0)
@@ -177,6 +179,19 @@ def test_what_saves_memory_changes_no_bit(family: str, format: str | None) -> No
             found = gradients(model)
             wrong = [name for name in plain if not torch.equal(plain[name], found[name])]
             assert not wrong, (way, wrong[:3])
+
+
+def test_host_memory_is_unlocked_with_the_end_of_a_run() -> None:
+    for _ in range(2):
+        model = transformer("flux")
+        swap = swap_blocks(model, 2, CARD)
+        with torch.no_grad():
+            model(**inputs(model))  # copies may still be on their way
+        hosts = [block.host for block in swap.waiting.values()]
+        assert [host.is_pinned() for host in hosts] == [True, True]
+        del model, swap
+        gc.collect()
+        assert [host.is_pinned() for host in hosts] == [False, False]
 
 
 def test_a_copy_that_nobody_takes_ends_before_its_memory_is_used_again() -> None:

@@ -17,7 +17,7 @@ from qwen_image_finetune.levers.offload import Offload, Offloaded
 from qwen_image_finetune.levers.quantize import quantize
 from qwen_image_finetune.levers.recompute import blocks, recompute
 from qwen_image_finetune.levers.release import GradientRelease
-from qwen_image_finetune.levers.swap import AHEAD, Swap, place_of, spread, swap_blocks
+from qwen_image_finetune.levers.swap import AHEAD, Swap, SwappedBlock, place_of, spread, swap_blocks
 
 FAMILIES = ["flux", "qwen"]
 CPU = torch.device("cpu")  # a second place on it stands for the card: other storages than the host's
@@ -123,6 +123,32 @@ def test_recomputation_that_ends_early_leaves_nothing_on_the_card() -> None:
     gradients(model)
     for number, block in enumerate(blocks(model)):
         assert {place_of(p) for p in block.parameters() if not p.requires_grad} == {place_of(swap.waiting[number].host)}
+
+
+def test_page_locks_end_with_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the driver is told, in order; tests/gpu asks the driver itself."""
+    told: list[Any] = []
+
+    class Driver:
+        def cudaHostRegister(self, place: int, size: int, flags: int) -> int:
+            told.append(("lock", place))
+            return 0
+
+        def cudaHostUnregister(self, place: int) -> int:
+            told.append(("unlock", place))
+            return 0
+
+    monkeypatch.setattr("torch.cuda.cudart", Driver)
+    monkeypatch.setattr("torch.cuda.synchronize", told.append)
+    card = torch.device("cuda", 0)
+    block = SwappedBlock(nn.Linear(8, 8).requires_grad_(False), card)
+    place = block.host.data_ptr()
+    assert told == [("lock", place)]
+    del block
+    assert told == [("lock", place), card, ("unlock", place)]
+    SwappedBlock(nn.Linear(8, 8).requires_grad_(False), CPU)
+    SwappedBlock(nn.Linear(8, 8).requires_grad_(False), torch.device("xpu"))
+    assert len(told) == 3
 
 
 def test_swapped_blocks_are_spread_evenly() -> None:

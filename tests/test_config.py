@@ -193,6 +193,9 @@ def test_a_data_set_class_of_ones_own_takes_its_own_arguments(load: Load) -> Non
         ({"train.num_epochs": 1.5}, "train.num_epochs=1.5 is refused"),
         ({"train.num_epochs": True}, "train.num_epochs=true is refused"),
         ({"train.num_epochs": "3"}, "train.num_epochs='3' is refused"),
+        ({"train.seed": 2**63}, f"train.seed={2**63} is refused; allowed: whole number from 0, below 2^63"),
+        ({"train.seed": -1}, "train.seed=-1 is refused"),
+        ({"validation.seed": 2**64}, f"validation.seed={2**64} is refused"),
         ({"train.low_memory": 1}, "train.low_memory=1 is refused; allowed: true or false"),
         ({"train.max_grad_norm": float("inf")}, "train.max_grad_norm=Infinity is refused; allowed: number above 0"),
         (

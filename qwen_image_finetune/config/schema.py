@@ -62,6 +62,7 @@ def _refuse(problems: Sequence[str]) -> None:
 
 Count = Annotated[int, BeforeValidator(_whole), Field(ge=1), Allowed("whole number from 1")]
 Natural = Annotated[int, BeforeValidator(_whole), Field(ge=0), Allowed("whole number from 0")]
+Seed = Annotated[int, BeforeValidator(_whole), Field(ge=0, lt=2**63), Allowed("whole number from 0, below 2^63")]
 Number = Annotated[float, Allowed("number")]
 Rate = Annotated[float, Field(ge=0.0, le=1.0), Allowed("number from 0 to 1")]
 Positive = Annotated[float, Field(gt=0.0), Allowed("number above 0")]
@@ -265,7 +266,7 @@ class TrainConfig(Section):
     resume_from_checkpoint: Text | None = Field(
         None, description='a checkpoint folder, or "latest": the newest complete one of this project'
     )
-    seed: Natural = Field(42, description="order of the data, noise and initial adapter follow from it")
+    seed: Seed = Field(42, description="order of the data, noise and initial adapter follow from it")
     sigma_distribution: Literal["logit_normal", "uniform"] = Field(
         "logit_normal", description="how noise levels are drawn, before the shift"
     )
@@ -397,7 +398,7 @@ class ValidationConfig(Section):
     num_validation_samples: Count = Field(4, description="pairs drawn, spread over the held-out ones, or over all")
     num_inference_steps: Count | None = Field(None, description="sampler steps; default: the model's own")
     guidance_scale: Number | None = Field(None, description="default: the model's own")
-    seed: Natural = Field(0, description="noise of the samples and of the held-out loss")
+    seed: Seed = Field(0, description="noise of the samples and of the held-out loss")
 
     @model_validator(mode="after")
     def _consistent(self) -> ValidationConfig:

@@ -15,7 +15,7 @@ from qwen_image_finetune.config import Config, resolve_family
 from qwen_image_finetune.data.dataset import ImageDataset
 from qwen_image_finetune.data.images import DataError
 from qwen_image_finetune.families import get_family
-from qwen_image_finetune.held_out import open_pairs, training_config
+from qwen_image_finetune.held_out import encoded, open_pairs
 from qwen_image_finetune.launch import LaunchError
 from qwen_image_finetune.preparation import Say, build_accelerator, build_team, check_drop_keys, encoder_homes
 from qwen_image_finetune.store import Fingerprints
@@ -116,11 +116,8 @@ def encode_dataset(config: Config) -> None:
     family = get_family(resolve_family(config, download=True)[0])
     check_drop_keys(config, family)
     pairs = open_pairs(config, family)
-    dtype = loading.encoder_dtype(config.train.mixed_precision)
     folder = loading.checkpoint_folder(config, family)
     with out_of_memory.explained(config, "encoding the data set"):
-        fill_cache(config, EncodedDataset(training_config(config, pairs), family, pairs.training, folder, dtype),
-                   accelerator, say)  # fmt: skip
-        if pairs.held_out is not None:
-            fill_cache(config, EncodedDataset(config, family, pairs.held_out, folder, dtype, trained_on=False),
-                       accelerator, say)  # fmt: skip
+        for rows in encoded(config, family, pairs, folder, loading.encoder_dtype(config.train.mixed_precision)):
+            if rows is not None:
+                fill_cache(config, rows, accelerator, say)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from qwen_image_finetune import console, flow
+from qwen_image_finetune.cache import EncodedDataset
 from qwen_image_finetune.config import Config, ConfigError, ValidationConfig
 from qwen_image_finetune.data import alike
 from qwen_image_finetune.data.dataset import ImageDataset
@@ -72,11 +74,16 @@ def needed(config: Config, held_out: ImageDataset) -> ImageDataset:
     return Part(held_out, spread(number, len(held_out)))
 
 
-def training_config(config: Config, pairs: Pairs) -> Config:
-    """What the training rows are encoded for: not for samples, where those are drawn from held-out rows."""
+def encoded(
+    config: Config, family: Family, pairs: Pairs, checkpoint: Path, dtype: torch.dtype
+) -> tuple[EncodedDataset, EncodedDataset | None]:
+    """(rows to train on, held-out rows), with the texts that each of them needs."""
     if pairs.held_out is None:
-        return config
-    return config.model_copy(update={"validation": config.validation.model_copy(update={"enabled": False})})
+        return EncodedDataset(config, family, pairs.training, checkpoint, dtype), None
+    held_out = EncodedDataset(config, family, pairs.held_out, checkpoint, dtype, trained_on=False)
+    # Samples are drawn from these, so the others need no negative prompts.
+    unseen = config.model_copy(update={"validation": config.validation.model_copy(update={"enabled": False})})
+    return EncodedDataset(unseen, family, pairs.training, checkpoint, dtype), held_out
 
 
 class HeldOutLoss:

@@ -16,7 +16,7 @@ from qwen_image_finetune.data.batches import Batches
 from qwen_image_finetune.data.dataset import ImageDataset
 from qwen_image_finetune.families import get_family
 from qwen_image_finetune.families.base import Family
-from qwen_image_finetune.held_out import open_pairs, training_config
+from qwen_image_finetune.held_out import encoded, open_pairs
 from qwen_image_finetune.levers import parallel
 from qwen_image_finetune.levers.parallel import Sharding
 from qwen_image_finetune.levers.stored_precision import base_precision
@@ -74,10 +74,7 @@ def open_job(config: Config) -> Job:
     parallel.check_base(sharding, place, precision)
     card = least(accelerator, card_memory() if accelerator.device.type == "cuda" else None)
     config, expectation = settled(config, family, folder, largest_sample(pairs.training), card, team.local_size)
-    dtype = loading.encoder_dtype(config.train.mixed_precision)
-    held_out = None
-    if pairs.held_out is not None:
-        held_out = EncodedDataset(config, family, pairs.held_out, folder, dtype, trained_on=False)
+    rows, held_out = encoded(config, family, pairs, folder, loading.encoder_dtype(config.train.mixed_precision))
     batches = plan_batches(config, pairs.training, team.size)
     job = Job(
         config=config,
@@ -86,7 +83,7 @@ def open_job(config: Config) -> Job:
         accelerator=accelerator,
         team=team,
         sharding=sharding,
-        rows=EncodedDataset(training_config(config, pairs), family, pairs.training, folder, dtype),
+        rows=rows,
         held_out=held_out,
         batches=batches,
         total_steps=num_steps(config, batches),

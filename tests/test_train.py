@@ -157,10 +157,11 @@ def test_whatever_changes_what_is_learnt_is_said_on_a_resume(
 ) -> None:
     train(configure("FluxKontext", "train.max_train_steps=5"))
     changed = ["train.sigma_shift=3.0", "train.sigma_distribution=uniform", "train.guidance_scale=3.5",
-               "train.max_grad_norm=0.5", "data.init_args.center_crop=true", "loss.foreground_weight=4.0"]  # fmt: skip
+               "train.max_grad_norm=0.5", "data.init_args.random_flip=true", "loss.foreground_weight=4.0"]  # fmt: skip
     train(configure("FluxKontext", "train.resume_from_checkpoint=latest", *changed))
     said = capsys.readouterr().out
-    assert said.count("from here on") == len(changed)
+    assert said.count("from here on") == len(changed) + 1
+    assert "note: the number of crops and flips of each sample=1, but" in said
     for change in changed:
         assert f"note: {change.partition('=')[0]}=" in said
 

@@ -63,7 +63,7 @@ class QuantizedLinear(nn.Linear):
         for name, tensor in state.items():
             self.register_buffer(name, tensor)
         self.may_compute_in_fp8 = may_compute_in_fp8
-        self.computes_in_fp8 = self._can_compute_in_fp8()
+        self.will_run_on(weight.device)
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in) -> (..., out), in the dtype of the input, or autocast's."""
@@ -87,9 +87,11 @@ class QuantizedLinear(nn.Linear):
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.format}"
 
-    def _can_compute_in_fp8(self) -> bool:
+    def will_run_on(self, device: torch.device) -> None:
+        """Decide `computes_in_fp8` for a device: that of the weight, or the one which it visits for its products."""
         aligned = all(side % FP8_SIDE == 0 for side in self.shape)
-        return self.format == "fp8" and aligned and self.may_compute_in_fp8 and has_fp8_products(self.weight.device)
+        may = self.format == "fp8" and aligned and self.may_compute_in_fp8
+        self.computes_in_fp8 = may and has_fp8_products(device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         """What `.to()` and its kin call. Devices change; scales stay float32, whatever dtype the others get."""
@@ -98,7 +100,7 @@ class QuantizedLinear(nn.Linear):
         for name, tensor in before.items():
             if self.get_buffer(name).dtype != tensor.dtype:
                 setattr(self, name, tensor.to(self.weight.device))
-        self.computes_in_fp8 = self._can_compute_in_fp8()
+        self.will_run_on(self.weight.device)
         return self
 
 

@@ -158,12 +158,9 @@ def swap_blocks(transformer: nn.Module, count: int, device: torch.device) -> Swa
     swap = Swap(chain, spread(count, len(chain)), device)
     host = {place_of(block.host) for block in swap.waiting.values()}
     transformer._apply(lambda tensor: tensor if place_of(tensor) in host else tensor.to(device))
-    for number, block in swap.waiting.items():
-        swap.enter(number)
-        for place in block.places:
-            if isinstance(place.module, QuantizedLinear):
-                place.module._apply(lambda tensor: tensor)  # notices on which card it computes
-        swap.leave(number)
+    for module in transformer.modules():
+        if isinstance(module, QuantizedLinear):
+            module.will_run_on(device)  # a weight that waits on the host would not tell
     left_alone = [name for name, tensor in _named_tensors(transformer) if place_of(tensor) in host]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(transformer, left_alone)
     return swap

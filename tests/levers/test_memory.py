@@ -15,6 +15,7 @@ from qwen_image_finetune.config import LoraConfig
 from qwen_image_finetune.levers import adapters
 from qwen_image_finetune.levers.offload import Offload, Offloaded
 from qwen_image_finetune.levers.quantize import quantize
+from qwen_image_finetune.levers.quantized_linear import FP8_SIDE, QuantizedLinear
 from qwen_image_finetune.levers.recompute import blocks, recompute
 from qwen_image_finetune.levers.release import GradientRelease
 from qwen_image_finetune.levers.swap import AHEAD, Swap, SwappedBlock, place_of, spread, swap_blocks
@@ -107,6 +108,20 @@ def test_blocks_compute_with_the_copy_and_rest_in_the_host() -> None:
         frozen = [p for p in chain[number].parameters() if not p.requires_grad]
         assert {place_of(p) for p in frozen} == {place_of(swap.waiting[number].host)}
         assert all(place_of(p) not in host for p in chain[number].parameters() if p.requires_grad)
+
+
+def test_swapping_copies_nothing_before_the_first_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwen_image_finetune.levers.swap.Swap", Watched)
+    card = torch.device("cpu", 0)  # a name of the CPU that no tensor uses
+    monkeypatch.setattr("qwen_image_finetune.levers.quantized_linear.has_fp8_products", lambda device: device == card)
+    model = adapted("flux", "fp8")
+    swap: Any = swap_blocks(model, 2, card)
+    assert not swap.copies
+    layers = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
+    assert len(layers) > 10
+    aligned = [all(side % FP8_SIDE == 0 for side in layer.shape) for layer in layers]
+    assert any(aligned)
+    assert [layer.computes_in_fp8 for layer in layers] == aligned
 
 
 def test_a_swapped_model_has_the_state_of_any_other() -> None:

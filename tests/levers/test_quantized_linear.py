@@ -249,6 +249,15 @@ def test_which_layers_compute_in_fp8_on_a_card_that_can(
     assert layer.computes_in_fp8 == expected
 
 
+def test_a_layer_may_run_elsewhere_than_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantized_linear, "has_fp8_products", lambda device: device.type == "cuda")
+    layer = quantised(normal(48, 128), "fp8")
+    layer.will_run_on(torch.device("cuda"))
+    assert layer.computes_in_fp8
+    layer.to("cpu")
+    assert not layer.computes_in_fp8
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_compiled_equals_eager(format: str) -> None:
     """Without a break in the graph; float32 sums may be taken in another order."""

@@ -80,7 +80,7 @@ class Crop:
 
 def generator(seed: int, key: str, visit: int) -> np.random.Generator:
     """Random numbers of one visit to one row: a function of its arguments, on every machine."""
-    digest = hashlib.blake2b(f"{seed}\n{visit}\n{key}".encode("utf-8", "surrogateescape"), digest_size=16).digest()
+    digest = hashlib.blake2b(f"{seed}\n{visit}\n{key}".encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
 

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+NOT_UTF8 = "its name is not UTF-8, and names go into hashes and files; rename it"
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")  # endings of picture files, in any case
 
 
@@ -54,7 +55,7 @@ class Tree:
         if directory not in self._listed:
             with os.scandir(self.folder / directory) as entries:
                 self._listed[directory] = {
-                    entry.name: self._kind(entry) for entry in entries if not entry.name.startswith(".")
+                    _shown(entry.name): self._kind(entry) for entry in entries if not entry.name.startswith(".")
                 }
         return self._listed[directory]
 
@@ -72,6 +73,8 @@ class Tree:
     def file_fault(self, name: str) -> str | None:
         """Why the file `name`, relative to the folder, must not or cannot be read, or None."""
         path = PurePosixPath(name)
+        if _shown(name) != name:
+            return NOT_UTF8
         if path.is_absolute() or ".." in path.parts:
             return "leaves the data set's folder; only relative paths inside it are read"
         above, _, last = str(path).rpartition("/")
@@ -84,6 +87,8 @@ class Tree:
         return "a folder, not a file" if kind == "folder" else kind
 
     def _kind(self, entry: os.DirEntry[str]) -> str:
+        if _shown(entry.name) != entry.name:
+            return NOT_UTF8
         if entry.is_symlink():
             aim = os.path.realpath(entry.path)
             if not Path(aim).is_relative_to(self._root):
@@ -93,3 +98,8 @@ class Tree:
         if entry.is_dir():
             return "folder"
         return "file" if entry.is_file() else "neither a file nor a folder"
+
+
+def _shown(name: str) -> str:
+    r"""A name that can be printed: bytes that are not UTF-8, which Python keeps as lone surrogates, as \udce9."""
+    return name.encode("utf-8", "backslashreplace").decode()

@@ -176,6 +176,22 @@ def test_links_stay_inside(tmp_path: Path) -> None:
     ]
 
 
+def test_names_that_are_not_utf8_are_to_be_changed(tmp_path: Path) -> None:
+    """They could be read, but neither hashed into a seed nor written to a file."""
+    stem = os.fsdecode(b"caf\xe9")
+    lay(tmp_path, *pair(stem), *pair("café"))
+    rows, _ = read_folder(tmp_path, masks=False)
+    assert [row.key for row in rows] == ["café"]
+    found = sorted(complaints(tmp_path))
+    assert [line.partition(": ")[0] for line in found] == list(pair(r"caf\udce9"))
+    assert all("not UTF-8" in line and "rename it" in line for line in found)
+    for name in (pair(stem)[1], "training_images/\ud800.png"):
+        (tmp_path / "metadata.jsonl").write_text(json.dumps({"image": name, "prompt": "x"}))
+        (line,) = complaints(tmp_path)
+        assert line.startswith("metadata.jsonl, line 1: image") and "rename it" in line
+        line.encode()
+
+
 def test_the_folder_itself_may_be_a_link(tmp_path: Path) -> None:
     lay(tmp_path / "set", *pair("a"))
     os.symlink(tmp_path / "set", tmp_path / "link")

@@ -45,7 +45,7 @@ class Sampler:
         self.settings, self.rows, self.pipe, self.transformer = config.validation, rows, pipe, transformer
         self.device, self.precision = device, config.train.mixed_precision
         # Weights that are trained themselves are float32; a frozen base has its precision already, as in prediction.
-        self.autocast = config.model.lora is None and self.precision == "bf16"
+        self.autocast = config.model.lora is None and self.precision != "no"
         self.chosen = spread(self.settings.num_validation_samples, len(rows.dataset))
 
     def draw(self, title: str, shown: bool, check: Callable[[], None]) -> list[Image.Image]:
@@ -102,7 +102,8 @@ class Sampler:
         guidance = predictor.guidance(self.settings.guidance_scale)
         wanted = self._batch(index, None)
         negative = None if guidance.prompt == 1.0 else self._batch(index, self.rows.family.negative_prompt)
-        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+        dtype = loading.weight_dtype(self.precision)
+        with torch.no_grad(), torch.autocast(self.device.type, dtype, enabled=self.autocast):
             latents = predictor.sample(
                 Conditions(wanted, negative), guidance, [self.settings.seed + index],
                 self.settings.num_inference_steps, lambda step: check(),

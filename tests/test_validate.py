@@ -209,6 +209,30 @@ def test_samples_are_what_prediction_draws(configure: Configure, held_out: Path,
     assert np.abs(np.asarray(drawn).astype(int) - np.asarray(predicted).astype(int)).max() <= 1
 
 
+@pytest.mark.parametrize("name", ["FluxKontext", "QwenImageEdit"])
+def test_half_precision_draws_a_model_trained_as_a_whole(name: str, configure: Configure, held_out: Path) -> None:
+    """Its weights are float32, what the encoders hand on is cast. Training so needs a card, drawing does not."""
+    import numpy as np
+
+    from qwen_image_finetune import loading
+    from qwen_image_finetune.cache import EncodedDataset
+    from qwen_image_finetune.samples import Sampler
+
+    def drawn(precision: str) -> Any:
+        config = configure(name, "model.lora=null", f"train.mixed_precision={precision}", rounds(held_out))
+        family, cpu = get_family(name), torch.device("cpu")
+        folder, dtype = loading.checkpoint_folder(config, family), loading.encoder_dtype(precision)
+        pairs = open_pairs(config, family).held_out
+        assert pairs is not None
+        rows = EncodedDataset(config, family, pairs, folder, dtype, trained_on=False)
+        pipe = loading.load_encoders(family, folder, dtype, {"default": cpu})
+        model: Any = family.transformer
+        transformer = model.from_pretrained(folder, subfolder="transformer", torch_dtype=torch.float32)
+        return np.asarray(Sampler(config, rows, pipe, transformer, cpu).draw("", False, lambda: None)[0]).astype(int)
+
+    assert np.abs(drawn("fp16") - drawn("no")).mean() < 2
+
+
 def test_levels_are_stratified_and_noise_is_fixed(configure: Configure, held_out: Path) -> None:
     from dataclasses import dataclass
 

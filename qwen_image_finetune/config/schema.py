@@ -121,6 +121,11 @@ class LoraConfig(Section):
     adapter_name: Identifier = Field("default", description="name of the adapter inside the model")
     pretrained_weight: Text | None = Field(None, description="file, folder or hub id of a LoRA to start from")
 
+    @property
+    def initialisation(self) -> bool | str:
+        """`init_lora_weights`, unless `pretrained_weight` fills the adapter anyway: then peft's plain start."""
+        return self.init_lora_weights if self.pretrained_weight is None else True
+
 
 class ModelConfig(Section):
     """What is trained."""
@@ -467,11 +472,11 @@ class Config(Section):
                 "cannot be fully fine-tuned; set model.quantize=false or give model.lora"
             )
         lora = self.model.lora
-        if lora is not None and lora.pretrained_weight is None and isinstance(lora.init_lora_weights, str):
-            start = f"model.lora.init_lora_weights={shown(lora.init_lora_weights)}"
-            if lora.init_lora_weights == "orthogonal" and lora.r % 2:
+        if lora is not None and isinstance(lora.initialisation, str):
+            start = f"model.lora.init_lora_weights={shown(lora.initialisation)}"
+            if lora.initialisation == "orthogonal" and lora.r % 2:
                 problems.append(f"{start} needs an even rank, not model.lora.r={lora.r}")
-            if self.model.quantize and lora.init_lora_weights.startswith(("pissa", "olora")):
+            if self.model.quantize and lora.initialisation.startswith(("pissa", "olora")):
                 problems.append(
                     f"{start} decomposes the base, which model.quantize={shown(self.model.quantize)} quantises: use "
                     'true or "gaussian", or set model.quantize=false'

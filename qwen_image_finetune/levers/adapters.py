@@ -52,13 +52,15 @@ def add_adapter(transformer: nn.Module, config: LoraConfig, seed: int) -> None:
     """Freeze `transformer` and add a trainable adapter with float32 weights.
 
     The initial weights are a function of `seed` and the base; the global random state is not moved. Where
-    config.pretrained_weight names a LoRA to start from, an initialisation that needs the base is skipped.
+    config.pretrained_weight names a LoRA to start from, config.init_lora_weights does not count.
 
     Raises:
         ConfigError: the initialisation or the targets cannot be used with this transformer.
     """
     name = config.adapter_name
-    initialisation = _checked_initialisation(config)
+    initialisation = config.initialisation
+    if initialisation == "orthogonal" and config.r % 2:
+        raise ConfigError(f"model.lora.init_lora_weights='orthogonal' needs an even rank, not model.lora.r={config.r}")
     modules = target_modules(transformer, config.target_modules)
     if name in adapter_names(transformer):
         raise ConfigError(f"model.lora.adapter_name={name!r}: the transformer already has an adapter of that name")
@@ -203,20 +205,6 @@ def factors(layer: LoraLayer, adapter_name: str) -> tuple[nn.Linear, nn.Linear]:
 def base_layer(layer: LoraLayer) -> nn.Linear:
     """The frozen layer under an adapter."""
     return cast(nn.Linear, layer.get_base_layer())
-
-
-def _checked_initialisation(config: LoraConfig) -> bool | str:
-    """The initialisation to use.
-
-    Raises:
-        ConfigError: it does not go with the rank.
-    """
-    value = config.init_lora_weights
-    if value == "orthogonal" and config.r % 2:
-        raise ConfigError(f"model.lora.init_lora_weights={value!r} needs an even rank, not model.lora.r={config.r}")
-    if isinstance(value, str) and _needs_base(value) and config.pretrained_weight is not None:
-        return True
-    return value
 
 
 def _needs_base(initialisation: str) -> bool:

@@ -107,7 +107,7 @@ def check(sharding: Sharding | None, config: Config, processes: int) -> None:
             "which a process has a part; use one of torch.optim, such as torch.optim.AdamW"
         )
     lora = config.model.lora
-    start = "" if lora is None or lora.pretrained_weight is not None else str(lora.init_lora_weights)
+    start = "" if lora is None else str(lora.initialisation)
     if start.startswith(("pissa", "olora")):
         raise ConfigError(
             f"model.lora.init_lora_weights={start!r} with FSDP takes the base apart, of which a "

@@ -98,8 +98,10 @@ def test_a_starting_point_is_frozen_and_the_adapter_learns() -> None:
     assert not missing
 
 
-def test_a_lora_to_start_from_replaces_a_decomposition() -> None:
-    assert not any("initial" in name for name in state(adapted(init_lora_weights="pissa", pretrained_weight="x")))
+@pytest.mark.parametrize("init", [False, "gaussian", "orthogonal", "pissa"])
+def test_a_lora_to_start_from_replaces_every_initialisation(init: bool | str) -> None:
+    found = state(adapted(init_lora_weights=init, r=3, pretrained_weight="x"))
+    assert equal(found, state(adapted(init_lora_weights=True, r=3)))
 
 
 @pytest.mark.parametrize("targets, message", [

@@ -437,6 +437,27 @@ def test_the_cache_keeps_one_crop_and_flip_unless_more_are_asked_for(load: Load,
     assert note.startswith("cache.num_variations=4 has no effect: neither data.init_args.random_crop nor")
 
 
+@pytest.mark.parametrize(
+    "name", ["prodigyopt.Prodigy", "prodigyplus.ProdigyPlusScheduleFree", "dadaptation.DAdaptLion"]
+)
+def test_an_optimizer_that_finds_its_rate_is_not_to_be_given_a_small_one(load: Load, name: str) -> None:
+    [note] = load({"optimizer.class_path": name, "optimizer.init_args.lr": 1e-4}).notes
+    assert note.startswith(f"optimizer.init_args.lr=0.0001 makes {name} crawl: it finds the learning rate by itself")
+    assert load({"optimizer.class_path": name, "optimizer.init_args.lr": 0.5}).notes == ()
+    assert load({"optimizer.class_path": name}).notes == ()  # its own default, 1.0
+    assert load({"optimizer.class_path": "torch.optim.Adam", "optimizer.init_args.lr": 1e-4}).notes == ()
+
+
+def test_a_warm_up_as_long_as_the_run_is_said(load: Load) -> None:
+    settings: dict[str, Any] = {"lr_scheduler.scheduler_type": "cosine", "train.max_train_steps": 100}
+    [note] = load({**settings, "lr_scheduler.warmup_steps": 100}).notes
+    assert note.startswith("lr_scheduler.warmup_steps=100, but the run ends after 100 steps (train.max_train_steps)")
+    [note] = load({**settings, "lr_scheduler.warmup_steps": 100, "train.num_epochs": 3}).notes  # ends no later
+    assert load({**settings, "lr_scheduler.warmup_steps": 99}).notes == ()
+    by_epochs = {"lr_scheduler.scheduler_type": "cosine", "lr_scheduler.warmup_steps": 2000, "train.num_epochs": 3}
+    assert load(by_epochs).notes == ()  # how many steps that is, the data say
+
+
 # Back to YAML, and the reference.
 
 

@@ -81,11 +81,29 @@ IDLE: tuple[tuple[str, Condition, str], ...] = (
       for key in ("foreground", "background")),
 )  # fmt: skip
 
-# (when, what to know): settings that work together in a way one might not expect.
+
+def _finds_its_own_rate(config: Config) -> bool:
+    """Whether the optimizer is, by its name, Prodigy or of D-Adaptation, which multiply the rate they find by lr."""
+    rate, name = config.optimizer.init_args.get("lr"), config.optimizer.class_path.rpartition(".")[2].lower()
+    return isinstance(rate, float | int) and rate < 0.1 and ("prodigy" in name or name.startswith("dadapt"))
+
+
+def _warms_up_to_the_end(config: Config) -> bool:
+    steps, schedule = config.max_steps, config.lr_scheduler  # fewer steps where train.num_epochs ends first
+    return steps is not None and schedule.scheduler_type != "constant" and schedule.warmup_steps >= steps
+
+
+# (when, what to know): settings that work together in a way one might not expect; {c.section.key} is what they are.
 ADVICE: tuple[tuple[Condition, str], ...] = (
     (lambda c: c.cache.use_cache and c.cache.num_variations == 1 and c.data.is_random and not _own_class(c),
      "random crops and flips with cache.use_cache=true: every sample keeps the one it is cached with; "
      "cache.num_variations stores more of them"),
+    (_finds_its_own_rate,
+     "optimizer.init_args.lr={c.optimizer.init_args[lr]} makes {c.optimizer.class_path} crawl: it finds the learning "
+     "rate by itself, and lr is a factor on it, which should be 1.0"),
+    (_warms_up_to_the_end,
+     "lr_scheduler.warmup_steps={c.lr_scheduler.warmup_steps}, but the run ends after {c.max_steps} steps "
+     "(train.max_train_steps): the learning rate never reaches optimizer.init_args.lr"),
 )  # fmt: skip
 
 
@@ -98,4 +116,4 @@ def idle_notes(config: Config) -> list[str]:
         if given is ABSENT or given == known_keys()[key].get_default() or key in notes or not idle(config):
             continue
         notes[key] = f"{key}={shown(given)} has no effect: {why}"
-    return [*notes.values()] + [words for applies, words in ADVICE if applies(config)]
+    return [*notes.values()] + [words.format(c=config) for applies, words in ADVICE if applies(config)]

@@ -57,20 +57,36 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         OSError: the folder is missing or cannot be written.
     """
     content = data.encode() if isinstance(data, str) else data
-    partial = hidden(path, "partial")
+    with staged_file(path, len(content)) as partial:
+        partial.write_bytes(content)
+
+
+@contextmanager
+def staged_file(final: Path, needed: int | None = None) -> Iterator[Path]:
+    """Yield a hidden name beside `final` to write a file under; it becomes `final` when the block ends.
+
+    If the block raises, the hidden file is removed and `final` is as it was.
+
+    Args:
+        needed: bytes that will be written, if known, for the message about a full disk.
+
+    Raises:
+        DiskFull: no space is left; `final` is as it was.
+        OSError: the folder is missing or cannot be written.
+    """
+    partial = hidden(final, "partial")
     try:
-        with open(partial, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
+        yield partial
+        with _descriptor(partial) as descriptor:
+            os.fsync(descriptor)
+        os.replace(partial, final)
+    except Exception as error:  # as in `staged_folder`
         if is_disk_full(error):
-            raise DiskFull(path, len(content)) from error
+            raise DiskFull(final, needed) from error
         raise
     finally:
         partial.unlink(missing_ok=True)  # gone already where all went well
-    sync_folder(path.parent)
+    sync_folder(final.parent)
 
 
 @contextmanager

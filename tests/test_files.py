@@ -20,6 +20,7 @@ from qwen_image_finetune.files import (
     DiskFull,
     clean_leftovers,
     remove_folder,
+    staged_file,
     staged_folder,
     verify_folder,
     write_atomic,
@@ -275,10 +276,29 @@ def test_disk_full_in_write_atomic(small_disk: Path) -> None:
     assert (small_disk / "a").read_text() == "old"
 
 
+def test_a_staged_file_appears_when_its_block_ends(tmp_path: Path) -> None:
+    final = tmp_path / "a.bin"
+    final.write_text("old")
+    with pytest.raises(KeyError), staged_file(final) as partial:
+        partial.write_text("half")
+        raise KeyError
+    assert (final.read_text(), os.listdir(tmp_path)) == ("old", ["a.bin"])
+    with staged_file(final) as partial:
+        partial.write_text("new")
+        assert final.read_text() == "old"
+        (tmp_path / "copy").mkdir()
+        (tmp_path / "copy" / partial.name).touch()  # as a killed process would leave it
+    assert final.read_text() == "new"
+    clean_leftovers(tmp_path / "copy")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.bin", "copy"]
+
+
 def test_disk_full_as_safetensors_words_it(small_disk: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
+    with pytest.raises(DiskFull), staged_file(small_disk / "b.safetensors") as partial:
+        save_file({"a": torch.zeros(100_000)}, partial)
     with pytest.raises(DiskFull), staged_folder(small_disk / "new") as folder:
         save_file({"a": torch.zeros(100_000)}, folder / "a.safetensors")
     assert os.listdir(small_disk) == []

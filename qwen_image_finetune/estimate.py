@@ -110,15 +110,16 @@ class Estimator:
         on_host = in_blocks * swapped // found.num_blocks
         visiting = max(blocks) * min(swapped, 1 + AHEAD)
         largest = max(found.kinds.values(), key=lambda kind: kind.saved)
-        kept = found.kept(keep)
-        offloaded = kept if train.offload_activations else 0
+        offloads = train.offload_activations
         device = {
             "weights": outside + in_blocks - on_host + visiting,
             **self._trained(config),
-            "kept activations": kept - offloaded,
+            "kept activations": 0 if offloads else found.kept(keep),
             "the block at work": AT_WORK * largest.inputs + (largest.saved if keep is not None else 0),
         }
-        host = {"swapped blocks": on_host, "activations": offloaded, "the program": PROGRAM}
+        # The two are page-locked in other ways: swapped blocks take what they need, torch's tensors powers of two.
+        activations = found.kept_on_host(keep) if offloads else 0
+        host = {"swapped blocks": on_host, "activations": activations, "the program": PROGRAM}
         encoders = self.encoders
         if not config.cache.use_cache:
             (host if train.low_memory else device)["encoders"] = encoders

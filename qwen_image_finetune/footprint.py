@@ -32,22 +32,36 @@ class BlockFootprint:
     count: int = 0  # blocks of this kind in the model
     weights: int = 0  # numbers
     linear: int = 0  # of them, those that quantisation stores in fewer bits
-    inputs: int = 0  # bytes; what full recomputation keeps
-    saved: int = 0  # bytes; what is kept without recomputation
-    attention: int = 0  # bytes of the outputs of attention
+    input_sizes: list[int] = field(default_factory=list)  # bytes of each tensor that full recomputation keeps
+    saved_sizes: list[int] = field(default_factory=list)  # of each that is kept without recomputation
+    attention_sizes: list[int] = field(default_factory=list)  # of each output of attention
     attention_operations: int = 0  # forward
     operations: int = 0  # forward, of everything else
     products: list[Product] = field(default_factory=list)
 
-    def kept(self, keep: float | str | None) -> int:
-        """Bytes that wait for the backward pass; `keep` as in train.keep_activations, None without recomputation."""
+    @property
+    def inputs(self) -> int:
+        """Bytes of what full recomputation keeps."""
+        return sum(self.input_sizes)
+
+    @property
+    def saved(self) -> int:
+        """Bytes of what is kept without recomputation."""
+        return sum(self.saved_sizes)
+
+    def kept(self, keep: float | str | None) -> list[int]:
+        """Bytes of each tensor that waits for the backward pass.
+
+        Args:
+            keep: as in train.keep_activations; None without recomputation.
+        """
         if keep is None:
-            return self.saved
+            return self.saved_sizes
         if keep == "none":
-            return self.inputs
+            return self.input_sizes
         chosen = choose(self.products, float(keep))
-        kept = self.inputs + self.attention + sum(self.products[number].size for number in chosen)
-        return min(kept, self.saved + self.inputs)
+        kept = [*self.input_sizes, *self.attention_sizes, *(self.products[number].size for number in chosen)]
+        return min(kept, self.saved_sizes + self.input_sizes, key=sum)
 
     def recomputed(self, keep: float | str | None) -> int:
         """Operations that are done a second time, attention aside."""
@@ -92,7 +106,16 @@ class Footprint:
 
     def kept(self, keep: float | str | None) -> int:
         """Bytes that all blocks together keep."""
-        return sum(kind.count * kind.kept(keep) for kind in self.kinds.values())
+        return sum(kind.count * sum(kind.kept(keep)) for kind in self.kinds.values())
+
+    def kept_on_host(self, keep: float | str | None) -> int:
+        """Bytes of the host's memory that the same takes there.
+
+        torch rounds each page-locked tensor up to a power of two (PowerOf2Ceil in ATen/core/CachingHostAllocator.h).
+        """
+        return sum(
+            kind.count * (1 << (size - 1).bit_length()) for kind in self.kinds.values() for size in kind.kept(keep)
+        )
 
     def work(self, keep: float | str | None) -> Work:
         """Operations by what computes them.
@@ -126,7 +149,7 @@ class _Watch(TorchDispatchMode):
             return result
         if is_attention(operator):
             outputs = [item for item in result if isinstance(item, Tensor)] if isinstance(result, tuple) else [result]
-            block.attention += sum(_size(item) for item in outputs)
+            block.attention_sizes += [_size(item) for item in outputs]
             batch, heads, rows, width = args[0].shape
             block.attention_operations += 4 * batch * heads * rows * args[1].shape[2] * width
         elif operator in PRODUCTS:
@@ -194,7 +217,7 @@ def _run(
         # The input of the very first block may need no gradient; it stands for all of its kind here.
         kwargs = {name: _with_gradient(item) if "hidden_states" in name else item for name, item in kwargs.items()}
         watch.running = kinds[type(module).__name__]
-        watch.running.inputs = sum(_size(item) for item in kwargs.values() if isinstance(item, Tensor))
+        watch.running.input_sizes = [_size(item) for item in kwargs.values() if isinstance(item, Tensor)]
         return args, kwargs
 
     def end(*arguments: Any) -> None:
@@ -204,7 +227,7 @@ def _run(
         storage = tensor.untyped_storage()
         if watch.running is not None and storage._cdata not in own | seen:
             seen.add(storage._cdata)
-            watch.running.saved += storage.nbytes()
+            watch.running.saved_sizes.append(storage.nbytes())
         alive.append(tensor)  # or its storage would be given to another
         return tensor
 

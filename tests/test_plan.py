@@ -302,6 +302,17 @@ def test_auto_is_decided_for_the_card(configured: Callable[..., Config]) -> None
         decided(3, *low)
 
 
+def test_offloaded_activations_take_powers_of_two_of_the_host(configured: Callable[..., Config]) -> None:
+    """By hand: 57 blocks keep 8192 tokens of pictures, 48 MiB, and 512 of text, 3 MiB; the modulation is small."""
+    recomputed = ("train.gradient_checkpointing=true", "train.keep_activations=none")
+    estimator = Estimator(get_family("FluxKontext"), configured("FluxKontext", *recomputed), None)
+    assert estimator.estimate().device["kept activations"] == pytest.approx(57 * (48 + 3) * 2**20, rel=1e-3)
+    offloaded = configured("FluxKontext", *recomputed, "train.offload_activations=true")
+    found = estimator.estimate(offloaded)
+    assert "kept activations" not in found.device
+    assert found.host["activations"] == pytest.approx(57 * (64 + 4) * 2**20, rel=1e-3)
+
+
 def test_too_little_host_memory_is_said(configured: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 11.9 billion weights of two bytes all that is in blocks waits; where none does, nothing is said."""
     swapping = configured("FluxKontext", "train.gradient_checkpointing=true", "train.blocks_to_swap=57")

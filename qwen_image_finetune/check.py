@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qwen_image_finetune.config import (
     OUR_DATASETS,
@@ -16,9 +17,14 @@ from qwen_image_finetune.config import (
     no_folder,
     resolve_family,
 )
+from qwen_image_finetune.families import get_family
 from qwen_image_finetune.levers.lora_header import LoraFileError, read_metadata
 from qwen_image_finetune.levers.lora_sources import find_lora
+from qwen_image_finetune.levers.stored_precision import base_precision, local_checkpoint
 from qwen_image_finetune.trackers import unavailable
+
+if TYPE_CHECKING:
+    from qwen_image_finetune.families.base import Family
 
 
 def check_run(config: Config, download: bool = False) -> None:
@@ -43,19 +49,45 @@ def refusal(problems: Sequence[str]) -> ConfigError:
 
 def run_problems(config: Config, download: bool = False) -> list[str]:
     """One line for each: a folder, a checkpoint or a LoRA that is not there; a tracker that is not installed; an
-    optimizer or schedule that cannot be built; text embeddings the family does not have."""
+    optimizer or schedule that cannot be built; text embeddings the family does not have; an adapter that does not fit a
+    checkpoint of this machine (with `download`, `check_transformer` is for when it is here)."""
     problems = [*_folders(config), *_resume(config)]
     if absent := unavailable(config.logging.trackers):
         problems.append(f"logging.report_to names {absent}, not installed here: pip install {' '.join(absent)}")
     checks: list[Callable[[], None]] = [lambda: _check_lora(config, download)]
     if find_spec("torch") is not None:  # a dry run goes without
         checks += [lambda: _check_optimizer(config), lambda: _check_drop_keys(config, download)]
+        if not download and (checkpoint := local_checkpoint(config.model)) is not None:
+            checks.append(lambda: check_transformer(config, get_family(resolve_family(config)[0]), checkpoint))
     for check in checks:
         try:
             check()
         except (ConfigError, LoraFileError) as error:
-            problems.append(str(error))
+            if str(error) not in problems:
+                problems.append(str(error))
     return problems
+
+
+def check_transformer(config: Config, family: Family, checkpoint: Path) -> None:
+    """Refuse an adapter, or a LoRA that it starts from, that does not fit the transformer; no weight of it is read.
+
+    Raises:
+        ConfigError, LoraFileError: it does not; or the transformer is not whole, or not as `config` or the installed
+            diffusers takes it.
+    """
+    import torch
+
+    from qwen_image_finetune import loading
+    from qwen_image_finetune.levers.lora_files import check_lora
+    from qwen_image_finetune.levers.targets import target_modules
+
+    lora = config.model.lora
+    base_precision(checkpoint / "transformer", config.model)
+    transformer = loading.empty_transformer(family, checkpoint, torch.bfloat16)
+    if lora is not None:
+        target_modules(transformer, lora.target_modules)
+        if lora.pretrained_weight is not None and config.train.resume_from_checkpoint is None:
+            check_lora(transformer, lora.pretrained_weight, family.pipeline, lora)
 
 
 def _folders(config: Config) -> Iterator[str]:
@@ -109,7 +141,6 @@ def _check_optimizer(config: Config) -> None:
 def _check_drop_keys(config: Config, download: bool) -> None:
     if config.cache.prompt_empty_drop_keys is None:
         return
-    from qwen_image_finetune.families import get_family
     from qwen_image_finetune.preparation import check_drop_keys
 
     family, source = resolve_family(config, download)

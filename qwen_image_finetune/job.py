@@ -10,7 +10,7 @@ import torch
 
 from qwen_image_finetune import console, loading
 from qwen_image_finetune.cache import EncodedDataset
-from qwen_image_finetune.check import check_run
+from qwen_image_finetune.check import check_run, check_transformer
 from qwen_image_finetune.config import Config, ConfigError, resolve_family
 from qwen_image_finetune.data.batches import Batches
 from qwen_image_finetune.data.dataset import ImageDataset
@@ -69,6 +69,7 @@ def open_job(config: Config) -> Job:
 
     pairs = open_pairs(config, family)
     folder = loading.checkpoint_folder(config, family)
+    check_transformer(config, family, folder)
     place = folder / "transformer"
     precision = base_precision(place, config.model)  # a contradiction is refused before embeddings are computed
     parallel.check_base(sharding, place, precision)

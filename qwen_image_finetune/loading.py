@@ -148,19 +148,11 @@ def load_transformer(
         say: hears what was quantised, and what did not fit.
 
     Raises:
-        ConfigError: its configuration has keys that the installed diffusers does not know; ignoring one would train
-            another model than the one the checkpoint describes. Or its weights are quantised in a way that is unknown
-            or contradicts `model`, or do not fit its configuration.
+        ConfigError: see `check_known`; or its weights are quantised in a way that is unknown or contradicts `model`, or
+            do not fit its configuration.
     """
     place = folder / "transformer"
-    config = json.loads((place / "config.json").read_text())
-    known = set(inspect.signature(family.transformer.__init__).parameters)
-    unknown = sorted(key for key in config if not key.startswith("_") and key not in known | {"quantization_config"})
-    if unknown:
-        raise ConfigError(
-            f"{place / 'config.json'} has keys {unknown} that {family.transformer.__name__} of the "
-            "installed diffusers does not know; upgrade diffusers"
-        )
+    check_known(family, place)
     with readable(place):
         precision = base_precision(place, model)
         transformer, report = weights.load(family.transformer, place, precision, dtype, device, blocks_to_swap)
@@ -169,8 +161,30 @@ def load_transformer(
     return cast(ModelMixin, transformer)
 
 
+def check_known(family: Family, place: Path) -> None:
+    """Refuse a transformer's folder whose configuration has keys that the installed diffusers does not know: ignoring
+    one would train another model than the one the checkpoint describes.
+
+    Raises:
+        ConfigError: names them.
+    """
+    config = json.loads((place / "config.json").read_text())
+    known = set(inspect.signature(family.transformer.__init__).parameters)
+    unknown = sorted(key for key in config if not key.startswith("_") and key not in known | {"quantization_config"})
+    if unknown:
+        raise ConfigError(
+            f"{place / 'config.json'} has keys {unknown} that {family.transformer.__name__} of the "
+            "installed diffusers does not know; upgrade diffusers"
+        )
+
+
 def empty_transformer(family: Family, folder: Path, dtype: torch.dtype) -> ModelMixin:
-    """The transformer, frozen, its parameters in `dtype` but without memory: for `levers.parallel` to fill."""
+    """The transformer, frozen, its parameters in `dtype` but without memory: for `levers.parallel` to fill.
+
+    Raises:
+        ConfigError: see `check_known`.
+    """
+    check_known(family, folder / "transformer")
     transformer = skeleton(family.transformer, folder / "transformer")
     for parameter in transformer.parameters():
         parameter.data = parameter.data.to(dtype)

@@ -122,6 +122,16 @@ def load_lora(
     _fill(transformer, layers, adapter_name)
 
 
+def check_lora(transformer: nn.Module, source: str | Path, pipeline_class: type[Any], config: LoraConfig) -> None:
+    """Refuse what `load_lora` would with this config; of the transformer, shapes are enough.
+
+    Raises:
+        LoraFileError, ConfigError: as there.
+    """
+    path = find_lora(source)
+    _check_config(transformer, fitting_layers(transformer, path, pipeline_class), path, config)
+
+
 def fitting_layers(transformer: nn.Module, path: Path, pipeline_class: type[Any]) -> dict[str, Layer]:
     """The layers of a LoRA file, by module name, for a transformer whose weights are not read.
 

@@ -1,0 +1,69 @@
+"""What does not fit the transformer is said by every command that looks, and before anything is encoded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from qwen_image_finetune.check import run_problems
+from qwen_image_finetune.config import Config, ConfigError
+from qwen_image_finetune.train import train
+
+Configure = Callable[..., Config]
+
+
+def another_rank(configure: Configure, folder: Path) -> list[str]:
+    run = train(configure("FluxKontext", "model.lora.r=2", "train.max_train_steps=5"))
+    assert run is not None
+    shutil.rmtree(run.parents[2] / "cache")
+    return [f"model.lora.pretrained_weight={run}"]
+
+
+def unknown_target(configure: Configure, folder: Path) -> list[str]:
+    return ["model.lora.target_modules=[to_qq]"]
+
+
+def unknown_key(configure: Configure, folder: Path) -> list[str]:
+    path = folder / "transformer" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"zero_cond_u": True}))
+    return []
+
+
+def without_weights(configure: Configure, folder: Path) -> list[str]:
+    for path in (folder / "transformer").glob("*.safetensors"):
+        path.unlink()
+    return []
+
+
+@pytest.mark.parametrize(
+    "fault, words",
+    [
+        (another_rank, "The file has rank 2"),
+        (unknown_target, "'to_qq' matches no linear layer"),
+        (unknown_key, "has keys ['zero_cond_u']"),
+        (without_weights, "safetensors"),
+    ],
+)
+def test_it_is_refused_before_anything_is_encoded(
+    fault: Callable[[Configure, Path], list[str]],
+    words: str,
+    configure: Configure,
+    flux_folder: Path,
+    tmp_path: Path,
+) -> None:
+    folder = Path(shutil.copytree(flux_folder, tmp_path / "base"))
+    config = configure("FluxKontext", *fault(configure, folder), f"model.pretrained_model_name_or_path={folder}")
+    [problem] = run_problems(config)
+    assert words in problem
+    with pytest.raises(ConfigError) as refused:
+        train(config)
+    assert words in str(refused.value)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_sound_configuration_has_no_problems(configure: Configure) -> None:
+    assert run_problems(configure("FluxKontext")) == []

@@ -11,6 +11,9 @@ from qwen_image_finetune.config import Config
 
 # How torch words a failed allocation on the CPU, where it has no exception class of its own.
 _ON_CPU = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
+# How advice begins that is refused where processes share one model (levers.parallel.check, job.check_sharing).
+_OF_WHOLE_MODELS = ("train.offload_activations=true", "train.blocks_to_swap", "train.low_memory", "model.quantize",
+                    "optimizer.class_path=bitsandbytes", "train.release_gradients")  # fmt: skip
 
 
 class OutOfMemory(RuntimeError):
@@ -18,25 +21,26 @@ class OutOfMemory(RuntimeError):
 
 
 @contextmanager
-def explained(config: Config, doing: str) -> Iterator[None]:
-    """Raise OutOfMemory in place of whatever torch or Python raise when memory runs out in the block."""
+def explained(config: Config, doing: str, shared: bool = False) -> Iterator[None]:
+    """Raise OutOfMemory in place of whatever torch or Python raise when memory runs out in the block.
+
+    Args:
+        doing: what the process is at, such as "loading the transformer".
+        shared: processes share one model (FSDP).
+    """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        raise_explained(error, config, doing)
+        raise_explained(error, config, doing, shared)
         raise
 
 
-def raise_explained(error: Exception, config: Config, doing: str) -> None:
-    """Raises OutOfMemory if that is what `error` says.
-
-    Args:
-        doing: what the process was at, such as "loading the transformer".
-    """
+def raise_explained(error: Exception, config: Config, doing: str, shared: bool) -> None:
+    """Raises OutOfMemory if that is what `error` says."""
     if is_out_of_memory(error) and not isinstance(error, OutOfMemory):  # explained where it happened
         where = str(error).strip().partition("\n")[0] or type(error).__name__
         on_card = isinstance(error, torch.OutOfMemoryError)
-        changes = "".join(f"\n  - {change}" for change in advice(config, doing, on_card))
+        changes = "".join(f"\n  - {change}" for change in advice(config, doing, on_card, shared))
         raise OutOfMemory(f"memory ran out while {doing} ({where}). What would help, least loss first:{changes}")
 
 
@@ -47,19 +51,21 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _ON_CPU)
 
 
-def advice(config: Config, doing: str, on_card: bool = True) -> list[str]:
+def advice(config: Config, doing: str, on_card: bool = True, shared: bool = False) -> list[str]:
     """What could be changed and is not yet, in the order of what it costs: nothing, time, precision, then capacity.
 
     Args:
         doing: what the process was at: it decides what is in memory, and so what would leave it.
         on_card: the card's memory ran out; False: the host's, where whatever leaves the card waits.
+        shared: processes share one model (FSDP), which excludes much.
     """
     if "predict" in doing:
         return list(_for_drawing(config))
     where = [*_for_everything(config, doing)]
     if "encod" not in doing:
         where += _for_the_transformer(config, on_card, stepping="sampl" not in doing and "load" not in doing)
-    return [words for _, words in sorted(where, key=lambda choice: choice[0])]
+    lines = [words for _, words in sorted(where, key=lambda choice: choice[0])]
+    return [words for words in lines if not (shared and words.startswith(_OF_WHOLE_MODELS))]
 
 
 def _for_drawing(config: Config) -> Iterator[str]:

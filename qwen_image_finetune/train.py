@@ -80,16 +80,16 @@ def train(config: Config) -> Path | None:
 
 def _train(job: Job, book: Logbook, progress: Progress, stopping: StopSignals) -> None:
     """Put the run together, and let it run."""
-    config = job.config
+    config, shared = job.config, job.sharding is not None
 
     # Embeddings: from the cache, which is completed first, or from encoders that stay
-    with explained(config, "encoding the data set" if config.cache.use_cache else "loading the encoders"):
+    with explained(config, "encoding the data set" if config.cache.use_cache else "loading the encoders", shared):
         pipe = prepare_embeddings(config, job.rows, job.accelerator, job.say)
         if job.held_out is not None:
             prepare_held_out(config, job.held_out, job.accelerator, job.say)
 
     # The model, its optimizer, and the state of both
-    with explained(config, "loading the transformer"):
+    with explained(config, "loading the transformer", shared):
         learner = assemble(job, start_from_lora=book.resume is None)
         state = State(job, learner, progress, book.settings)
         if book.resume is not None:
@@ -107,7 +107,7 @@ def _train(job: Job, book: Logbook, progress: Progress, stopping: StopSignals) -
             validation.start(progress.step)
         job.team.meet("preparing to train")
 
-    with explained(config, "training"):
+    with explained(config, "training", shared):
         stream = micro_batches(job, pipe, progress.step)
         stopping.defer()
         _loop(job, book, learner, state, objective, stream, validation, stopping)
@@ -216,7 +216,7 @@ def _validate(
     def cancelled() -> bool:  # processes that draw together are not cancelled one by one
         return stopping.received != 0 and job.sharding is None
 
-    with explained(job.config, "drawing samples"):
+    with explained(job.config, "drawing samples", shared=job.sharding is not None):
         if validation is not None:
             validation(book.progress.step, cancelled, draws, book.written_checkpoint if saved else None)
         job.team.meet("drawing samples")

@@ -10,6 +10,9 @@ import torch
 
 from qwen_image_finetune.config import Config, load_config
 from qwen_image_finetune.config.words import known_keys
+from qwen_image_finetune.job import check_sharing
+from qwen_image_finetune.levers import parallel
+from qwen_image_finetune.levers.parallel import Sharding
 from qwen_image_finetune.out_of_memory import OutOfMemory, advice, explained
 
 Configure = Callable[..., Config]
@@ -79,6 +82,28 @@ def test_advice_can_be_followed(
     assert costs == sorted(costs)
     if doing != "training":
         assert not {"train.gradient_checkpointing", "optimizer.class_path", "data.batch_size"} & set(keys(lines))
+
+
+@pytest.mark.parametrize("doing", ["loading the encoders", "loading the transformer", "training", "drawing samples"])
+@pytest.mark.parametrize("on_card", [True, False])
+@pytest.mark.parametrize("overrides", [(), ("cache.use_cache=false", "data.batch_size=2"), ("model.lora=null",)])
+def test_advice_for_a_shared_model_is_not_refused(
+    doing: str, on_card: bool, overrides: tuple[str, ...], configure: Configure, tmp_path: object
+) -> None:
+    lines = advice(configure("QwenImageEdit", *overrides), doing, on_card, shared=True)
+    assert len(lines) >= 3
+    for line in lines:
+        given = [f"{key}={value}" for key, value in KEY.findall(line.partition(": ")[0]) if value]
+        config = load_config(f"{tmp_path}/config.yaml", [*overrides, *given])
+        parallel.check(Sharding(), config, processes=2)
+        check_sharing(config, 2, shared=True)
+
+
+def test_the_error_knows_of_a_shared_model(configure: Configure) -> None:
+    with pytest.raises(OutOfMemory) as raised, explained(configure("FluxKontext"), "training", shared=True):
+        raise torch.OutOfMemoryError
+    assert "train.gradient_checkpointing" in str(raised.value)
+    assert "train.blocks_to_swap" not in str(raised.value)
 
 
 def test_the_hosts_memory_is_not_filled_further(configure: Configure) -> None:

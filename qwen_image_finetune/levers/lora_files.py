@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from qwen_image_finetune.config import ConfigError, LoraConfig
 from qwen_image_finetune.config.registry import family_of_pipeline
+from qwen_image_finetune.files import staged_file
 from qwen_image_finetune.levers import adapters
 from qwen_image_finetune.levers.adapters import INITIAL, Layer
 from qwen_image_finetune.levers.lora_dialects import native_names, read_state, unmatched_message, write_state
@@ -47,9 +48,10 @@ def save_lora(
     metadata: Mapping[str, str],
     state: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write the adapter as a float32 LoRA file in diffusers' dialect, under `path` in one piece.
+    """Write the adapter as a float32 LoRA file in diffusers' dialect.
 
     Args:
+        path: in a folder that itself appears whole or not at all, as a checkpoint does.
         metadata: joins what the file says about itself (ss_*, modelspec.*, qif.*) and wins over it; `run_metadata`
             has that of a run.
         state: values of `adapters.trainable_state` to write instead of the transformer's own.
@@ -172,28 +174,18 @@ def export_lora(source: Path, destination: Path, dialect: Dialect, pipeline_clas
     about = {key: value for key, value in metadata.items() if key != ADAPTER_METADATA} | network_metadata(layers)
     if dialect == "diffusers":
         about[ADAPTER_METADATA] = adapter_json(layers, exactly(layers))
-    partial = destination.with_name(f".{destination.name}.partial")
-    try:
+    with staged_file(destination) as partial:
         _write(partial, write_state(layers, native_names(pipeline_class), dialect), about)
         again, _ = read_lora(partial, pipeline_class, modules=list(layers))
         _check_same(layers, again, destination)
-        partial.replace(destination)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _write(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """A safetensors file that is there whole or not at all."""
     wrong = sorted(key for key, value in metadata.items() if not isinstance(value, str))
     if wrong:
         raise ValueError(f"metadata of a safetensors file are strings; these are not: {', '.join(wrong)}")
-    partial = path.with_name(f".{path.name}.writing")
     tensors = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in state.items()}
-    try:
-        save_file(tensors, partial, metadata={**metadata, "format": "pt"})
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    save_file(tensors, path, metadata={**metadata, "format": "pt"})
 
 
 def _check_config(transformer: nn.Module, layers: Mapping[str, Layer], path: Path, config: LoraConfig) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,8 @@ from tiny_transformers import PIPELINES, disturb, run, tiny_transformer
 from torch import Tensor
 
 from qwen_image_finetune.config import Config, ConfigError, LoraConfig
-from qwen_image_finetune.levers import adapters
+from qwen_image_finetune.files import clean_leftovers
+from qwen_image_finetune.levers import adapters, lora_files
 from qwen_image_finetune.levers.lora_files import export_lora, load_lora, read_lora, save_lora
 from qwen_image_finetune.levers.lora_header import LoraFileError, adapter_metadata
 from qwen_image_finetune.levers.lora_metadata import run_metadata
@@ -359,6 +361,23 @@ def test_an_export_that_does_not_say_the_same_is_not_left_behind(tmp_path: Path)
     with pytest.raises(LoraFileError, match="was not written"):
         export_lora(tmp_path / "nan.safetensors", tmp_path / "x.safetensors", "comfy", FluxKontextPipeline)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["nan.safetensors", LORA_WEIGHTS]
+
+
+def test_a_killed_export_leaves_only_what_is_cleaned_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "source").mkdir()
+    _, source = saved(tmp_path / "source", "flux")
+    out, write = tmp_path / "out", lora_files.save_file
+
+    def copy_what_lies_there(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+        write(tensors, path, metadata)
+        shutil.copytree(out, tmp_path / "killed")
+
+    monkeypatch.setattr(lora_files, "save_file", copy_what_lies_there)
+    export_lora(source, out / "x.safetensors", "comfy", FluxKontextPipeline)
+    assert [path.name for path in out.iterdir()] == ["x.safetensors"]
+    assert len(list((tmp_path / "killed").iterdir())) == 1
+    clean_leftovers(tmp_path / "killed")
+    assert not list((tmp_path / "killed").iterdir())
 
 
 def test_modules_of_different_rank_and_alpha(tmp_path: Path) -> None:

@@ -42,6 +42,11 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = Non
 
 def guarded(run: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> int:
     """Call a verb. What a person can mend is an exception of ours, and comes out as one message, no traceback."""
+    if sys.platform == "win32":
+        print(
+            "error: Windows has no locks and signals of Unix, which runs are kept safe with: use WSL2", file=sys.stderr
+        )
+        return 2
     try:
         run(options)
     except (ValueError, RuntimeError, OSError) as error:

@@ -93,6 +93,17 @@ def test_a_refused_configuration_loads_nothing_heavy(hub_config: Path, offline: 
         assert "train.max_train_steps" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_windows_is_refused_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert main(["tiny", "FluxKontext", str(tmp_path / "tiny")]) == 2
+    assert capsys.readouterr().err == (
+        "error: Windows has no locks and signals of Unix, which runs are kept safe with: use WSL2\n"
+    )
+    assert not (tmp_path / "tiny").exists()
+
+
 # The dry run
 
 

@@ -156,6 +156,21 @@ def test_every_command_works(document: Path, desk: Path, tiny_checkpoints: dict[
                 shrink(desk / copied[1], tiny_checkpoints, edits)
 
 
+def test_memory_in_the_readme_is_what_its_commands_print(capsys: pytest.CaptureFixture[str]) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(face_seg_\w+)` \|.*\|(.*)\|$", readme, flags=re.MULTILINE))
+    plans = dict(re.findall(r"^qif plan configs/(face_seg_\w+)\.yaml (.*)$", readme, flags=re.MULTILINE))
+    assert rows.keys() == plans.keys() and len(rows) == 4
+    for name, row in rows.items():
+        assert main(["plan", str(ROOT / "configs" / f"{name}.yaml"), *plans[name].split()]) == 0
+        printed = capsys.readouterr().out
+        for figure in re.findall(r"[\d.]+ GiB", row):
+            assert f"({figure}" in printed, f"{name}: {printed}"
+        for blocks_waiting in re.findall(r"(\d+) of its 57 blocks", row):
+            assert f"train.blocks_to_swap={blocks_waiting} " in printed, printed
+        assert "fits a card of " in printed or ("encoder" in row and "cache.text_encoder_device=cpu" in printed)
+
+
 def test_the_commands_are_found() -> None:
     """The reader of fences sees what is there; a change of its format would make the tests above empty."""
     counts = {

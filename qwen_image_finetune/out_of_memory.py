@@ -31,17 +31,13 @@ def explained(config: Config, doing: str, shared: bool = False) -> Iterator[None
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        raise_explained(error, config, doing, shared)
-        raise
-
-
-def raise_explained(error: Exception, config: Config, doing: str, shared: bool) -> None:
-    """Raises OutOfMemory if that is what `error` says."""
-    if is_out_of_memory(error) and not isinstance(error, OutOfMemory):  # explained where it happened
+        if isinstance(error, OutOfMemory) or not is_out_of_memory(error):  # the former is explained already
+            raise
         where = str(error).strip().partition("\n")[0] or type(error).__name__
         on_card = isinstance(error, torch.OutOfMemoryError)
         changes = "".join(f"\n  - {change}" for change in advice(config, doing, on_card, shared))
-        raise OutOfMemory(f"memory ran out while {doing} ({where}). What would help, least loss first:{changes}")
+        words = f"memory ran out while {doing} ({where}). What would help, least loss first:{changes}"
+        raise OutOfMemory(words) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -24,13 +24,10 @@ class GradientRelease:
     def __init__(self, optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
         self.optimizer = optimizer
         self.squares: Tensor | None = None
-        groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
-        self.handles = [
-            parameter.register_post_accumulate_grad_hook(self._update)
-            for parameter in parameters
-            if id(parameter) in groups
-        ]
-        self._groups = groups
+        self._groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+        for parameter in parameters:
+            if id(parameter) in self._groups:
+                parameter.register_post_accumulate_grad_hook(self._update)
 
     def take_norm(self) -> Tensor:
         """Norm of the gradients that were used since the last call."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NoReturn
 
 from qwen_image_finetune import __version__
 from qwen_image_finetune.config.registry import FAMILIES
@@ -26,8 +27,18 @@ def build_parser(verbs: Iterable[Callable[[argparse.Namespace], None]]) -> argpa
     return parser
 
 
+class _Misplaced(argparse.Action):
+    """--config FILE, as other programs have it."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *parsed: object, **named: object) -> NoReturn:
+        parser.error(f"the configuration stands without --config: {parser.prog} {parsed[1]}")
+
+
 def _configuration(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("config", type=Path, help="the configuration, a YAML file")
+    verb.add_argument(
+        "--config", dest="misplaced", action=_Misplaced, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+    )
     _overrides(verb)
 
 

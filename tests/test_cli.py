@@ -166,6 +166,18 @@ def test_a_resume_as_other_programs_write_it(hub_config: Path, capsys: pytest.Ca
     assert "train.resume_from_checkpoint=latest" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", [["--config", "FILE"], ["--config=FILE", "train.seed=3"]], ids=" ".join)
+@pytest.mark.parametrize("verb", ["train", "plan"])
+def test_a_configuration_named_as_in_other_programs(
+    verb: str, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([verb, *words])
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert said.endswith(f"error: the configuration stands without --config: qif {verb} FILE\n")
+
+
 @pytest.mark.parametrize("order", [["--dry-run", "FILE", "A"], ["FILE", "--dry-run", "A"], ["FILE", "A", "--dry-run"]])
 def test_overrides_stand_anywhere(order: list[str], hub_config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [{"FILE": str(hub_config), "A": "train.seed=31"}.get(word, word) for word in order]

@@ -50,6 +50,21 @@ def test_broken_files(tmp_path: Path, content: str | bytes, words: str) -> None:
     assert words in message
 
 
+def test_files_of_other_programs(tmp_path: Path) -> None:
+    theirs = (
+        "job: extension\nconfig:\n  name: first\n  process:\n    - type: sd_trainer\n      network: {linear: 16}\n"
+        "meta: {name: '[name]', version: '1.0'}\n"
+    )
+    said = refusal(tmp_path / "their.yaml", theirs, "train.seed=3")
+    assert said.startswith(f"{tmp_path / 'their.yaml'} is a configuration of ai-toolkit (config.process), whose keys")
+    assert "docs/configuration.md" in said and "\n" not in said and "missing" not in said
+    assert "'config' is not a key" in refusal(tmp_path / "own.yaml", MODEL + "config: {name: first}\n")
+    said = refusal(tmp_path / "musubi.toml", '[general]\ncaption_extension = ".txt"\n')
+    assert said.startswith(f"{tmp_path / 'musubi.toml'} is TOML, as ") and "is YAML" in said and "\n" not in said
+    with pytest.raises(ConfigError, match="none.toml does not exist"):
+        load_config(tmp_path / "none.toml")
+
+
 def test_what_is_no_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.yaml does not exist"):
         load_config(tmp_path / "nowhere.yaml")

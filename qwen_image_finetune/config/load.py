@@ -33,6 +33,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     source = f"{path} with overrides" if overrides else str(path)
     tree: Any = OmegaConf.to_container(read_yaml(Path(path)))
+    _refuse_other_programs(tree, path)
     _open_empty_sections(tree)
     for override in overrides:
         _override(tree, override)
@@ -42,6 +43,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         listed = lines[0] if len(lines) == 1 else "".join(f"\n  {line}" for line in lines)
         raise ConfigError(f"{source}: {listed}" if len(lines) == 1 else f"{source} has {len(lines)} problems:{listed}")
     return config
+
+
+def _refuse_other_programs(tree: dict[str, Any], path: str | Path) -> None:
+    """A file of ai-toolkit has none of our sections: a list of what is wrong with it would be all of it."""
+    config = tree.get("config")
+    if isinstance(config, dict) and "process" in config:
+        raise ConfigError(
+            f"{path} is a configuration of ai-toolkit (config.process), whose keys are not those of this program: "
+            "start from a file in configs/; docs/configuration.md has every key, and what ai-toolkit calls it"
+        )
 
 
 def _check(values: dict[str, Any]) -> tuple[Config | None, list[str]]:

@@ -10,7 +10,7 @@ from pydantic_core import PydanticUndefined
 from qwen_image_finetune.config.schema import Config, Section
 from qwen_image_finetune.config.spellings import SPELLINGS
 from qwen_image_finetune.config.tree import shown
-from qwen_image_finetune.config.words import allowed, section_of
+from qwen_image_finetune.config.words import ELSEWHERE, allowed, section_of
 
 INTRODUCTION = """# Configuration
 
@@ -52,6 +52,7 @@ def reference() -> str:
         section = section_of(field.annotation)
         assert section is not None, name
         lines += _section(section, name)
+    lines += _elsewhere()
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -79,6 +80,15 @@ def _section(section: type[Section], prefix: str) -> Iterator[str]:
         yield f"Older spellings: {', '.join(older)}.\n"
     for below, key in inner:
         yield from _section(below, key)
+
+
+def _elsewhere() -> Iterator[str]:
+    yield "## Names in other trainers\n"
+    yield "What ai-toolkit and musubi-tuner call some of these keys; the error about such a name gives ours.\n"
+    yield "| there | here |"
+    yield "|---|---|"
+    for ours in dict.fromkeys(ELSEWHERE.values()):
+        yield f"| {', '.join(f'`{theirs}`' for theirs, key in ELSEWHERE.items() if key == ours)} | `{ours}` |"
 
 
 def _row(key: str, values: str, default: str, field: FieldInfo) -> str:

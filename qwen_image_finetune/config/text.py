@@ -22,10 +22,15 @@ def read_yaml(path: Path) -> DictConfig:
     """The mapping in the file `path`, interpolations not yet resolved.
 
     Raises:
-        ConfigError: no such file, unreadable, empty, not YAML, not a mapping, or YAML with tags.
+        ConfigError: no such file, unreadable, empty, TOML, not YAML, not a mapping, or YAML with tags.
     """
     if not path.is_file():
         raise ConfigError(f"{path} is not a file" if path.exists() else f"{path} does not exist")
+    if path.suffix.lower() == ".toml":
+        raise ConfigError(
+            f"{path} is TOML, as kohya's scripts and musubi-tuner read it; a configuration of this program is YAML: "
+            "start from a file in configs/; docs/configuration.md has every key"
+        )
     if (size := path.stat().st_size) > LARGEST_FILE:
         raise ConfigError(f"{path} has {size} bytes; a configuration has at most {LARGEST_FILE}")
     try:

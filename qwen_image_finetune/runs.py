@@ -215,7 +215,7 @@ def find_checkpoint(project_dir: Path, spec: str, warn: Callable[[str], None]) -
     """The checkpoint that `train.resume_from_checkpoint` names, verified to the last byte.
 
     Args:
-        spec: "latest", or the path of a checkpoint folder.
+        spec: "latest", the path of a checkpoint folder, or that of a version, whose newest checkpoint is meant.
         warn: told of every damaged checkpoint that is passed over.
 
     Returns:
@@ -228,6 +228,8 @@ def find_checkpoint(project_dir: Path, spec: str, warn: Callable[[str], None]) -
         versions = sorted(_versions(project_dir), key=_number, reverse=True)
         return next((found for version in versions if (found := _newest_valid(version, warn))), None)
     folder = Path(spec).expanduser()
+    if VERSION.match(folder.name) and (newest := _newest_valid(folder, warn)) is not None:
+        return newest
     problem = verify_folder(folder)
     if problem is None:
         return folder
@@ -280,6 +282,29 @@ def steps_of(version: Path) -> int:
         *(step_of(folder) for folder in checkpoints),
         0,
     )
+
+
+def outcome(version: Path) -> str:
+    """How a version ended, or "running"; "killed" where its process is gone and could not say so; else "unknown"."""
+    state = str(_state(version).get("state", "unknown"))
+    return "killed" if state == "running" and not _is_alive(version) else state
+
+
+def unfinished(project_dir: Path) -> Path | None:
+    """The newest version of a project, if it ended before its end and can be resumed."""
+    newest = max(_versions(project_dir), key=_number, default=None)
+    return None if newest is None or _is_alive(newest) or not _is_resumable(newest) else newest
+
+
+def _is_alive(version: Path) -> bool:
+    """Whether a process owns the version; one that cannot be looked at may be."""
+    if not (version / LOCK).exists():
+        return False
+    try:
+        FileLock(version / LOCK, wait=False, shared=True).release()
+    except OSError:
+        return True
+    return False
 
 
 def _begin(run: Run, step: int) -> Run:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from qwen_image_finetune import console, loading, processes
+from qwen_image_finetune import console, loading, processes, runs
 from qwen_image_finetune.assembly import Learner, assemble
 from qwen_image_finetune.config import Config
 from qwen_image_finetune.data.batches import MicroBatch
@@ -72,7 +72,12 @@ def train(config: Config) -> Path | None:
     with StopSignals() as stopping:
         job, progress = open_job(config), Progress()
         with open_logbook(job, progress) as book:
-            _train(job, book, progress, stopping)
+            if book.resume is not None and runs.step_of(book.resume) >= job.total_steps:
+                progress.step = runs.step_of(book.resume)
+                job.say(f"{book.resume} is at step {progress.step} of {job.total_steps}: nothing is left to train; to "
+                        "go on, raise train.max_train_steps or train.num_epochs")  # fmt: skip
+            else:
+                _train(job, book, progress, stopping)
         if book.path is not None:
             job.say(f"done: {book.path}")
         return book.path

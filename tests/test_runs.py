@@ -20,7 +20,16 @@ import pytest
 
 from qwen_image_finetune import files, runs
 from qwen_image_finetune.files import DiskFull, staged_folder, verify_folder
-from qwen_image_finetune.runs import Run, RunError, claim_version, find_checkpoint, reopen_version, retention
+from qwen_image_finetune.runs import (
+    Run,
+    RunError,
+    claim_version,
+    find_checkpoint,
+    outcome,
+    reopen_version,
+    retention,
+    unfinished,
+)
 
 # `QIF_FAULTS=full` runs the counts that the documentation quotes; otherwise a sample that fits CI.
 FULL = os.environ.get("QIF_FAULTS") == "full"
@@ -374,6 +383,22 @@ def test_finish_says_how_it_stands(run: Run) -> None:
 # Checkpoints
 
 
+def test_how_a_version_ended(run: Run, project: Path) -> None:
+    add_checkpoint(run.path, 6)
+    assert (outcome(run.path), unfinished(project)) == ("running", None)
+    run.close()  # as the end of a process does, with or without a word
+    assert (outcome(run.path), unfinished(project)) == ("killed", run.path)
+    again = reopen_version(run.path)
+    again.finish("interrupted", 7)
+    again.close()
+    assert (outcome(run.path), unfinished(project)) == ("interrupted", run.path)
+    again = reopen_version(run.path)
+    again.finish("finished", 9)
+    again.close()
+    assert (outcome(run.path), unfinished(project)) == ("finished", None)
+    assert outcome(project) == "unknown"
+
+
 def test_checkpoints_are_ordered_by_step_whatever_the_clock_said(run: Run) -> None:
     steps = [100, 9, 20, 1000]
     for index, step in enumerate(steps):
@@ -428,8 +453,9 @@ def test_a_named_checkpoint(project: Path) -> None:
         find_checkpoint(project, str(bad), warn)
     with pytest.raises(RunError, match=rf"checkpoint-0-9 is not a folder; {newest}"):
         find_checkpoint(project, str(path / "checkpoint-0-9"), warn)
-    with pytest.raises(RunError, match=newest):
-        find_checkpoint(project, str(path), warn)
+    said: list[str] = []
+    assert find_checkpoint(project, str(path), said.append) == good  # of a version, its newest
+    assert len(said) == 1 and "checkpoint-0-8" in said[0]
     with pytest.raises(RunError, match="has no valid checkpoint"):
         find_checkpoint(project, "/nowhere/checkpoint-0-9", warn)
 

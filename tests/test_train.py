@@ -224,6 +224,24 @@ def test_latest_finds_the_newest_checkpoint_and_starts_afresh_without_one(
     assert len(losses(again)) == 7
 
 
+def test_what_was_left_unfinished_and_what_is_finished_is_said(
+    configure: Configure, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train(configure("FluxKontext"))
+    assert run is not None
+    before = weights(run)
+    ended = (run / "run.json").read_text()
+    capsys.readouterr()
+    assert train(configure("FluxKontext", "train.resume_from_checkpoint=latest")) == run
+    assert "is at step 6 of 6: nothing is left to train" in capsys.readouterr().out
+    assert (run / "run.json").read_text() == ended
+    assert_equal(weights(run), before)
+
+    (run / "run.json").write_text('{"state": "running", "step": 0}\n')  # as a kill leaves it
+    assert train(configure("FluxKontext")) != run
+    assert f"note: {run} ended at step 6 without finishing" in capsys.readouterr().out
+
+
 def test_a_run_may_start_from_a_short_version_of_its_own_project(configure: Configure) -> None:
     """Versions of fewer than five steps make way for a new one, but not the one that it starts from."""
     first = train(configure("FluxKontext", "train.max_train_steps=2", "optimizer.init_args.lr=0.01"))

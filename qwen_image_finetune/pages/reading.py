@@ -45,7 +45,7 @@ class Version:
         self.environment: dict[str, Any] = self._json(runs.ENVIRONMENT)
         self.best: dict[str, Any] = self._json(runs.BEST)
         self.evaluation: dict[str, Any] = self._json("evaluation/evaluation.json")
-        self.state = str(self._json(runs.STATE).get("state", "unknown"))
+        self.state = runs.outcome(path)
 
     def _json(self, name: str) -> dict[str, Any]:
         file = self.path / name

@@ -74,14 +74,17 @@ def check_shared(rows: EncodedDataset, keys: Sequence[str]) -> None:
 
 
 def check_pictures(dataset: ImageDataset, rows: Sequence[int]) -> None:
-    """Decode every picture of some rows: damage behind a header would else end the run in the middle.
+    """Decode every picture of some rows: damage behind a header would else end the run in the middle. Say what is odd.
 
     Raises:
         DataError: with all problems.
     """
+    said = len(dataset.notes)
     problems = dataset.check(decode=True, rows=rows)
     if problems:
         raise DataError(problems)
+    for line in dataset.notes[said:]:
+        console.note(line)
 
 
 def prepare_embeddings(

@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL.Image import Image, Transpose
 
-from qwen_image_finetune.data import suspects
+from qwen_image_finetune.data import looks, suspects
 from qwen_image_finetune.data.geometry import (
     Crop,
     Extent,
@@ -33,6 +33,15 @@ if TYPE_CHECKING:
     from qwen_image_finetune.config import DatasetArguments
 
 _CHUNK = 64  # rows that one thread checks at a time
+
+
+class _Checked(NamedTuple):
+    """What was found in a row."""
+
+    problems: list[str]
+    empty: bool = False  # its prompt
+    enlargement: float = 0.0  # of its target, where the headers can be read
+    look: looks.Look | None = None  # where its pictures were decoded
 
 
 class ImageDataset:
@@ -89,19 +98,20 @@ class ImageDataset:
         problems = dict.fromkeys(self._problems)  # in order, and once where rows share a file
         chosen = range(len(self)) if rows is None else rows
         chunks = [chosen[start : start + _CHUNK] for start in range(0, len(chosen), _CHUNK)]
-        done = 0
+        checked: dict[int, _Checked] = {}
         pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
         try:
             for chunk, found in zip(chunks, pool.map(lambda rows: self._check_rows(rows, decode), chunks), strict=True):
-                problems.update(dict.fromkeys(found))
-                done += len(chunk)
+                checked.update(zip(chunk, found, strict=True))
+                problems.update((line, None) for row in found for line in row.problems)
                 if progress is not None:
-                    progress(done, len(chosen))
+                    progress(len(checked), len(chosen))
         finally:
             pool.shutdown(cancel_futures=True)  # an interrupt does not wait for the rest of the rows
         if rows is None and not problems:
             problems.update(dict.fromkeys(suspects.unchanged_problem(self.rows)))
-            self._note_pictures(decode)
+        if not problems:
+            self._note_checked(checked, everything=rows is None)
         return list(problems)
 
     def plan(self, index: int, visit: int | None = None) -> Plan:
@@ -229,11 +239,17 @@ class ImageDataset:
                 f"{without} of {len(self.rows)} rows have no edit mask and count as foreground everywhere"
             )
 
-    def _note_pictures(self, decode: bool) -> None:
-        """Once all headers are read."""
-        found = suspects.unchanged_note(self.rows) if decode else []
-        if self._image_size is not None and self._crop == Crop():
-            found += suspects.cut_off_note(self._extents[self._first[:-1]], self._image_size)
+    def _note_checked(self, checked: dict[int, _Checked], everything: bool) -> None:
+        """Once headers are read, or pictures decoded. Each note once, however often rows are checked."""
+        found: list[str] = []
+        if everything:
+            found += suspects.caption_note(self.rows, [index for index, row in checked.items() if row.empty])
+            found += suspects.aspect_note(self.rows, self._extents, self._first)
+            found += suspects.enlarged_note(self.rows, {index: row.enlargement for index, row in checked.items()})
+            if self._image_size is not None and self._crop == Crop():
+                found += suspects.cut_off_note(self._extents[self._first[:-1]], self._image_size)
+        seen = {index: row.look for index, row in checked.items() if row.look is not None}
+        found += suspects.look_notes(self.rows, seen)
         self.notes += [note for note in found if note not in self.notes]
 
     def _read_extents(self, index: int) -> list[Extent]:
@@ -251,29 +267,33 @@ class ImageDataset:
                 raise DataError(problems)
         return [(width, height) for width, height in extents.tolist()]
 
-    def _check_rows(self, rows: Sequence[int], decode: bool) -> list[str]:
-        return [line for index in rows for line in self._check_row(index, decode)]
+    def _check_rows(self, rows: Sequence[int], decode: bool) -> list[_Checked]:
+        return [self._check_row(index, decode) for index in rows]
 
-    def _check_row(self, index: int, decode: bool) -> list[str]:
-        row = self.rows[index]
+    def _check_row(self, index: int, decode: bool) -> _Checked:
+        row, prompt = self.rows[index], ""
         problems = []
         if len(row.reference_names) > self._max_references:
             problems.append(
                 f"{row.target}: {len(row.reference_names)} references; this model takes at most {self._max_references}"
             )
         try:
-            self.prompt(index)
+            prompt = self.prompt(index)
         except DataError as error:
             problems += error.problems
         try:
-            self.plan(index)
+            plan = self.plan(index)
             extents = self._read_extents(index)
         except DataError as error:
-            return problems + list(error.problems)
+            return _Checked([*problems, *error.problems])
         if row.mask is not None and not same_aspect(extents[-1], extents[0]):
             sizes = [f"{width} x {height}" for width, height in (extents[-1], extents[0])]
             problems.append(f"{row.mask}: {sizes[0]} pixels have not the aspect ratio of the target's {sizes[1]}")
-        return problems + (_decode(row) if decode else [])
+        checked = _Checked(problems, not prompt, suspects.enlargement(plan))
+        if not decode:
+            return checked
+        behind, look = looks.decode(_files(row), row.mask_name is not None, prompt)
+        return checked._replace(problems=problems + behind, look=look)
 
 
 def _crop(arguments: DatasetArguments) -> Crop:
@@ -290,21 +310,6 @@ def _files(row: Row) -> list[str]:
     """Files of target, references and mask; as texts, which cost a tenth of paths."""
     names = (row.target_name, *row.reference_names, *(() if row.mask_name is None else (row.mask_name,)))
     return [os.path.join(row.folder, name) for name in names]
-
-
-def _decode(row: Row) -> list[str]:
-    """Problems behind the headers."""
-    problems: list[str] = []
-    for place, path in enumerate(_files(row)):
-        is_mask = place > len(row.reference_names)
-        try:
-            picture = open_upright(path, "black" if is_mask else "white")
-        except DataError as error:
-            problems += error.problems
-            continue
-        if is_mask and picture.convert("L").getextrema()[1] == 1:
-            problems.append(f"{path}: the brightest value of this mask is 1; white, 255, is foreground")
-    return problems
 
 
 def cropped(picture: Picture, background: str = "white", extent: Extent | None = None) -> Image:

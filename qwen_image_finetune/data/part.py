@@ -14,7 +14,7 @@ class Part(ImageDataset):
 
     def __init__(self, whole: ImageDataset, indices: Sequence[int]) -> None:
         self.whole, self.indices = whole, list(indices)
-        self.notes = []  # the whole has said them
+        self.notes = []  # the whole has said what it knew; more comes of a check
         self.rows = [whole.rows[index] for index in self.indices]
 
     def check(
@@ -24,7 +24,10 @@ class Part(ImageDataset):
         rows: Sequence[int] | None = None,
     ) -> list[str]:
         chosen = self.indices if rows is None else [self.indices[row] for row in rows]
-        return self.whole.check(decode, progress, chosen)
+        said = len(self.whole.notes)
+        problems = self.whole.check(decode, progress, chosen)
+        self.notes += self.whole.notes[said:]
+        return problems
 
     def plan(self, index: int, visit: int | None = None) -> Plan:
         return self.whole.plan(self.indices[index], visit)

@@ -1,18 +1,21 @@
-"""What a data set may hold and hardly anyone means: pairs without a change, pictures cut off. Nothing is decoded."""
+"""What a data set may hold and hardly anyone means, as one line each. Legal all of it: some data is meant so."""
 
 from __future__ import annotations
 
 import filecmp
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen_image_finetune.data.geometry import Extent
+from qwen_image_finetune.data.geometry import Extent, Plan, same_aspect
 from qwen_image_finetune.data.listing import Row
+from qwen_image_finetune.data.looks import Look
 
 CUT_OFF = 0.1  # share of a target's area above which a crop that nobody asked for is mentioned
+ENLARGED = 2.0  # factor of a side above which a target is too small for what it is trained at
+_NAMED = 3  # keys in a line
 
 
 def unchanged(row: Row) -> bool:
@@ -33,12 +36,62 @@ def unchanged_problem(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def unchanged_note(rows: Sequence[Row]) -> list[str]:
-    """How many pairs have nothing to learn from. Reads these whole: for a check that reads every file anyway."""
-    count = sum(map(unchanged, rows))
-    if not count:
+def caption_note(rows: Sequence[Row], empty: Sequence[int]) -> list[str]:
+    """How many prompts say nothing.
+
+    Args:
+        empty: numbers of the rows whose prompt is empty.
+    """
+    if not empty:
         return []
-    return [f"{count} of {len(rows)} pairs have the same picture as source and target: nothing to learn from them"]
+    if len(empty) == len(rows):
+        return [f"all {len(rows)} captions are empty: what is learned will not depend on the prompt"]
+    return [f"{len(empty)} of {len(rows)} captions are empty ({_keys(rows, empty)})"]
+
+
+def aspect_note(rows: Sequence[Row], extents: NDArray[np.uint32], first: NDArray[np.int64]) -> list[str]:
+    """How many first references have another aspect ratio than their target.
+
+    Args:
+        extents: width and height in pixels of every file, (files, 2).
+        first: place of each row's target in it, (rows,) or longer; the first reference comes next.
+    """
+    paired = np.array([index for index, row in enumerate(rows) if row.reference_names], dtype=np.int64)
+    targets, sources = extents[first[paired]].tolist(), extents[first[paired] + 1].tolist()
+    other = [
+        index
+        for index, source, target in zip(paired.tolist(), sources, targets, strict=True)
+        if not same_aspect((source[0], source[1]), (target[0], target[1]))
+    ]
+    if not other:
+        return []
+    return [
+        f"{len(other)} of {len(paired)} sources have another aspect ratio than their target ({_keys(rows, other)}): "
+        "the model learns to zoom or to shift; where the edit keeps the frame, crop both alike"
+    ]
+
+
+def enlargement(plan: Plan) -> float:
+    """By how much the sides of a target grow on the way to its final size: the root of the factor of its area."""
+    left, upper, right, lower = plan.target.box
+    width, height = plan.target.size
+    return float(((width * height) / ((right - left) * (lower - upper))) ** 0.5)
+
+
+def enlarged_note(rows: Sequence[Row], factors: Mapping[int, float]) -> list[str]:
+    """How many targets have far fewer pixels than they are trained at.
+
+    Args:
+        factors: `enlargement` of each row, by its number.
+    """
+    small = [index for index, factor in factors.items() if factor > ENLARGED]
+    if not small:
+        return []
+    return [
+        f"{len(small)} of {len(rows)} targets are enlarged to be trained on, up to {max(factors.values()):.1f} times "
+        f"in width and height ({_keys(rows, small)}): the model learns their blur; take larger pictures, or a smaller "
+        "data.init_args.resolution or image_size"
+    ]
 
 
 def cut_off_note(extents: NDArray[np.uint32], image_size: Extent) -> list[str]:
@@ -57,3 +110,43 @@ def cut_off_note(extents: NDArray[np.uint32], image_size: Extent) -> list[str]:
         f"data.init_args.image_size={list(image_size)} cuts up to {lost.max():.0%} off {count} of {len(extents)} "
         "targets, at their edges; delete it to keep each picture's own shape"
     ]
+
+
+def look_notes(rows: Sequence[Row], looks: Mapping[int, Look]) -> Iterator[str]:
+    """What decoded pictures tell.
+
+    Args:
+        looks: of all rows that were decoded, by their numbers.
+    """
+    same = [index for index, look in looks.items() if look.unchanged]
+    if same:
+        yield (
+            f"{len(same)} of {len(looks)} pairs have the same picture as source and target ({_keys(rows, same)}): "
+            "nothing to learn from them"
+        )
+    shifted = {index: look.shift for index, look in looks.items() if look.shift}
+    if shifted:
+        yield (
+            f"{len(shifted)} of {len(looks)} targets are shifted against their source, by up to about "
+            f"{max(shifted.values()):.0f} pixels ({_keys(rows, shifted)}): the model learns the shift as well"
+        )
+    originals: dict[bytes, int] = {}
+    copies = {
+        index: one for index, look in looks.items() if (one := originals.setdefault(look.content, index)) != index
+    }
+    if copies:
+        yield (
+            f"{len(copies)} of {len(looks)} pairs are copies of another, with the same pictures and prompt "
+            f"({_listed(f'{rows[index].key} of {rows[one].key}' for index, one in copies.items())}): they count more "
+            "than the others"
+        )
+
+
+def _keys(rows: Sequence[Row], indices: Iterable[int]) -> str:
+    return _listed(rows[index].key for index in indices)
+
+
+def _listed(names: Iterable[str]) -> str:
+    """The first few, and whether there are more."""
+    names = list(names)
+    return ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")

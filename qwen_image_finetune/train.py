@@ -139,7 +139,7 @@ def _loop(
         while progress.step < job.total_steps:
             # The step
             began, learning_rate = time.monotonic(), learner.learning_rate
-            loss, sigmas = _accumulate(job, learner, objective, stream, progress.step)
+            loss, sigmas, waited = _accumulate(job, learner, objective, stream, progress.step)
             gradient_norm = learner.gradient_norm(config.train.max_grad_norm)
             mean_loss, stop = agree(accelerator, loss, stopping.received)
             sound = learner.learn(mean_loss, gradient_norm)
@@ -160,6 +160,7 @@ def _loop(
                 "learning_rate": learning_rate,
                 "epoch": job.batches.epoch_of(progress.step - 1),
                 "step_seconds": time.monotonic() - began,
+                "data_seconds": waited,
                 "memory_gib": memory_gib(accelerator.device),
             }
             book.record(values, sigmas)
@@ -191,18 +192,21 @@ def _loop(
 
 def _accumulate(
     job: Job, learner: Learner, objective: Objective, stream: Iterator[tuple[MicroBatch, Batch]], step: int
-) -> tuple[Tensor, list[Tensor]]:
+) -> tuple[Tensor, list[Tensor], float]:
     """Gradients of a step (0-based): of the mean loss over all its samples, in all micro-batches and processes.
 
     Returns:
-        This process's part of that mean, () float32 on the device, and the noise levels of its samples.
+        This process's part of that mean, () float32 on the device; the noise levels of its samples; the seconds until
+        these were there, encoded or read.
     """
     accelerator, count = job.accelerator, job.config.train.gradient_accumulation_steps
     samples = sum(len(micro.rows) for micro in job.batches.at(step))
-    total, sigmas = torch.zeros((), device=accelerator.device), []
+    total, sigmas, waited = torch.zeros((), device=accelerator.device), [], 0.0
     for place in range(count):
         job.team.enter(f"reading the samples of step {step + 1}")
+        began = time.monotonic()
         micro, batch = next(stream)
+        waited += time.monotonic() - began
         job.team.enter(f"computing step {step + 1}")
         with contextlib.nullcontext() if place == count - 1 else accelerator.no_sync(learner.wrapped):
             loss, sigma = objective(learner.wrapped, batch, micro)
@@ -210,7 +214,7 @@ def _accumulate(
             accelerator.backward(loss.sum() * job.team.size / samples)
         total += loss.detach().sum() / samples
         sigmas.append(sigma)
-    return total, sigmas
+    return total, sigmas, waited
 
 
 def _validate(

@@ -28,7 +28,7 @@ from PIL import Image
 FULL = os.environ.get("QIF_FAULTS") == "full"
 FAMILIES = ("FluxKontext", "QwenImageEdit")
 KILLED = -signal.SIGKILL
-MEASURED = ("step_seconds", "memory_gib")  # differ from one run to the next
+MEASURED = ("step_seconds", "data_seconds", "memory_gib")  # differ from one run to the next
 STATE_FILES = ("adapter.safetensors", "optimizer.json", "optimizer.safetensors", "schedule.json", "progress.json")
 
 

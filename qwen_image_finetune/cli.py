@@ -113,7 +113,10 @@ def predict(options: argparse.Namespace) -> None:
     """Draw pictures: one from its references, or one for each picture of a folder."""
     from qwen_image_finetune.config import load_config
     from qwen_image_finetune.draw import Request, draw
+    from qwen_image_finetune.levers.lora_sources import checkpoint_notes
 
+    if options.lora is not None:
+        tell(checkpoint_notes(options.lora))
     draw(load_config(options.config, options.overrides), filled(Request, options))
 
 
@@ -181,8 +184,10 @@ def export(options: argparse.Namespace) -> None:
     """Write a LoRA file in the key dialect of another program."""
     from qwen_image_finetune.families import get_family
     from qwen_image_finetune.levers.lora_files import export_lora
+    from qwen_image_finetune.levers.lora_sources import checkpoint_notes
 
     export_lora(options.lora, options.output, options.format, get_family(options.family).pipeline)
+    tell(checkpoint_notes(options.lora))
     print(options.output)
 
 

@@ -298,8 +298,11 @@ def test_export_and_back(
     assert main(["train", str(tmp_path / "config.yaml"), "train.max_train_steps=1"]) == 0
     lora = next((tmp_path / "output" / "project" / "v0").glob("checkpoint-*")) / "pytorch_lora_weights.safetensors"
     out = tmp_path / "exported.safetensors"
-    assert main(["export", str(lora), str(out), "--format", dialect, "--family", name]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == str(out)
+    capsys.readouterr()
+    assert main(["export", str(lora.parent.parent), str(out), "--format", dialect, "--family", name]) == 0
+    said = capsys.readouterr()
+    assert said.out.splitlines() == [str(out)]
+    assert said.err == f"note: {lora.parent.parent} stands for its newest checkpoint, {lora.parent}\n"
     with safe_open(out, "pt") as file:
         prefix = {"comfy": ("diffusion_model.",), "kohya": ("lora_unet_",)}[dialect]
         assert all(key.startswith(prefix) for key in file.keys())  # noqa: SIM118

@@ -61,7 +61,7 @@ def test_files_of_other_programs(tmp_path: Path) -> None:
     assert "'config' is not a key" in refusal(tmp_path / "own.yaml", MODEL + "config: {name: first}\n")
     said = refusal(tmp_path / "musubi.toml", '[general]\ncaption_extension = ".txt"\n')
     assert said.startswith(f"{tmp_path / 'musubi.toml'} is TOML, as ") and "is YAML" in said and "\n" not in said
-    with pytest.raises(ConfigError, match="none.toml does not exist"):
+    with pytest.raises(ConfigError, match=r"none\.toml does not exist"):
         load_config(tmp_path / "none.toml")
 
 

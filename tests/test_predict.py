@@ -362,3 +362,39 @@ def test_a_version_stands_for_its_newest_checkpoint(tmp_path: Path) -> None:
     assert find_lora(tmp_path) == tmp_path / "checkpoint-1-10" / "pytorch_lora_weights.safetensors"
     with pytest.raises(LoraFileError, match="has no pytorch_lora_weights"):
         find_lora(tmp_path / "checkpoint-2-11")
+
+
+def test_a_version_is_said_to_stand_for_its_newest_checkpoint_and_which_is_best(tmp_path: Path) -> None:
+    from qwen_image_finetune.levers.lora_sources import checkpoint_notes
+
+    checkpoints = [tmp_path / "v0" / name for name in ("checkpoint-0-9", "checkpoint-1-10")]
+    for folder in checkpoints:
+        folder.mkdir(parents=True)
+        (folder / "pytorch_lora_weights.safetensors").touch()
+    newest = f"{tmp_path / 'v0'} stands for its newest checkpoint, {checkpoints[1]}"
+    assert checkpoint_notes(tmp_path / "v0") == [newest]
+    for step, name, said in (
+        (9, "checkpoint-0-9", f"{newest}; the best on held-out pairs is {checkpoints[0]}"),
+        (10, "checkpoint-1-10", newest),
+        (8, "checkpoint-0-8", newest),  # no longer there
+    ):
+        (tmp_path / "v0" / "best.json").write_text(f'{{"step": {step}, "checkpoint": "{name}", "loss": 0.5}}\n')
+        assert checkpoint_notes(tmp_path / "v0") == [said]
+    for named in (checkpoints[0], checkpoints[0] / "pytorch_lora_weights.safetensors", "owner/name"):
+        assert checkpoint_notes(named) == []
+
+
+def test_folders_of_runs_that_are_no_lora(tmp_path: Path) -> None:
+    from qwen_image_finetune.levers.lora_sources import find_lora
+
+    tuned = tmp_path / "project" / "v10" / "checkpoint-0-9"
+    (tuned / "transformer").mkdir(parents=True)
+    (tuned / "transformer" / "config.json").touch()
+    (tuned / "optimizer.safetensors").touch()
+    (tmp_path / "project" / "v9").mkdir()
+    for named in (tuned, tuned.parent):
+        with pytest.raises(LoraFileError) as refusal:
+            find_lora(named)
+        assert f"{named} is of a full fine-tune, not of a LoRA: {tuned / 'transformer'} is the" in str(refusal.value)
+    with pytest.raises(LoraFileError, match=r"project is the folder of a project: name one of its versions, v9, v10$"):
+        find_lora(tmp_path / "project")

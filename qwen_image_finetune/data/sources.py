@@ -27,7 +27,7 @@ def read_folder(folder: Path, *, masks: bool) -> tuple[list[Row], list[str]]:
         masks: look for edit masks; without, they are told from targets all the same, but not used.
     """
     if not folder.is_dir():
-        return [], [f"{folder}: not a folder" if folder.exists() else no_folder(folder)]
+        return [], [f"{folder}: not a folder; name the folder it lies in" if folder.exists() else no_folder(folder)]
     tree = Tree(folder)
     tables = [name for name in METADATA if tree.file_fault(name) is None]
     if len(tables) > 1:

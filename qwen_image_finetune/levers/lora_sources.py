@@ -14,8 +14,10 @@ from huggingface_hub.errors import (
 )
 
 from qwen_image_finetune.levers.lora_header import LoraFileError
-from qwen_image_finetune.runs import LORA_WEIGHTS, checkpoint_folders
+from qwen_image_finetune.runs import LORA_WEIGHTS, VERSION, best_checkpoint, checkpoint_folders
 
+TRANSFORMER = "transformer"  # folder of a fully tuned transformer, in diffusers layout,
+TUNED = f"{TRANSFORMER}/config.json"  # and the file that is in every such folder
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -40,15 +42,49 @@ def find_lora(source: str | Path) -> Path:
             raise LoraFileError(f"{source} is not a .safetensors file")
         return path
     if path.is_dir():
-        newest_first = reversed(checkpoint_folders(path))
-        path = next((folder for folder in newest_first if (folder / LORA_WEIGHTS).is_file()), path)
-        return path / _choose([file.name for file in path.iterdir()], str(source))
+        path = newest_with(LORA_WEIGHTS, path) or path
+        names = [file.name for file in path.iterdir()]
+        if LORA_WEIGHTS not in names:
+            _refuse_folders_of_runs(path, names)
+        return path / _choose(names, str(source))
     hub = re.fullmatch(r"([\w][\w.-]*/[\w][\w.-]*)(?:/(.+\.safetensors))?", str(source))
     if hub is None:
         raise LoraFileError(
             f"{source} does not exist: give a .safetensors file, a folder with one, or OWNER/NAME on the hub"
         )
     return _download(hub[1], hub[2])
+
+
+def newest_with(file: str, folder: Path) -> Path | None:
+    """`folder` if it holds `file`, else the newest checkpoint in it that does."""
+    found = [folder, *reversed(checkpoint_folders(folder))]
+    return next((each for each in found if (each / file).is_file()), None)
+
+
+def checkpoint_notes(source: str | Path) -> list[str]:
+    """Where `source` is a version folder: the checkpoint that stands for it, and the best one if that is another.
+
+    Raises:
+        LoraFileError: the folder has neither a LoRA nor a whole transformer.
+    """
+    version = Path(source).expanduser()
+    if not checkpoint_folders(version):
+        return []
+    taken, best = newest_with(TUNED, version) or find_lora(version).parent, best_checkpoint(version)
+    better = f"; the best on held-out pairs is {best}" if best is not None and best != taken and best.is_dir() else ""
+    return [f"{source} stands for its newest checkpoint, {taken}{better}"]
+
+
+def _refuse_folders_of_runs(folder: Path, names: list[str]) -> None:
+    """Those without a LoRA: a checkpoint of full fine-tuning has other safetensors, such as its optimizer's state."""
+    if (tuned := newest_with(TUNED, folder)) is not None:
+        raise LoraFileError(
+            f"{folder} is of a full fine-tune, not of a LoRA: {tuned / TRANSFORMER} is the whole transformer, already "
+            "a folder as diffusers loads it"
+        )
+    versions = sorted((name for name in names if VERSION.match(name)), key=lambda name: int(name[1:]))
+    if versions and not any(name.endswith(".safetensors") for name in names):
+        raise LoraFileError(f"{folder} is the folder of a project: name one of its versions, {', '.join(versions)}")
 
 
 def _choose(names: list[str], where: str) -> str:

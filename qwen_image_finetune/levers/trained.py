@@ -12,9 +12,9 @@ from torch import Tensor
 
 from qwen_image_finetune.config import ConfigError, ModelConfig
 from qwen_image_finetune.levers import adapters, lora_files
-from qwen_image_finetune.runs import LORA_WEIGHTS, checkpoint_folders
+from qwen_image_finetune.levers.lora_sources import TRANSFORMER, TUNED, newest_with
+from qwen_image_finetune.runs import LORA_WEIGHTS
 
-TRANSFORMER = "transformer"  # folder of a fully tuned transformer, in diffusers layout
 ADAPTER = "adapter.safetensors"  # for an exact resume; LORA_WEIGHTS beside it is the file for users
 
 
@@ -27,9 +27,7 @@ def weights(transformer: ModelMixin, config: ModelConfig) -> dict[str, Tensor]:
 
 def find_tuned(source: str | Path) -> Path | None:
     """The checkpoint with a fully tuned transformer that a folder is, or the newest one of a version folder."""
-    path = Path(source).expanduser()
-    found = [path, *reversed(checkpoint_folders(path))]
-    return next((folder for folder in found if (folder / TRANSFORMER / "config.json").is_file()), None)
+    return newest_with(TUNED, Path(source).expanduser())
 
 
 def save(

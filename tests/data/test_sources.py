@@ -150,7 +150,7 @@ def test_folders_that_hold_nothing(tmp_path: Path) -> None:
     lay(tmp_path, "file", "my_pairs/notes.txt")
     (line,) = complaints(tmp_path / "my_pair")
     assert line == f"no folder {tmp_path / 'my_pair'}; did you mean {tmp_path / 'my_pairs'}?"
-    assert complaints(tmp_path / "file") == [f"{tmp_path / 'file'}: not a folder"]
+    assert complaints(tmp_path / "file") == [f"{tmp_path / 'file'}: not a folder; name the folder it lies in"]
     assert complaints(tmp_path)[0].startswith("training_images: no such folder; it holds the targets")
     lay(tmp_path, *pair("a"))
     for name in pair("a")[1:]:

@@ -18,7 +18,7 @@ from qwen_image_finetune.data.images import resize
 from qwen_image_finetune.data.part import spread
 from qwen_image_finetune.files import write_atomic
 from qwen_image_finetune.predict import Conditions, Predictor
-from qwen_image_finetune.records import Batch, Encoded, collate
+from qwen_image_finetune.records import Batch, Encoded, Example, collate
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
@@ -78,25 +78,27 @@ class Sampler:
             return self.rows.read(index, variant)
         return self.rows.encode(self.pipe, self.rows.example(index), variant)
 
+    def examples(self) -> list[Example]:
+        """The pictures of the chosen pairs, as they are drawn."""
+        return [self.rows.example(index) for index in self.chosen]
+
     def strips(
-        self, drawn: Sequence[Image.Image], base: Sequence[Image.Image] | None
-    ) -> tuple[list[Image.Image], list[dict[str, Any]], list[Image.Image]]:
-        """(strips, their layout, truths): a strip has references, base, what was drawn, and the truth, at its height.
+        self, examples: Sequence[Example], drawn: Sequence[Image.Image], base: Sequence[Image.Image] | None
+    ) -> tuple[list[Image.Image], list[dict[str, Any]]]:
+        """(strips, their layout): references, base, what was drawn, and the truth, at the height of the drawn picture.
 
         Args:
             base: what the base drew; None where that cannot be known any more.
         """
-        strips, layout, truths = [], [], []
-        for place, (index, picture) in enumerate(zip(self.chosen, drawn, strict=True)):
-            example = self.rows.example(index)
+        strips, layout = [], []
+        for place, (example, picture) in enumerate(zip(examples, drawn, strict=True)):
             parts = [("reference", reference) for reference in example.references]
             parts += [] if base is None else [("base", base[place])]
             parts += [("drawn", picture), ("truth", example.target)]
             strip, places = side_by_side(parts, picture.height)
             strips.append(strip)
-            truths.append(example.target)
             layout.append({"key": example.key, "prompt": example.prompt, "parts": places})
-        return strips, layout, truths
+        return strips, layout
 
     def _draw(self, predictor: Predictor, index: int, check: Callable[[], None]) -> Image.Image:
         guidance = predictor.guidance(self.settings.guidance_scale)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
-from qwen_image_finetune import console, runs, samples
+from qwen_image_finetune import console, metrics, runs, samples
 from qwen_image_finetune.config import Config
+from qwen_image_finetune.data.images import resize
 from qwen_image_finetune.data.part import spread
 from qwen_image_finetune.files import clean_leftovers, write_atomic
 from qwen_image_finetune.held_out import HeldOutLoss
@@ -26,12 +28,14 @@ from qwen_image_finetune.job import Job
 from qwen_image_finetune.levers import adapters, parallel
 from qwen_image_finetune.logbook import Logbook
 from qwen_image_finetune.objective import Objective
+from qwen_image_finetune.records import Example
 from qwen_image_finetune.trackers import Trackers
 from qwen_image_finetune.verdict import Best, Measured, constant, verdict
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
 
+SAMPLED = ("psnr", "colour_drift", "displacement")  # of each round of samples
 BASE = "base"  # folder of what the base draws, and file of its losses
 
 
@@ -169,12 +173,17 @@ class Validation:
 
     def _keep(self, step: int, drawn: list[Image.Image]) -> None:
         assert self.folder is not None
-        strips, layout, truths = self.sampler.strips(drawn, None if self.base is None else self.base.pictures)
+        examples = self.sampler.examples()
+        strips, layout = self.sampler.strips(examples, drawn, None if self.base is None else self.base.pictures)
         samples.save(self.folder / f"step-{step}", strips)
         samples.save_layout(self.folder / f"step-{step}", layout)
+        values = sample_measures(examples, drawn)
+        assert self.run is not None
+        self.run.record(step, values)
         if self.trackers is not None:
             self.trackers.pictures("samples", strips, step)
-        if line := constant(step, drawn, truths):
+            self.trackers.scalars(values, step)
+        if line := constant(step, drawn, [example.target for example in examples]):
             console.say(line)
 
     def _known_base(self) -> Base | None:
@@ -219,3 +228,15 @@ class Validation:
             if has_adapter:
                 adapters.set_strength(self.transformer, 1.0)
             self.transformer.train(was_training)
+
+
+def sample_measures(examples: Sequence[Example], drawn: Sequence[Image.Image]) -> dict[str, float]:
+    """Means over the samples of some of `metrics.METRICS`; one that no sample has is left out."""
+    found = []
+    for example, picture in zip(examples, drawn, strict=True):
+        truth = example.target
+        source = metrics.pixels(resize(example.references[0], truth.size)) if example.references else None
+        found.append(metrics.measure(metrics.pixels(picture), metrics.pixels(truth), source))
+    values = {name: [one[name] for one in found] for name in SAMPLED}
+    present = {name: [value for value in column if value is not None] for name, column in values.items()}
+    return {f"sample_{name}": math.fsum(column) / len(column) for name, column in present.items() if column}

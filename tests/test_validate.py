@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -181,6 +182,7 @@ def test_strips_say_what_is_where(configure: Configure, held_out: Path) -> None:
     run = train(configure("QwenImageEdit", "train.max_train_steps=5", rounds(held_out)))
     assert run is not None
     (strip,) = json.loads((run / "samples" / "step-4" / "layout.json").read_text())
+    assert [line["step"] for line in lines(run, "sample_psnr")] == [2, 4]
     assert [part["name"] for part in strip["parts"]] == ["reference", "base", "drawn", "truth"]
     assert strip["prompt"] == "edit number 0"
     from PIL import Image
@@ -189,6 +191,13 @@ def test_strips_say_what_is_where(configure: Configure, held_out: Path) -> None:
     base = strip["parts"][1]
     cut = picture.crop((base["left"], 0, base["left"] + base["width"], picture.height))
     assert cut.tobytes() == Image.open(run / "samples" / "base" / "0.png").tobytes()
+    pixels = {part["name"]: part["left"] for part in strip["parts"]}
+    wide = strip["parts"][2]["width"]
+    drawn, truth = (picture.crop((pixels[name], 0, pixels[name] + wide, picture.height)) for name in ("drawn", "truth"))
+    difference = np.asarray(drawn, dtype=float) - np.asarray(truth, dtype=float)
+    assert lines(run, "sample_psnr")[-1]["sample_psnr"] == pytest.approx(
+        10 * np.log10(255**2 / np.mean(difference**2)), abs=1e-4
+    )
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])

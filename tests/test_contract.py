@@ -288,7 +288,8 @@ def learn(config: Config) -> Outcome:
 
 def read_outcome(version: Path) -> Outcome:
     lora = newest(version) / "pytorch_lora_weights.safetensors"
-    losses = [json.loads(line)["loss"] for line in (version / "metrics.jsonl").read_text().splitlines()]
+    lines = map(json.loads, (version / "metrics.jsonl").read_text().splitlines())
+    losses = [line["loss"] for line in lines if "loss" in line]  # validation has lines of its own
     return Outcome(version, losses, load_file(lora), lora)
 
 

@@ -160,13 +160,15 @@ def _layer(parts: Mapping[str, Tensor], module: str, declared: Declared, path: P
     if not {"down", "up"} <= parts.keys():
         raise LoraFileError(f"{path}: {module} has {' and '.join(sorted(parts))} only; a LoRA layer needs both factors")
     down, up = parts["down"].float(), parts["up"].float()
-    if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1]:
+    if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1] or not down.numel():
         raise LoraFileError(
             f"{path}: {module} has factors {tuple(down.shape)} and {tuple(up.shape)} that do not multiply"
         )
-    rank = down.shape[0]
-    alpha = float(parts["alpha"]) if "alpha" in parts else declared.alpha_of(module, rank)
-    return Layer(down, up, alpha)
+    if "alpha" not in parts:
+        return Layer(down, up, declared.alpha_of(module, down.shape[0]))
+    if parts["alpha"].numel() != 1:
+        raise LoraFileError(f"{path}: {module} has an alpha of {parts['alpha'].numel()} numbers; it must be one")
+    return Layer(down, up, float(parts["alpha"]))
 
 
 def _take_apart(layer: Layer, native: Native, module: str, path: Path) -> dict[str, Layer]:

@@ -24,7 +24,9 @@ def weights(run: str | Path, step: int | None = None) -> dict[str, Tensor]:
 
 
 def metrics(run: str | Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+    """The lines of the steps; those of validation have no loss."""
+    lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line]
 
 
 def losses(run: str | Path) -> list[float]:

@@ -271,9 +271,13 @@ def state_of(checkpoint: Path) -> dict[str, bytes]:
 
 
 def curve(version: Path) -> list[dict[str, Any]]:
-    """The logged values of every step, without the time and the memory it took."""
+    """The logged values of every step, without the time and the memory it took.
+
+    Measures of samples have lines of their own; a round of samples that a signal cuts short is not drawn again.
+    """
     lines = [json.loads(line) for line in (version / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in MEASURED} for line in lines]
+    steps = [line for line in lines if "loss" in line]
+    return [{name: value for name, value in line.items() if name not in MEASURED} for line in steps]
 
 
 def outcome(version: Path) -> tuple[dict[str, bytes], list[dict[str, Any]]]:

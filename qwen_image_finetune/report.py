@@ -109,9 +109,9 @@ def curves(version: Version) -> str:
               [Series("displacement", version.points("sample_displacement"), 3)], zero=True),
         curve("learning rate", [Series("learning rate", version.points("learning_rate"), 2)]),
         curve("gradient norm before clipping", [Series("gradient norm", version.points("grad_norm"), 3, smooth=True)]),
-        curve("seconds a step", [Series("seconds", version.points("step_seconds"), 4, smooth=True),
-                                 Series("until its samples are there", version.points("data_seconds"), 5, smooth=True)],
-              zero=True),
+        curve("seconds a step; below, until its samples are there",
+              [Series("seconds", version.points("step_seconds"), 4, smooth=True),
+               Series("until its samples are there", version.points("data_seconds"), 5, smooth=True)], zero=True),
         curve("peak memory, GiB", [Series("memory", version.points("memory_gib"), 5)], zero=True),
     ]  # fmt: skip
     note = (

@@ -58,7 +58,7 @@ def run_problems(config: Config, download: bool = False) -> list[str]:
     if find_spec("torch") is not None:  # a dry run goes without
         checks += [lambda: _check_optimizer(config), lambda: _check_drop_keys(config, download)]
         if not download and (checkpoint := local_checkpoint(config.model)) is not None:
-            checks.append(lambda: check_transformer(config, get_family(resolve_family(config)[0]), checkpoint))
+            checks.append(lambda: _check_checkpoint(config, checkpoint))
     for check in checks:
         try:
             check()
@@ -72,8 +72,7 @@ def check_transformer(config: Config, family: Family, checkpoint: Path) -> None:
     """Refuse an adapter, or a LoRA that it starts from, that does not fit the transformer; no weight of it is read.
 
     Raises:
-        ConfigError, LoraFileError: it does not; or the transformer is not whole, or not as `config` or the installed
-            diffusers takes it.
+        ConfigError, LoraFileError: it does not; or the installed diffusers does not know this transformer.
     """
     import torch
 
@@ -82,12 +81,16 @@ def check_transformer(config: Config, family: Family, checkpoint: Path) -> None:
     from qwen_image_finetune.levers.targets import target_modules
 
     lora = config.model.lora
-    base_precision(checkpoint / "transformer", config.model)
     transformer = loading.empty_transformer(family, checkpoint, torch.bfloat16)
     if lora is not None:
         target_modules(transformer, lora.target_modules)
         if lora.pretrained_weight is not None and config.train.resume_from_checkpoint is None:
             check_lora(transformer, lora.pretrained_weight, family.pipeline, lora)
+
+
+def _check_checkpoint(config: Config, checkpoint: Path) -> None:
+    base_precision(checkpoint / "transformer", config.model)  # it is whole, and of the precision that was asked for
+    check_transformer(config, get_family(resolve_family(config)[0]), checkpoint)
 
 
 def _folders(config: Config) -> Iterator[str]:

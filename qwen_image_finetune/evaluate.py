@@ -26,7 +26,6 @@ from qwen_image_finetune import console, loading, metrics, runs, samples
 from qwen_image_finetune.cache import EncodedDataset, TextVariant
 from qwen_image_finetune.config import Config, load_config, resolve_family
 from qwen_image_finetune.data.dataset import ImageDataset
-from qwen_image_finetune.data.images import resize
 from qwen_image_finetune.data.part import Part, spread
 from qwen_image_finetune.data.sources import read_folder
 from qwen_image_finetune.families import get_family
@@ -228,7 +227,7 @@ def encode(config: Config, predictor: Predictor, dataset: ImageDataset, request:
             example = dataset.load(index)
             other = TextVariant(predictor.family.negative_prompt)
             negative = encoder.encode(predictor.pipe, example, other) if guided_twice else None
-            source = resize(example.references[0], example.target.size) if example.references else None
+            source = samples.source_of(example)
             wanted = encoder.encode(predictor.pipe, example)
             rows.append(Row(example.key, example.prompt, source, example.target, example.mask, wanted, negative))
             update(index + 1)

@@ -69,9 +69,9 @@ def open_job(config: Config) -> Job:
 
     pairs = open_pairs(config, family)
     folder = loading.checkpoint_folder(config, family)
-    check_transformer(config, family, folder)
     place = folder / "transformer"
     precision = base_precision(place, config.model)  # a contradiction is refused before embeddings are computed
+    check_transformer(config, family, folder)
     parallel.check_base(sharding, place, precision)
     card = least(accelerator, card_memory() if accelerator.device.type == "cuda" else None)
     config, expectation = settled(config, family, folder, largest_sample(pairs.training), card, team.local_size)

@@ -154,10 +154,10 @@ def open_run(config: Config, resume: Path | None) -> runs.Run:
     version = None if resume is None else runs.version_of(resume)
     if version is not None and version.resolve().parent == project.resolve():
         return runs.reopen_version(version)
-    lora = config.model.lora
     if (before := runs.unfinished(project)) is not None:
         console.say(f"note: {before} ended at step {runs.steps_of(before)} without finishing; this is a new run, and "
                     "train.resume_from_checkpoint=latest would go on with that one")  # fmt: skip
+    lora = config.model.lora
     start = Path(lora.pretrained_weight).expanduser() if lora and lora.pretrained_weight else None
     return runs.claim_version(project, start)  # what it starts from may lie in a version that would make way
 

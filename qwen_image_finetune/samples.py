@@ -116,6 +116,11 @@ class Sampler:
         return collate([self.row(index, prompt)])
 
 
+def source_of(example: Example) -> Image.Image | None:
+    """What was edited, at the size of the truth: the (first) reference; None for a picture from a prompt alone."""
+    return resize(example.references[0], example.target.size) if example.references else None
+
+
 def side_by_side(
     parts: Sequence[tuple[str, Image.Image]], height: int
 ) -> tuple[Image.Image, list[dict[str, str | int]]]:

@@ -72,9 +72,10 @@ def train(config: Config) -> Path | None:
     with StopSignals() as stopping:
         job, progress = open_job(config), Progress()
         with open_logbook(job, progress) as book:
-            if book.resume is not None and runs.step_of(book.resume) >= job.total_steps:
-                progress.step = runs.step_of(book.resume)
-                job.say(f"{book.resume} is at step {progress.step} of {job.total_steps}: nothing is left to train; to "
+            done = 0 if book.resume is None else runs.step_of(book.resume)
+            if done >= job.total_steps:
+                progress.step = done
+                job.say(f"{book.resume} is at step {done} of {job.total_steps}: nothing is left to train; to "
                         "go on, raise train.max_train_steps or train.num_epochs")  # fmt: skip
             else:
                 _train(job, book, progress, stopping)

@@ -20,7 +20,6 @@ from PIL import Image
 
 from qwen_image_finetune import console, metrics, runs, samples
 from qwen_image_finetune.config import Config
-from qwen_image_finetune.data.images import resize
 from qwen_image_finetune.data.part import spread
 from qwen_image_finetune.files import clean_leftovers, write_atomic
 from qwen_image_finetune.held_out import HeldOutLoss
@@ -234,9 +233,9 @@ def sample_measures(examples: Sequence[Example], drawn: Sequence[Image.Image]) -
     """Means over the samples of some of `metrics.METRICS`; one that no sample has is left out."""
     found = []
     for example, picture in zip(examples, drawn, strict=True):
-        truth = example.target
-        source = metrics.pixels(resize(example.references[0], truth.size)) if example.references else None
-        found.append(metrics.measure(metrics.pixels(picture), metrics.pixels(truth), source))
+        source = samples.source_of(example)
+        before = None if source is None else metrics.pixels(source)
+        found.append(metrics.measure(metrics.pixels(picture), metrics.pixels(example.target), before))
     values = {name: [one[name] for one in found] for name in SAMPLED}
     present = {name: [value for value in column if value is not None] for name, column in values.items()}
     return {f"sample_{name}": math.fsum(column) / len(column) for name, column in present.items() if column}

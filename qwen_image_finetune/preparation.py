@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qwen_image_finetune import console, launch, loading, processes
+from qwen_image_finetune import loading
 from qwen_image_finetune.config import (
     OUR_DATASETS,
     CacheConfig,
@@ -23,12 +23,14 @@ from qwen_image_finetune.config import (
 from qwen_image_finetune.data.batches import Batches
 from qwen_image_finetune.data.dataset import ImageDataset
 from qwen_image_finetune.data.images import DataError
+from qwen_image_finetune.drawing.predict import Predictor
 from qwen_image_finetune.families import get_family
 from qwen_image_finetune.families.base import Family
-from qwen_image_finetune.levers import lora_files, parallel
+from qwen_image_finetune.levers import parallel
 from qwen_image_finetune.levers.attention import use_attention
-from qwen_image_finetune.predict import Predictor
-from qwen_image_finetune.processes import Team
+from qwen_image_finetune.lora import files as lora_files
+from qwen_image_finetune.machine import console, launch, processes
+from qwen_image_finetune.machine.processes import Team
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

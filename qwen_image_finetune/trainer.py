@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from qwen_image_finetune import console
 from qwen_image_finetune.config import Config, ConfigError, resolve_family
+from qwen_image_finetune.machine import console
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from qwen_image_finetune.predict import Predictor
+    from qwen_image_finetune.drawing.predict import Predictor
 
 
 class Trainer:
@@ -36,13 +36,13 @@ class Trainer:
 
     def cache(self) -> None:
         """Compute the embeddings of the dataset and keep them."""
-        from qwen_image_finetune.embeddings import encode_dataset
+        from qwen_image_finetune.encoding.embeddings import encode_dataset
 
         encode_dataset(self.config)
 
     def fit(self) -> Path | None:
         """Train; returns the version folder (None in all processes but the first)."""
-        from qwen_image_finetune.train import train
+        from qwen_image_finetune.training.train import train
 
         return train(self.config)
 
@@ -52,7 +52,7 @@ class Trainer:
         Raises:
             LoraFileError: it is not there, or does not fit the model.
         """
-        from qwen_image_finetune.levers.lora_sources import find_lora
+        from qwen_image_finetune.lora.sources import find_lora
 
         self._lora, self._strength = find_lora(path), strength
         if self._predictor is not None:
@@ -65,7 +65,7 @@ class Trainer:
             LoraFileError: the LoRA does not fit the model; it is not loaded then.
             OutOfMemory: with what would help.
         """
-        from qwen_image_finetune.out_of_memory import explained
+        from qwen_image_finetune.fitting.out_of_memory import explained
         from qwen_image_finetune.preparation import build_predictor, check_loras
 
         check_loras(self.config, [] if self._lora is None else [self._lora])
@@ -84,7 +84,7 @@ class Trainer:
 
     def unload_lora(self) -> None:
         """Predict with the base again."""
-        from qwen_image_finetune.levers import adapters
+        from qwen_image_finetune.lora import adapters
 
         self._lora = None
         if self._predictor is not None and adapters.adapter_names(self._predictor.transformer):
@@ -102,8 +102,8 @@ class Trainer:
         self._tuned, predictor, self._predictor = checkpoint, self._predictor, None
         if predictor is None:
             return
+        from qwen_image_finetune.fitting.out_of_memory import explained
         from qwen_image_finetune.loading import checkpoint_folder
-        from qwen_image_finetune.out_of_memory import explained
         from qwen_image_finetune.preparation import load_for_prediction
 
         family, home = predictor.family, predictor.transformer.device
@@ -122,16 +122,17 @@ class Trainer:
         **options: Any,
     ) -> list[Image]:
         """Draw pictures; loads the model first if that has not happened. Options: see `Predictor.predict`."""
-        from qwen_image_finetune.out_of_memory import explained
+        from qwen_image_finetune.fitting.out_of_memory import explained
 
         steps = self.predictor.family.num_inference_steps if num_inference_steps is None else num_inference_steps
         with explained(self.config, "predicting"), console.progress("drawing", steps) as update:
             return self.predictor.predict(prompt_image, prompt, steps, guidance_scale, progress=update, **options)
 
     def _apply_lora(self) -> None:
-        from qwen_image_finetune.levers import adapters, lora_files
-        from qwen_image_finetune.levers.targets import lora_layers
         from qwen_image_finetune.loading import weight_dtype
+        from qwen_image_finetune.lora import adapters
+        from qwen_image_finetune.lora import files as lora_files
+        from qwen_image_finetune.lora.targets import lora_layers
 
         assert self._predictor is not None
         assert self._lora is not None

@@ -67,11 +67,11 @@ def bare_loop(config: Any, family_name: str, steps: int) -> Callable[[], None]:
     import torch
 
     from qwen_image_finetune import flow, levers, loading
-    from qwen_image_finetune.cache import EncodedDataset
+    from qwen_image_finetune.encoding.cache import EncodedDataset
     from qwen_image_finetune.families import get_family
-    from qwen_image_finetune.optim import build_optimizer
     from qwen_image_finetune.preparation import open_dataset
     from qwen_image_finetune.records import collate
+    from qwen_image_finetune.training.optim import build_optimizer
 
     family, folder = get_family(family_name), Path(config.model.pretrained_model_name_or_path)
     rows = EncodedDataset(config, family, open_dataset(config, family), folder, torch.float32)
@@ -109,7 +109,7 @@ def bench_loop(folder: Path, rounds: int) -> dict[str, Any]:
 
 def time_loop(folder: Path, family: str, rounds: int) -> tuple[list[float], list[float]]:
     """Milliseconds of a bare step and the ratio of ours to it, for each round."""
-    from qwen_image_finetune.train import train
+    from qwen_image_finetune.training.train import train
 
     few, many = 10, 60
 
@@ -132,8 +132,8 @@ def bench_reading(folder: Path, rounds: int) -> dict[str, Any]:
     """Entries of full size: a 1024 x 1024 pair of FLUX Kontext in bfloat16 is 0.5 + 0.5 + 4 MiB."""
     import torch
 
+    from qwen_image_finetune.encoding.store import Store, entry_key
     from qwen_image_finetune.records import Encoded, collate
-    from qwen_image_finetune.store import Store, entry_key
 
     store, batch = Store(folder / "reading"), 4
     samples = [[entry_key(sample=sample, place=place) for place in range(3)] for sample in range(2 * batch)]
@@ -177,7 +177,7 @@ def bench_reading(folder: Path, rounds: int) -> dict[str, Any]:
 MEMORY_PROBE = """
 import resource, sys, time
 from qwen_image_finetune.config import load_config
-from qwen_image_finetune.train import train
+from qwen_image_finetune.training.train import train
 config = load_config(sys.argv[1], sys.argv[2:])
 began = time.process_time()
 train(config)
@@ -187,7 +187,7 @@ print("RESULT", time.process_time() - began, resource.getrusage(resource.RUSAGE_
 
 def bench_cache(folder: Path, rounds: int) -> dict[str, Any]:
     """Each variant in a process of its own, for its peak memory; the difference of two lengths is the step."""
-    from qwen_image_finetune.embeddings import encode_dataset
+    from qwen_image_finetune.encoding.embeddings import encode_dataset
 
     results = {}
     for family in FAMILY_NAMES:
@@ -244,7 +244,7 @@ def bench_startup(folder: Path, rounds: int) -> dict[str, Any]:
 def bench_scaling(folder: Path, rounds: int) -> dict[str, Any]:
     from bench_scaling import scaling
 
-    from qwen_image_finetune.embeddings import encode_dataset
+    from qwen_image_finetune.encoding.embeddings import encode_dataset
 
     config = configuration(folder, "FluxKontext")
     quietly(partial(encode_dataset, config))

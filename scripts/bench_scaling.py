@@ -62,9 +62,9 @@ def work(config: Path, output: Path) -> None:
     from torch.distributed.tensor import DTensor
 
     from qwen_image_finetune.config import load_config
-    from qwen_image_finetune.processes import Team
-    from qwen_image_finetune.state import State
-    from qwen_image_finetune.train import train
+    from qwen_image_finetune.machine.processes import Team
+    from qwen_image_finetune.training.state import State
+    from qwen_image_finetune.training.train import train
 
     marks: list[tuple[float, float]] = []
     held = [0]

@@ -10,9 +10,9 @@ from PIL import Image
 
 from qwen_image_finetune import loading
 from qwen_image_finetune.data.images import resize
+from qwen_image_finetune.drawing.predict import Conditions, Guidance, Predictor
 from qwen_image_finetune.families import get_family
-from qwen_image_finetune.levers import lora_files
-from qwen_image_finetune.predict import Conditions, Guidance, Predictor
+from qwen_image_finetune.lora import files as lora_files
 from qwen_image_finetune.records import collate
 
 

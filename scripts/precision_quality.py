@@ -19,13 +19,13 @@ import numpy as np
 from demo import FAMILIES, HELD_OUT, PROMPT, ROOT, SAMPLING_STEPS, held_out
 from draw_many import add_lora, draw
 
-from qwen_image_finetune import runs
 from qwen_image_finetune.config import Config, load_config
-from qwen_image_finetune.intervals import Interval, t_interval
+from qwen_image_finetune.disk import runs
+from qwen_image_finetune.judging.intervals import Interval, t_interval
 from qwen_image_finetune.preparation import build_predictor
 from qwen_image_finetune.toy.measure import foreground_iou
-from qwen_image_finetune.train import train
-from qwen_image_finetune.validate import BASE
+from qwen_image_finetune.training.train import train
+from qwen_image_finetune.training.validate import BASE
 
 REFERENCE, OTHER_SEED = "bf16", "bf16, other seed"
 # Name of a row -> train.mixed_precision, model.quantize, what is added to train.seed.

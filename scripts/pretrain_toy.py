@@ -47,9 +47,11 @@ from draw_many import open_base, through_vae
 from numpy.typing import NDArray
 from PIL import Image
 
-from qwen_image_finetune import cache, loading, runs
-from qwen_image_finetune.cache import EncodedDataset, Missing
+from qwen_image_finetune import loading
 from qwen_image_finetune.config import Config, load_config
+from qwen_image_finetune.disk import runs
+from qwen_image_finetune.encoding import cache
+from qwen_image_finetune.encoding.cache import EncodedDataset, Missing
 from qwen_image_finetune.families import get_family
 from qwen_image_finetune.preparation import open_dataset
 from qwen_image_finetune.toy import bases, edits, vae

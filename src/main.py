@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from qwen_image_finetune.cli import guarded, parse, run_training
+from qwen_image_finetune.command.cli import guarded, parse, run_training
 
 
 def main() -> int:

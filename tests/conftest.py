@@ -13,7 +13,7 @@ from filelock import FileLock
 
 if TYPE_CHECKING:
     from qwen_image_finetune.config import Config
-    from qwen_image_finetune.footprint import Footprint
+    from qwen_image_finetune.fitting.footprint import Footprint
 
 # Set before torch and the hub are imported, and inherited by the processes that tests start. One thread: tiny models
 # gain nothing from more, and tests that run side by side would only take the cores from each other.
@@ -135,9 +135,9 @@ def full_size() -> dict[str, Footprint]:
     import torch
 
     from qwen_image_finetune.config import LoraConfig
-    from qwen_image_finetune.estimate import transformer_config
     from qwen_image_finetune.families import get_family
-    from qwen_image_finetune.footprint import footprint, stand_in
+    from qwen_image_finetune.fitting.estimate import transformer_config
+    from qwen_image_finetune.fitting.footprint import footprint, stand_in
 
     def measure(name: str) -> Footprint:
         family = get_family(name)

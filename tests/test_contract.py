@@ -20,8 +20,8 @@ from torch import Tensor
 from qwen_image_finetune.config import Config
 from qwen_image_finetune.data.images import DataError
 from qwen_image_finetune.families import FAMILIES, get_family
-from qwen_image_finetune.train import train
 from qwen_image_finetune.trainer import Trainer
+from qwen_image_finetune.training.train import train
 
 TESTS = Path(__file__).parent
 FAMILY_NAMES = sorted(FAMILIES)
@@ -363,7 +363,7 @@ def test_a_named_adapter_and_a_regular_expression(configure: Configure) -> None:
 @pytest.mark.parametrize("name", FAMILY_NAMES)
 def test_training_starts_from_a_lora_of_any_dialect(name: str, configure: Configure, tmp_path: Path) -> None:
     """One step at learning rate 0 gives back what it started from: our own file, and exports of it."""
-    from qwen_image_finetune.levers.lora_files import export_lora
+    from qwen_image_finetune.lora.files import export_lora
 
     trained = learn(configure(name, "train.max_train_steps=5"))
     source, expected = trained.lora, trained.weights
@@ -628,7 +628,7 @@ def test_what_a_version_holds(configure: Configure) -> None:
 
 
 def test_several_trackers_are_told(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qwen_image_finetune import check, trackers
+    from qwen_image_finetune.training import check, trackers
 
     class Recorder:
         def __init__(self) -> None:

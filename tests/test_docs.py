@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import yaml
 
-from qwen_image_finetune.arguments import build_parser
-from qwen_image_finetune.cli import VERBS, main, parse
+from qwen_image_finetune.command.arguments import build_parser
+from qwen_image_finetune.command.cli import VERBS, main, parse
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -1,4 +1,4 @@
-"""The arguments of the command `qif`, verb by verb; `qwen_image_finetune.cli` does what they ask for."""
+"""The arguments of the command `qif`, verb by verb; `qwen_image_finetune.command.cli` does what they ask for."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from qwen_image_finetune import console
+from qwen_image_finetune.machine import console
 
 if TYPE_CHECKING:
     from qwen_image_finetune.config import Config
@@ -21,7 +21,7 @@ Asked = TypeVar("Asked")  # a dataclass of what a verb is asked for
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code: 0 done, 1 failed, 2 refused, 130/143 stopped by a signal."""
-    from qwen_image_finetune.arguments import build_parser
+    from qwen_image_finetune.command.arguments import build_parser
 
     options = parse(build_parser(VERBS), arguments)
     return guarded(options.run, options)
@@ -74,7 +74,7 @@ def cache(options: argparse.Namespace) -> None:
 
 def run_training(config_file: Path, overrides: Sequence[str], dry_run: bool = False, only_cache: bool = False) -> None:
     """What `qif train`, `qif cache` and `python -m src.main` share."""
-    from qwen_image_finetune.signals import StopSignals
+    from qwen_image_finetune.machine.signals import StopSignals
 
     with StopSignals():  # from the first moment: packages alone take seconds to load
         from qwen_image_finetune.config import load_config
@@ -82,26 +82,26 @@ def run_training(config_file: Path, overrides: Sequence[str], dry_run: bool = Fa
         config = load_config(config_file, overrides)
         tell(config.notes)
         if dry_run:
-            from qwen_image_finetune.check import check_run
-            from qwen_image_finetune.dry_run import describe
+            from qwen_image_finetune.command.dry_run import describe
+            from qwen_image_finetune.training.check import check_run
 
             print(describe(config))
             check_run(config)
             return
         check_folders(config, only_cache)
         if only_cache:
-            from qwen_image_finetune.embeddings import encode_dataset
+            from qwen_image_finetune.encoding.embeddings import encode_dataset
 
             encode_dataset(config)
         else:
-            from qwen_image_finetune.train import train
+            from qwen_image_finetune.training.train import train
 
             train(config)
 
 
 def check_folders(config: Config, only_cache: bool) -> None:
     """Refuse folders that cannot be written within a moment, before a heavy package is imported."""
-    from qwen_image_finetune.files import check_writable
+    from qwen_image_finetune.disk.files import check_writable
 
     if not only_cache:
         check_writable(config.logging.project_dir, "logging.output_dir")
@@ -112,8 +112,8 @@ def check_folders(config: Config, only_cache: bool) -> None:
 def predict(options: argparse.Namespace) -> None:
     """Draw pictures: one from its references, or one for each picture of a folder."""
     from qwen_image_finetune.config import load_config
-    from qwen_image_finetune.draw import Request, draw
-    from qwen_image_finetune.levers.lora_sources import checkpoint_notes
+    from qwen_image_finetune.drawing.draw import Request, draw
+    from qwen_image_finetune.lora.sources import checkpoint_notes
 
     if options.lora is not None:
         tell(checkpoint_notes(options.lora))
@@ -122,11 +122,11 @@ def predict(options: argparse.Namespace) -> None:
 
 def check(options: argparse.Namespace) -> None:
     """Check configuration and data, decoding every picture, and load nothing else."""
-    from qwen_image_finetune.check import refusal, run_problems
     from qwen_image_finetune.config import load_config, resolve_family
     from qwen_image_finetune.data.images import DataError
+    from qwen_image_finetune.encoding.held_out import open_pairs
     from qwen_image_finetune.families import get_family
-    from qwen_image_finetune.held_out import open_pairs
+    from qwen_image_finetune.training.check import refusal, run_problems
 
     config = load_config(options.config, options.overrides)
     tell(config.notes)
@@ -144,21 +144,21 @@ def check(options: argparse.Namespace) -> None:
 
 def evaluate(options: argparse.Namespace) -> None:
     """Measure base, LoRAs and a copy of the input on pairs that were not trained on."""
-    from qwen_image_finetune.evaluate import Request, evaluate
+    from qwen_image_finetune.judging.evaluate import Request, evaluate
 
     evaluate(filled(Request, options))
 
 
 def report(options: argparse.Namespace) -> None:
     """Write one page about a run: data, settings, curves, samples, metrics, files."""
-    from qwen_image_finetune.report import report
+    from qwen_image_finetune.judging.report import report
 
     print(report(options.version, options.output))
 
 
 def compare(options: argparse.Namespace) -> None:
     """Write one page that shows runs side by side, with the difference of their settings."""
-    from qwen_image_finetune.compare import compare
+    from qwen_image_finetune.judging.compare import compare
 
     print(compare(options.versions, options.output))
 
@@ -166,7 +166,7 @@ def compare(options: argparse.Namespace) -> None:
 def plan(options: argparse.Namespace) -> None:
     """Predict the memory that training takes, and say what makes it fit a card."""
     from qwen_image_finetune.config import load_config
-    from qwen_image_finetune.plan_words import describe
+    from qwen_image_finetune.fitting.plan_words import describe
 
     config = load_config(options.config, options.overrides)
     tell(config.notes)
@@ -175,7 +175,7 @@ def plan(options: argparse.Namespace) -> None:
 
 def bench(options: argparse.Namespace) -> None:
     """Measure training steps of a full-size model with random weights, one setting beside the other."""
-    from qwen_image_finetune.bench import Options, run
+    from qwen_image_finetune.fitting.bench import Options, run
 
     run(filled(Options, options))
 
@@ -183,8 +183,8 @@ def bench(options: argparse.Namespace) -> None:
 def export(options: argparse.Namespace) -> None:
     """Write a LoRA file in the key dialect of another program."""
     from qwen_image_finetune.families import get_family
-    from qwen_image_finetune.levers.lora_files import export_lora
-    from qwen_image_finetune.levers.lora_sources import checkpoint_notes
+    from qwen_image_finetune.lora.files import export_lora
+    from qwen_image_finetune.lora.sources import checkpoint_notes
 
     export_lora(options.lora, options.output, options.format, get_family(options.family).pipeline)
     tell(checkpoint_notes(options.lora))
@@ -212,7 +212,3 @@ def tell(notes: Sequence[str]) -> None:
     """What the reader of a configuration should know, beside what is printed: a dry run can be piped."""
     for note in notes:
         console.note(note, sys.stderr)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qwen_image_finetune.config import Config, resolve_family
+from qwen_image_finetune.disk.runs import next_version
 from qwen_image_finetune.levers.stored_precision import base_precision, local_checkpoint
-from qwen_image_finetune.runs import next_version
 
 
 def describe(config: Config) -> str:
@@ -74,7 +74,7 @@ def _memory(config: Config, checkpoint: Path | None) -> Iterator[str]:
     if checkpoint is None:
         yield "memory:   `qif plan` predicts it from the architecture"
         return
-    from qwen_image_finetune.plan_words import summary
+    from qwen_image_finetune.fitting.plan_words import summary
 
     for number, line in enumerate(summary(config)):
         yield f"{'memory:   ' if number == 0 else ' ' * 10}{line}"

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qwen_image_finetune.files import staged_folder
+from qwen_image_finetune.disk.files import staged_folder
 
 Memo = dict[int, Any]  # id of a tensor -> its copy, so that a tensor that occurs twice is kept once
 

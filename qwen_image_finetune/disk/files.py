@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from qwen_image_finetune.locks import FileLock
+from qwen_image_finetune.disk.locks import FileLock
 
 MANIFEST = "manifest.json"
 LEFTOVER = re.compile(r"^\.(?P<name>.+)\.(?P<kind>partial|trash|replaced)-\d+-[0-9a-f]{8}$")

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from qwen_image_finetune.files import (
+from qwen_image_finetune.disk.files import (
     MANIFEST,
     DiskFull,
     clean_leftovers,
@@ -28,7 +28,7 @@ from qwen_image_finetune.files import (
     verify_folder,
     write_atomic,
 )
-from qwen_image_finetune.locks import FileLock
+from qwen_image_finetune.disk.locks import FileLock
 
 VERSION = re.compile(r"^v(0|[1-9]\d*)$")
 CHECKPOINT = re.compile(r"^checkpoint-(\d+)-(\d+)$")

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwen_image_finetune import console
 from qwen_image_finetune.config import Config
 from qwen_image_finetune.data.images import open_upright
+from qwen_image_finetune.machine import console
 
 READ = (".jpg", ".jpeg", ".png", ".webp")
 WRITTEN = (".png", ".jpg", ".jpeg", ".webp")
@@ -65,9 +65,9 @@ def draw(config: Config, request: Request) -> list[Path]:
         _writable(folder)
 
     from qwen_image_finetune.config import resolve_family
+    from qwen_image_finetune.drawing.predict import check_request
     from qwen_image_finetune.families import get_family
-    from qwen_image_finetune.levers.trained import find_tuned
-    from qwen_image_finetune.predict import check_request
+    from qwen_image_finetune.lora.trained import find_tuned
     from qwen_image_finetune.trainer import Trainer
 
     family = get_family(resolve_family(config, download=True)[0])

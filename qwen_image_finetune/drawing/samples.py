@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
-from qwen_image_finetune import console, loading
-from qwen_image_finetune.cache import EncodedDataset, TextVariant
+from qwen_image_finetune import loading
 from qwen_image_finetune.config import Config
 from qwen_image_finetune.data.images import resize
 from qwen_image_finetune.data.part import spread
-from qwen_image_finetune.files import write_atomic
-from qwen_image_finetune.predict import Conditions, Predictor
+from qwen_image_finetune.disk.files import write_atomic
+from qwen_image_finetune.drawing.predict import Conditions, Predictor
+from qwen_image_finetune.encoding.cache import EncodedDataset, TextVariant
+from qwen_image_finetune.machine import console
 from qwen_image_finetune.records import Batch, Encoded, Example, collate
 
 if TYPE_CHECKING:

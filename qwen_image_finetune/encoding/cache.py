@@ -18,14 +18,15 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from qwen_image_finetune import console, loading
+from qwen_image_finetune import loading
 from qwen_image_finetune.config import Config
 from qwen_image_finetune.data.dataset import ImageDataset, cropped
 from qwen_image_finetune.data.geometry import Picture
 from qwen_image_finetune.data.images import resize
+from qwen_image_finetune.encoding.store import Fingerprints, Store, entry_key
 from qwen_image_finetune.families.base import Family
+from qwen_image_finetune.machine import console
 from qwen_image_finetune.records import Encoded, Example
-from qwen_image_finetune.store import Fingerprints, Store, entry_key
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -9,16 +9,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qwen_image_finetune import cache, console, loading, out_of_memory
-from qwen_image_finetune.cache import EncodedDataset
+from qwen_image_finetune import loading
 from qwen_image_finetune.config import Config, resolve_family
 from qwen_image_finetune.data.dataset import ImageDataset
 from qwen_image_finetune.data.images import DataError
+from qwen_image_finetune.encoding import cache
+from qwen_image_finetune.encoding.cache import EncodedDataset
+from qwen_image_finetune.encoding.held_out import encoded, open_pairs
+from qwen_image_finetune.encoding.store import Fingerprints
 from qwen_image_finetune.families import get_family
-from qwen_image_finetune.held_out import encoded, open_pairs
-from qwen_image_finetune.launch import LaunchError
+from qwen_image_finetune.fitting import out_of_memory
+from qwen_image_finetune.machine import console
+from qwen_image_finetune.machine.launch import LaunchError
 from qwen_image_finetune.preparation import Say, build_accelerator, build_team, check_drop_keys, encoder_homes
-from qwen_image_finetune.store import Fingerprints
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -9,17 +9,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qwen_image_finetune import console, flow
-from qwen_image_finetune.cache import EncodedDataset
+from qwen_image_finetune import flow
 from qwen_image_finetune.config import Config, ConfigError, ValidationConfig
 from qwen_image_finetune.data import alike
 from qwen_image_finetune.data.dataset import ImageDataset
 from qwen_image_finetune.data.images import DataError
 from qwen_image_finetune.data.part import Part, spread
+from qwen_image_finetune.encoding.cache import EncodedDataset
 from qwen_image_finetune.families.base import Family
-from qwen_image_finetune.objective import Objective
+from qwen_image_finetune.machine import console
 from qwen_image_finetune.preparation import open_dataset
 from qwen_image_finetune.records import Batch, Encoded, collate
+from qwen_image_finetune.training.objective import Objective
 
 
 class Pairs(NamedTuple):

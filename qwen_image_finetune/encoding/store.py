@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
-from qwen_image_finetune.files import clean_leftovers, write_atomic
-from qwen_image_finetune.locks import FileLock
+from qwen_image_finetune.disk.files import clean_leftovers, write_atomic
+from qwen_image_finetune.disk.locks import FileLock
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -29,15 +29,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qwen_image_finetune import levers
 from qwen_image_finetune.config import Config, ConfigError
-from qwen_image_finetune.estimate import GIB, OUTSIDE, Estimator, transformer_config
+from qwen_image_finetune.disk.files import write_atomic
 from qwen_image_finetune.families import get_family
 from qwen_image_finetune.families.base import Family
-from qwen_image_finetune.files import write_atomic
-from qwen_image_finetune.footprint import Footprint, footprint, stand_in
+from qwen_image_finetune.fitting.estimate import GIB, OUTSIDE, Estimator, transformer_config
+from qwen_image_finetune.fitting.footprint import Footprint, footprint, stand_in
+from qwen_image_finetune.fitting.plan import cheapest_change, parse_memory
 from qwen_image_finetune.levers.attention import attention_of
 from qwen_image_finetune.levers.compile import compilation_of
 from qwen_image_finetune.levers.quantize import quantize
-from qwen_image_finetune.plan import cheapest_change, parse_memory
 from qwen_image_finetune.records import Batch
 
 BASELINE = "baseline"

@@ -17,7 +17,7 @@ from typing import Any
 
 from qwen_image_finetune.config import Config
 from qwen_image_finetune.families.base import Family
-from qwen_image_finetune.footprint import Footprint, footprint, stand_in
+from qwen_image_finetune.fitting.footprint import Footprint, footprint, stand_in
 from qwen_image_finetune.levers.stored_precision import base_precision
 from qwen_image_finetune.levers.swap import AHEAD
 from qwen_image_finetune.loading import encoder_dtype, weight_dtype

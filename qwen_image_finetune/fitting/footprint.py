@@ -20,8 +20,8 @@ from torch.utils.flop_counter import flop_registry
 
 from qwen_image_finetune.config import LoraConfig
 from qwen_image_finetune.families.base import Family
-from qwen_image_finetune.levers.adapters import add_adapter
 from qwen_image_finetune.levers.recompute import PRODUCTS, Product, blocks, choose, is_attention
+from qwen_image_finetune.lora.adapters import add_adapter
 from qwen_image_finetune.records import Batch
 
 

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from qwen_image_finetune import speed
 from qwen_image_finetune.config import Config, ConfigError
 from qwen_image_finetune.config.exclusions import contradictions
 from qwen_image_finetune.config.tree import find, shown
-from qwen_image_finetune.estimate import ENCODER_PARTS, GIB, OUTSIDE, Estimate, Estimator, Size
 from qwen_image_finetune.families.base import Family
-from qwen_image_finetune.host_memory import free_host_memory
+from qwen_image_finetune.fitting import speed
+from qwen_image_finetune.fitting.estimate import ENCODER_PARTS, GIB, OUTSIDE, Estimate, Estimator, Size
+from qwen_image_finetune.fitting.host_memory import free_host_memory
 
 KEEPS: tuple[float | None, ...] = (None, 1.0, 0.8, 0.6, 0.4, 0.2, 0.0)
 # What "auto" means without a card.

@@ -8,14 +8,11 @@ from contextlib import suppress
 
 import torch
 
-from qwen_image_finetune import speed
 from qwen_image_finetune.config import Config, ConfigError, resolve_family
-from qwen_image_finetune.estimate import GIB, OUTSIDE, Estimator
 from qwen_image_finetune.families import get_family
-from qwen_image_finetune.levers import attention
-from qwen_image_finetune.levers.stored_precision import local_checkpoint
-from qwen_image_finetune.loading import weight_dtype
-from qwen_image_finetune.plan import (
+from qwen_image_finetune.fitting import speed
+from qwen_image_finetune.fitting.estimate import GIB, OUTSIDE, Estimator
+from qwen_image_finetune.fitting.plan import (
     NothingFits,
     as_overrides,
     asks,
@@ -27,6 +24,9 @@ from qwen_image_finetune.plan import (
     parse_memory,
     with_keys,
 )
+from qwen_image_finetune.levers import attention
+from qwen_image_finetune.levers.stored_precision import local_checkpoint
+from qwen_image_finetune.loading import weight_dtype
 
 
 def describe(config: Config, card: str | None) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from qwen_image_finetune.footprint import Footprint
+from qwen_image_finetune.fitting.footprint import Footprint
 
 TERA = 1e12
 

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwen_image_finetune.files import write_atomic
-from qwen_image_finetune.pages.curves import Series, curve
-from qwen_image_finetune.pages.html import document, escape, picture, section, table
-from qwen_image_finetune.pages.reading import ReportError, Version, said
-from qwen_image_finetune.report import headline
+from qwen_image_finetune.disk.files import write_atomic
+from qwen_image_finetune.judging.pages.curves import Series, curve
+from qwen_image_finetune.judging.pages.html import document, escape, picture, section, table
+from qwen_image_finetune.judging.pages.reading import ReportError, Version, said
+from qwen_image_finetune.judging.report import headline
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -22,25 +22,29 @@ import numpy as np
 import torch
 from PIL.Image import Image
 
-from qwen_image_finetune import console, loading, metrics, runs, samples
-from qwen_image_finetune.cache import EncodedDataset, TextVariant
+from qwen_image_finetune import loading
 from qwen_image_finetune.config import Config, load_config, resolve_family
 from qwen_image_finetune.data.dataset import ImageDataset
 from qwen_image_finetune.data.part import Part, spread
 from qwen_image_finetune.data.sources import read_folder
+from qwen_image_finetune.disk import runs
+from qwen_image_finetune.disk.files import write_atomic
+from qwen_image_finetune.drawing import samples
+from qwen_image_finetune.drawing.predict import Conditions
+from qwen_image_finetune.encoding.cache import EncodedDataset, TextVariant
 from qwen_image_finetune.families import get_family
-from qwen_image_finetune.files import write_atomic
-from qwen_image_finetune.intervals import bootstrap
-from qwen_image_finetune.levers.lora_sources import find_lora
-from qwen_image_finetune.levers.trained import find_tuned
-from qwen_image_finetune.out_of_memory import explained
-from qwen_image_finetune.predict import Conditions
+from qwen_image_finetune.fitting.out_of_memory import explained
+from qwen_image_finetune.judging import metrics
+from qwen_image_finetune.judging.intervals import bootstrap
+from qwen_image_finetune.lora.sources import find_lora
+from qwen_image_finetune.lora.trained import find_tuned
+from qwen_image_finetune.machine import console
 from qwen_image_finetune.preparation import check_loras, open_dataset
 from qwen_image_finetune.records import Encoded, collate
 from qwen_image_finetune.trainer import Trainer
 
 if TYPE_CHECKING:
-    from qwen_image_finetune.predict import Predictor
+    from qwen_image_finetune.drawing.predict import Predictor
 
 BASE, COPY = "base", "copy of the input"
 RESULTS = "evaluation.json"

@@ -9,11 +9,11 @@ from typing import Any
 
 from qwen_image_finetune.config import Config
 from qwen_image_finetune.data.images import DataError, open_upright
-from qwen_image_finetune.files import write_atomic
-from qwen_image_finetune.pages.curves import Series, curve
-from qwen_image_finetune.pages.html import cards, details, document, escape, picture, section, table
-from qwen_image_finetune.pages.reading import Sample, Version, flat, said
-from qwen_image_finetune.runs import LORA_WEIGHTS
+from qwen_image_finetune.disk.files import write_atomic
+from qwen_image_finetune.disk.runs import LORA_WEIGHTS
+from qwen_image_finetune.judging.pages.curves import Series, curve
+from qwen_image_finetune.judging.pages.html import cards, details, document, escape, picture, section, table
+from qwen_image_finetune.judging.pages.reading import Sample, Version, flat, said
 
 THUMBNAILS, THUMBNAIL_HEIGHT, SAMPLE_HEIGHT = 12, 128, 384
 REQUIRED = "model.pretrained_model_name_or_path"  # has no default

@@ -38,9 +38,9 @@ def prepare(transformer: nn.Module, config: Config, device: torch.device | None 
     Raises:
         ConfigError: model.lora does not fit the transformer, or train.attention does not run on this machine.
     """
-    from qwen_image_finetune.levers import adapters
     from qwen_image_finetune.levers.attention import use_attention
     from qwen_image_finetune.levers.timestep import keep_timestep_exact
+    from qwen_image_finetune.lora import adapters
 
     train = config.train
     if config.model.lora is None:

@@ -22,8 +22,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from qwen_image_finetune import checkpoint
 from qwen_image_finetune.config import Config, ConfigError
+from qwen_image_finetune.disk import checkpoint
 from qwen_image_finetune.levers.model_files import opened
 from qwen_image_finetune.levers.stored_precision import Precision
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from qwen_image_finetune.config import ConfigError, LoraConfig
 from qwen_image_finetune.levers import parallel
-from qwen_image_finetune.levers.targets import lora_layers, target_modules
+from qwen_image_finetune.lora.targets import lora_layers, target_modules
 
 INITIAL = "_initial"  # ending of the name of the frozen adapter that subtracts a starting point
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

@@ -20,8 +20,8 @@ import torch
 from diffusers.loaders.lora_pipeline import FluxLoraLoaderMixin
 from torch import Tensor
 
-from qwen_image_finetune.levers.adapters import Layer
-from qwen_image_finetune.levers.lora_header import Declared, Key, LoraFileError, parse_key
+from qwen_image_finetune.lora.adapters import Layer
+from qwen_image_finetune.lora.header import Declared, Key, LoraFileError, parse_key
 
 
 @dataclass(frozen=True)

@@ -18,25 +18,20 @@ from torch import Tensor, nn
 
 from qwen_image_finetune.config import ConfigError, LoraConfig
 from qwen_image_finetune.config.registry import family_of_pipeline
-from qwen_image_finetune.files import staged_file
-from qwen_image_finetune.levers import adapters
-from qwen_image_finetune.levers.adapters import INITIAL, Layer
-from qwen_image_finetune.levers.lora_dialects import native_names, read_state, unmatched_message, write_state
-from qwen_image_finetune.levers.lora_header import (
-    ADAPTER_METADATA,
-    LoraFileError,
-    adapter_metadata,
-    read_metadata,
-)
-from qwen_image_finetune.levers.lora_metadata import (
+from qwen_image_finetune.disk.files import staged_file
+from qwen_image_finetune.lora import adapters
+from qwen_image_finetune.lora.adapters import INITIAL, Layer
+from qwen_image_finetune.lora.dialects import native_names, read_state, unmatched_message, write_state
+from qwen_image_finetune.lora.header import ADAPTER_METADATA, LoraFileError, adapter_metadata, read_metadata
+from qwen_image_finetune.lora.metadata import (
     adapter_json,
     exactly,
     model_metadata,
     network_metadata,
     peft_fields,
 )
-from qwen_image_finetune.levers.lora_sources import find_lora
-from qwen_image_finetune.levers.targets import endings, linear_modules, lora_layers, target_modules
+from qwen_image_finetune.lora.sources import find_lora
+from qwen_image_finetune.lora.targets import endings, linear_modules, lora_layers, target_modules
 
 Dialect = Literal["diffusers", "comfy", "kohya"]
 

@@ -19,8 +19,8 @@ from typing import Any
 from torch import nn
 
 from qwen_image_finetune.config import Config, LoraConfig
-from qwen_image_finetune.levers.adapters import Layer
-from qwen_image_finetune.levers.targets import endings
+from qwen_image_finetune.lora.adapters import Layer
+from qwen_image_finetune.lora.targets import endings
 
 
 def peft_fields(layers: Mapping[str, Layer], targets: Iterable[str] | str) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
 )
 
-from qwen_image_finetune.levers.lora_header import LoraFileError
-from qwen_image_finetune.runs import LORA_WEIGHTS, VERSION, best_checkpoint, checkpoint_folders
+from qwen_image_finetune.disk.runs import LORA_WEIGHTS, VERSION, best_checkpoint, checkpoint_folders
+from qwen_image_finetune.lora.header import LoraFileError
 
 TRANSFORMER = "transformer"  # folder of a fully tuned transformer, in diffusers layout,
 TUNED = f"{TRANSFORMER}/config.json"  # and the file that is in every such folder

@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qwen_image_finetune.config import ConfigError, ModelConfig
-from qwen_image_finetune.levers import adapters, lora_files
-from qwen_image_finetune.levers.lora_sources import TRANSFORMER, TUNED, newest_with
-from qwen_image_finetune.runs import LORA_WEIGHTS
+from qwen_image_finetune.disk.runs import LORA_WEIGHTS
+from qwen_image_finetune.lora import adapters
+from qwen_image_finetune.lora import files as lora_files
+from qwen_image_finetune.lora.sources import TRANSFORMER, TUNED, newest_with
 
 ADAPTER = "adapter.safetensors"  # for an exact resume; LORA_WEIGHTS beside it is the file for users
 

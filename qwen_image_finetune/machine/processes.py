@@ -21,7 +21,7 @@ from datetime import timedelta
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from qwen_image_finetune import console
+from qwen_image_finetune.machine import console
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store

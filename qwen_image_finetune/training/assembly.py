@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from qwen_image_finetune import levers, loading
-from qwen_image_finetune.data_parallel import wrap
-from qwen_image_finetune.job import Job
-from qwen_image_finetune.levers import lora_files, parallel
+from qwen_image_finetune.levers import parallel
 from qwen_image_finetune.levers.attention import attention_of
 from qwen_image_finetune.levers.compile import compilation_of
 from qwen_image_finetune.levers.release import GradientRelease
-from qwen_image_finetune.optim import build_optimizer, build_scheduler
+from qwen_image_finetune.lora import files as lora_files
+from qwen_image_finetune.training.data_parallel import wrap
+from qwen_image_finetune.training.job import Job
+from qwen_image_finetune.training.optim import build_optimizer, build_scheduler
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

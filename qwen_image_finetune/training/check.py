@@ -18,10 +18,10 @@ from qwen_image_finetune.config import (
     resolve_family,
 )
 from qwen_image_finetune.families import get_family
-from qwen_image_finetune.levers.lora_header import LoraFileError, read_metadata
-from qwen_image_finetune.levers.lora_sources import find_lora
 from qwen_image_finetune.levers.stored_precision import base_precision, local_checkpoint
-from qwen_image_finetune.trackers import unavailable
+from qwen_image_finetune.lora.header import LoraFileError, read_metadata
+from qwen_image_finetune.lora.sources import find_lora
+from qwen_image_finetune.training.trackers import unavailable
 
 if TYPE_CHECKING:
     from qwen_image_finetune.families.base import Family
@@ -77,8 +77,8 @@ def check_transformer(config: Config, family: Family, checkpoint: Path) -> None:
     import torch
 
     from qwen_image_finetune import loading
-    from qwen_image_finetune.levers.lora_files import check_lora
-    from qwen_image_finetune.levers.targets import target_modules
+    from qwen_image_finetune.lora.files import check_lora
+    from qwen_image_finetune.lora.targets import target_modules
 
     lora = config.model.lora
     transformer = loading.empty_transformer(family, checkpoint, torch.bfloat16)
@@ -135,7 +135,7 @@ def _check_optimizer(config: Config) -> None:
         return  # as they are meant to be: no reason to load torch for a look
     import torch
 
-    from qwen_image_finetune.optim import build_optimizer, build_scheduler
+    from qwen_image_finetune.training.optim import build_optimizer, build_scheduler
 
     stand_in = build_optimizer(config.optimizer, [torch.nn.Parameter(torch.zeros(1))])
     build_scheduler(config.lr_scheduler, stand_in, total_steps=config.max_steps or 1)

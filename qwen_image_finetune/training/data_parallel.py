@@ -13,8 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from qwen_image_finetune.config import LoraConfig
 from qwen_image_finetune.families.base import Family
-from qwen_image_finetune.footprint import replace_parameters, stand_in
-from qwen_image_finetune.levers import adapters
+from qwen_image_finetune.fitting.footprint import replace_parameters, stand_in
+from qwen_image_finetune.lora import adapters
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -8,21 +8,22 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qwen_image_finetune import console, loading
-from qwen_image_finetune.cache import EncodedDataset
-from qwen_image_finetune.check import check_run, check_transformer
+from qwen_image_finetune import loading
 from qwen_image_finetune.config import Config, ConfigError, resolve_family
 from qwen_image_finetune.data.batches import Batches
 from qwen_image_finetune.data.dataset import ImageDataset
+from qwen_image_finetune.encoding.cache import EncodedDataset
+from qwen_image_finetune.encoding.held_out import encoded, open_pairs
 from qwen_image_finetune.families import get_family
 from qwen_image_finetune.families.base import Family
-from qwen_image_finetune.held_out import encoded, open_pairs
+from qwen_image_finetune.fitting.plan import card_memory, settled
 from qwen_image_finetune.levers import parallel
 from qwen_image_finetune.levers.parallel import Sharding
 from qwen_image_finetune.levers.stored_precision import base_precision
-from qwen_image_finetune.plan import card_memory, settled
+from qwen_image_finetune.machine import console
+from qwen_image_finetune.machine.processes import Team
 from qwen_image_finetune.preparation import build_accelerator, build_team, plan_batches
-from qwen_image_finetune.processes import Team
+from qwen_image_finetune.training.check import check_run, check_transformer
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

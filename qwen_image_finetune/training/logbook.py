@@ -10,14 +10,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qwen_image_finetune import checkpoint, console, processes, runs
 from qwen_image_finetune.config import Config
-from qwen_image_finetune.environment import environment
-from qwen_image_finetune.files import DiskFull, is_disk_full, write_atomic
-from qwen_image_finetune.job import Job
+from qwen_image_finetune.disk import checkpoint, runs
+from qwen_image_finetune.disk.files import DiskFull, is_disk_full, write_atomic
 from qwen_image_finetune.levers import parallel
-from qwen_image_finetune.state import Progress, State, check_resume, settings
-from qwen_image_finetune.trackers import Trackers
+from qwen_image_finetune.machine import console, processes
+from qwen_image_finetune.machine.environment import environment
+from qwen_image_finetune.training.job import Job
+from qwen_image_finetune.training.state import Progress, State, check_resume, settings
+from qwen_image_finetune.training.trackers import Trackers
 
 
 class Logbook:

@@ -12,14 +12,15 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from qwen_image_finetune import checkpoint
-from qwen_image_finetune.assembly import Learner
 from qwen_image_finetune.config import ConfigError
 from qwen_image_finetune.config.tree import ABSENT, find, shown
-from qwen_image_finetune.job import Job
-from qwen_image_finetune.levers import parallel, trained
-from qwen_image_finetune.levers.lora_metadata import run_metadata
-from qwen_image_finetune.optim import optimizer_state, restore_optimizer
+from qwen_image_finetune.disk import checkpoint
+from qwen_image_finetune.levers import parallel
+from qwen_image_finetune.lora import trained
+from qwen_image_finetune.lora.metadata import run_metadata
+from qwen_image_finetune.training.assembly import Learner
+from qwen_image_finetune.training.job import Job
+from qwen_image_finetune.training.optim import optimizer_state, restore_optimizer
 
 SET_IT_BACK = "set it back, or start afresh"
 

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qwen_image_finetune import cache
-from qwen_image_finetune.cache import EncodedDataset, TextVariant
 from qwen_image_finetune.config import DataConfig
 from qwen_image_finetune.data.batches import MicroBatch
-from qwen_image_finetune.job import Job
+from qwen_image_finetune.encoding import cache
+from qwen_image_finetune.encoding.cache import EncodedDataset, TextVariant
 from qwen_image_finetune.records import Batch, Example, collate
+from qwen_image_finetune.training.job import Job
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

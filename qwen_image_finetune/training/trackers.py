@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen_image_finetune import console
 from qwen_image_finetune.config import Config
-from qwen_image_finetune.runs import METRICS
+from qwen_image_finetune.disk.runs import METRICS
+from qwen_image_finetune.machine import console
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -25,20 +25,22 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from qwen_image_finetune import console, loading, processes, runs
-from qwen_image_finetune.assembly import Learner, assemble
+from qwen_image_finetune import loading
 from qwen_image_finetune.config import Config
 from qwen_image_finetune.data.batches import MicroBatch
-from qwen_image_finetune.embeddings import prepare_embeddings, prepare_held_out
-from qwen_image_finetune.job import Job, open_job
-from qwen_image_finetune.logbook import Logbook, memory_gib, open_logbook
-from qwen_image_finetune.objective import Objective
-from qwen_image_finetune.out_of_memory import explained
+from qwen_image_finetune.disk import runs
+from qwen_image_finetune.encoding.embeddings import prepare_embeddings, prepare_held_out
+from qwen_image_finetune.fitting.out_of_memory import explained
+from qwen_image_finetune.machine import console, processes
+from qwen_image_finetune.machine.signals import StopSignals, exit_code
 from qwen_image_finetune.records import Batch
-from qwen_image_finetune.signals import StopSignals, exit_code
-from qwen_image_finetune.state import Progress, State
-from qwen_image_finetune.stream import micro_batches, sample_keys
-from qwen_image_finetune.validate import Validation, open_validation
+from qwen_image_finetune.training.assembly import Learner, assemble
+from qwen_image_finetune.training.job import Job, open_job
+from qwen_image_finetune.training.logbook import Logbook, memory_gib, open_logbook
+from qwen_image_finetune.training.objective import Objective
+from qwen_image_finetune.training.state import Progress, State
+from qwen_image_finetune.training.stream import micro_batches, sample_keys
+from qwen_image_finetune.training.validate import Validation, open_validation
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

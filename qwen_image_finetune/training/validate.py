@@ -18,18 +18,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
-from qwen_image_finetune import console, metrics, runs, samples
 from qwen_image_finetune.config import Config
 from qwen_image_finetune.data.part import spread
-from qwen_image_finetune.files import clean_leftovers, write_atomic
-from qwen_image_finetune.held_out import HeldOutLoss
-from qwen_image_finetune.job import Job
-from qwen_image_finetune.levers import adapters, parallel
-from qwen_image_finetune.logbook import Logbook
-from qwen_image_finetune.objective import Objective
+from qwen_image_finetune.disk import runs
+from qwen_image_finetune.disk.files import clean_leftovers, write_atomic
+from qwen_image_finetune.drawing import samples
+from qwen_image_finetune.encoding.held_out import HeldOutLoss
+from qwen_image_finetune.judging import metrics
+from qwen_image_finetune.levers import parallel
+from qwen_image_finetune.lora import adapters
+from qwen_image_finetune.machine import console
 from qwen_image_finetune.records import Example
-from qwen_image_finetune.trackers import Trackers
-from qwen_image_finetune.verdict import Best, Measured, constant, verdict
+from qwen_image_finetune.training.job import Job
+from qwen_image_finetune.training.logbook import Logbook
+from qwen_image_finetune.training.objective import Objective
+from qwen_image_finetune.training.trackers import Trackers
+from qwen_image_finetune.training.verdict import Best, Measured, constant, verdict
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qwen_image_finetune import runs
-from qwen_image_finetune.files import write_atomic
-from qwen_image_finetune.intervals import Interval, t_interval
+from qwen_image_finetune.disk import runs
+from qwen_image_finetune.disk.files import write_atomic
+from qwen_image_finetune.judging.intervals import Interval, t_interval
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qwen_image_finetune.cli import main
+from qwen_image_finetune.command.cli import main
 from qwen_image_finetune.config import Config
 from qwen_image_finetune.families import FAMILIES
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FAMILY_NAMES = sorted(FAMILIES)
 Configure = Callable[..., Config]
 VERBS = ("train", "cache", "check", "predict", "evaluate", "report", "compare", "export", "tiny")

@@ -19,7 +19,7 @@ from qwen_image_finetune.config.reference import reference
 from qwen_image_finetune.config.tree import ABSENT, find, put
 from qwen_image_finetune.config.words import distance, known_keys, section_of
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 MODEL = "model.pretrained_model_name_or_path"
 EDIT = "Qwen/Qwen-Image-Edit"
 

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qwen_image_finetune.checkpoint import (
+from qwen_image_finetune.disk.checkpoint import (
     CheckpointError,
     CheckpointWriter,
     load_state,
@@ -32,7 +32,7 @@ from qwen_image_finetune.checkpoint import (
     save_state,
     snapshot,
 )
-from qwen_image_finetune.files import DiskFull, verify_folder
+from qwen_image_finetune.disk.files import DiskFull, verify_folder
 
 # `QIF_FAULTS=full` runs the counts that the documentation quotes; otherwise a sample that fits CI.
 FULL = os.environ.get("QIF_FAULTS") == "full"
@@ -161,7 +161,7 @@ def test_snapshot_is_untouched_by_what_follows() -> None:
 def test_a_snapshot_is_not_copied_again_on_its_way_to_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The state of an optimizer can be larger than the model, and host memory has room for it once."""
     given: dict[str, Tensor] = {}
-    monkeypatch.setattr("qwen_image_finetune.checkpoint.save_file", lambda tensors, path: given.update(tensors))
+    monkeypatch.setattr("qwen_image_finetune.disk.checkpoint.save_file", lambda tensors, path: given.update(tensors))
     state = torch.arange(6.0)
     copies = snapshot({"whole": state, "part": state[2:]})
     save_state(tmp_path, {"optimizer": copies})
@@ -339,8 +339,8 @@ def test_the_end_of_the_process_waits_for_the_writer(tmp_path: Path) -> None:
     code = f"""
         import sys, time
         from pathlib import Path
-        sys.path.insert(0, {str(Path(__file__).parents[1])!r})
-        from qwen_image_finetune.checkpoint import CheckpointWriter
+        sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+        from qwen_image_finetune.disk.checkpoint import CheckpointWriter
         def write(folder):
             time.sleep(0.3)
             (folder / "state").write_text("whole")
@@ -358,9 +358,9 @@ def test_killed_while_the_writer_writes(tmp_path: Path) -> None:
     code = f"""
         import os, random, signal, sys, threading, time
         from pathlib import Path
-        sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+        sys.path.insert(0, {str(Path(__file__).parents[2])!r})
         import torch
-        from qwen_image_finetune.checkpoint import CheckpointWriter, save_state, snapshot
+        from qwen_image_finetune.disk.checkpoint import CheckpointWriter, save_state, snapshot
         torch.set_num_threads(1)
         folder = Path({str(tmp_path)!r})
         for seed in range({60 if FULL else 6}):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen_image_finetune.files import (
+from qwen_image_finetune.disk.files import (
     MANIFEST,
     DiskFull,
     clean_leftovers,
@@ -64,9 +64,9 @@ def run_until_call(number: int, code: str, folder: Path) -> int:
     prelude = f"""
         import builtins, os, signal, shutil, sys
         from pathlib import Path
-        sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[1])!r}]
+        sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[2])!r}]
         from test_files import fill, save
-        from qwen_image_finetune import files
+        from qwen_image_finetune.disk import files
         folder = Path({str(folder)!r})
         calls = 0
         def counted(real):

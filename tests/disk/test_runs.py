@@ -18,9 +18,9 @@ from pathlib import Path
 
 import pytest
 
-from qwen_image_finetune import files, runs
-from qwen_image_finetune.files import DiskFull, staged_folder, verify_folder
-from qwen_image_finetune.runs import (
+from qwen_image_finetune.disk import files, runs
+from qwen_image_finetune.disk.files import DiskFull, staged_folder, verify_folder
+from qwen_image_finetune.disk.runs import (
     Run,
     RunError,
     claim_version,
@@ -33,7 +33,7 @@ from qwen_image_finetune.runs import (
 
 # `QIF_FAULTS=full` runs the counts that the documentation quotes; otherwise a sample that fits CI.
 FULL = os.environ.get("QIF_FAULTS") == "full"
-PATHS = [str(Path(__file__).parents[1])]
+PATHS = [str(Path(__file__).parents[2])]
 
 
 def spawn(code: str, *arguments: object) -> subprocess.Popen[str]:

@@ -111,7 +111,7 @@ def alone(tmp_path: Path) -> Callable[..., Path]:
         from outcomes import checkpoint
 
         from qwen_image_finetune.config import load_config
-        from qwen_image_finetune.train import train
+        from qwen_image_finetune.training.train import train
 
         resume = [f"train.resume_from_checkpoint={checkpoint(*task['resume'])}"] if "resume" in task else []
         elsewhere = f"logging.output_dir={tmp_path / 'alone'}"

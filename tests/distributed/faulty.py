@@ -12,8 +12,8 @@ import threading
 from pathlib import Path
 
 from qwen_image_finetune.config import load_config
-from qwen_image_finetune.processes import Team
-from qwen_image_finetune.train import train
+from qwen_image_finetune.machine.processes import Team
+from qwen_image_finetune.training.train import train
 
 
 def main() -> None:

@@ -21,10 +21,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from qwen_image_finetune.config import Config, ConfigError, load_config
-from qwen_image_finetune.embeddings import encode_dataset
+from qwen_image_finetune.encoding.embeddings import encode_dataset
 from qwen_image_finetune.levers import parallel
-from qwen_image_finetune.state import State
-from qwen_image_finetune.train import train
+from qwen_image_finetune.training.state import State
+from qwen_image_finetune.training.train import train
 
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
 

@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from qwen_image_finetune import cache
 from qwen_image_finetune.config import load_config
-from qwen_image_finetune.embeddings import encode_dataset
+from qwen_image_finetune.encoding import cache
+from qwen_image_finetune.encoding.embeddings import encode_dataset
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from launching import HERE
 
 from qwen_image_finetune.config import load_config
-from qwen_image_finetune.embeddings import encode_dataset
+from qwen_image_finetune.encoding.embeddings import encode_dataset
 
 NAME = "QwenImageEdit"  # its texts see the references: three kinds of entries
 

@@ -50,7 +50,8 @@ def test_two_processes_equal_accumulation(
 def test_what_is_chosen_for_a_card_is_chosen_for_the_fullest(torchrun: Callable[..., Any], tmp_path: Path) -> None:
     script = tmp_path / "fullest.py"
     script.write_text(
-        "from accelerate import Accelerator\nfrom qwen_image_finetune.job import least\none = Accelerator(cpu=True)\n"
+        "from accelerate import Accelerator\nfrom qwen_image_finetune.training.job import least\n"
+        "one = Accelerator(cpu=True)\n"
         "assert least(one, 5 - 2 * one.process_index) == 3\nassert least(one, None) is None\n"
     )
     done = torchrun(2, str(script))

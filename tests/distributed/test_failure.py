@@ -13,7 +13,7 @@ import torch
 from launching import HERE, ended, free_port, one_machine
 from outcomes import losses, weights
 
-from qwen_image_finetune import runs
+from qwen_image_finetune.disk import runs
 
 OPTIONS = ("train.max_train_steps=6", "train.checkpointing_steps=2", "train.resume_from_checkpoint=latest")
 

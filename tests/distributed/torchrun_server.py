@@ -26,9 +26,9 @@ import torch.distributed.run
 from accelerate.commands import launch as accelerate_launch
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-import qwen_image_finetune.cli
+import qwen_image_finetune.command.cli
 import qwen_image_finetune.preparation
-import qwen_image_finetune.train  # noqa: F401  (each launch would import it)
+import qwen_image_finetune.training.train  # noqa: F401  (each launch would import it)
 
 
 def worker(*command: str) -> None:

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qwen_image_finetune.cli import main
+from qwen_image_finetune.command.cli import main
 from qwen_image_finetune.config import Config, ConfigError
 from qwen_image_finetune.data.images import DataError
-from qwen_image_finetune.draw import DrawingError, Request, draw, plan
+from qwen_image_finetune.drawing.draw import DrawingError, Request, draw, plan
+from qwen_image_finetune.drawing.predict import PredictionError, check_request
 from qwen_image_finetune.families import FAMILIES, get_family
-from qwen_image_finetune.levers.lora_header import LoraFileError
-from qwen_image_finetune.predict import PredictionError, check_request
-from qwen_image_finetune.train import train
+from qwen_image_finetune.lora.header import LoraFileError
 from qwen_image_finetune.trainer import Trainer
+from qwen_image_finetune.training.train import train
 
 FAMILY_NAMES = sorted(FAMILIES)
 Configure = Callable[..., Config]
@@ -353,7 +353,7 @@ def test_one_step_draws_a_picture(trainer: Trainer) -> None:
 
 
 def test_a_version_stands_for_its_newest_checkpoint(tmp_path: Path) -> None:
-    from qwen_image_finetune.levers.lora_sources import find_lora
+    from qwen_image_finetune.lora.sources import find_lora
 
     for name in ("checkpoint-0-9", "checkpoint-1-10", "checkpoint-2-11"):
         (tmp_path / name).mkdir()
@@ -365,7 +365,7 @@ def test_a_version_stands_for_its_newest_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_version_is_said_to_stand_for_its_newest_checkpoint_and_which_is_best(tmp_path: Path) -> None:
-    from qwen_image_finetune.levers.lora_sources import checkpoint_notes
+    from qwen_image_finetune.lora.sources import checkpoint_notes
 
     checkpoints = [tmp_path / "v0" / name for name in ("checkpoint-0-9", "checkpoint-1-10")]
     for folder in checkpoints:
@@ -385,7 +385,7 @@ def test_a_version_is_said_to_stand_for_its_newest_checkpoint_and_which_is_best(
 
 
 def test_folders_of_runs_that_are_no_lora(tmp_path: Path) -> None:
-    from qwen_image_finetune.levers.lora_sources import find_lora
+    from qwen_image_finetune.lora.sources import find_lora
 
     tuned = tmp_path / "project" / "v10" / "checkpoint-0-9"
     (tuned / "transformer").mkdir(parents=True)

@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from qwen_image_finetune import cache
-from qwen_image_finetune.cache import EncodedDataset, TextVariant
 from qwen_image_finetune.config import Config
+from qwen_image_finetune.encoding import cache
+from qwen_image_finetune.encoding.cache import EncodedDataset, TextVariant
 from qwen_image_finetune.families import FAMILIES, get_family
 from qwen_image_finetune.preparation import open_dataset
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwen_image_finetune.store import DamagedEntry, Fingerprints, Store, entry_key
+from qwen_image_finetune.encoding.store import DamagedEntry, Fingerprints, Store, entry_key
 
 
 @pytest.fixture

@@ -16,14 +16,14 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwen
 from PIL import Image
 
 from qwen_image_finetune import loading
-from qwen_image_finetune.cache import EncodedDataset, fill
 from qwen_image_finetune.config import Config
 from qwen_image_finetune.data.dataset import ImageDataset
 from qwen_image_finetune.data.images import resize
+from qwen_image_finetune.drawing.predict import Predictor, draw_noise
+from qwen_image_finetune.encoding.cache import EncodedDataset, fill
 from qwen_image_finetune.families import FAMILIES, get_family
 from qwen_image_finetune.families.base import Family, pack, unpack
 from qwen_image_finetune.families.flux_kontext import image_ids
-from qwen_image_finetune.predict import Predictor, draw_noise
 from qwen_image_finetune.records import Encoded, collate
 
 AREA = 128 * 96

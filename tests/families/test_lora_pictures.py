@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from qwen_image_finetune.config import LoraConfig
+from qwen_image_finetune.drawing.predict import Predictor
 from qwen_image_finetune.families import FAMILIES, get_family
-from qwen_image_finetune.levers import adapters, lora_files
-from qwen_image_finetune.predict import Predictor
+from qwen_image_finetune.lora import adapters
+from qwen_image_finetune.lora import files as lora_files
 from tests.families.test_conditioning import AREA, PROMPT, options, picture, run_pipeline
 
 

@@ -241,7 +241,7 @@ def _run(
     if sabotage is not None:
         name, _, argument = sabotage.partition(":")
         getattr(sabotages, name)(argument)
-    from qwen_image_finetune import cli
+    from qwen_image_finetune.command import cli
 
     sys.exit(cli.main(arguments))
 
@@ -295,6 +295,6 @@ def difference(expected: tuple[dict[str, bytes], Any], found: tuple[dict[str, by
 
 def half_written(folder: Path) -> list[str]:
     """Hidden leftovers of unfinished writes anywhere below a folder."""
-    from qwen_image_finetune.files import LEFTOVER
+    from qwen_image_finetune.disk.files import LEFTOVER
 
     return [str(path) for path in folder.rglob(".*") if LEFTOVER.match(path.name)]

@@ -13,7 +13,11 @@ import torch
 
 def report_phases(pipe: Connection) -> None:
     """Say when the run begins to load, to cache an entry, to train a step, to save and to draw."""
-    from qwen_image_finetune import cache, checkpoint, loading, runs, signals, store, validate
+    from qwen_image_finetune import loading
+    from qwen_image_finetune.disk import checkpoint, runs
+    from qwen_image_finetune.encoding import cache, store
+    from qwen_image_finetune.machine import signals
+    from qwen_image_finetune.training import validate
 
     def announced(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def announce(*arguments: Any, **options: Any) -> Any:
@@ -68,7 +72,7 @@ def slow_steps(seconds: str) -> None:
 
 def slow_save(seconds: str) -> None:
     """Make a checkpoint take at least so long to write."""
-    from qwen_image_finetune import checkpoint
+    from qwen_image_finetune.disk import checkpoint
 
     call = checkpoint.save_state
 
@@ -115,7 +119,7 @@ def no_model(place: str) -> None:
 def not_finite(places: str) -> None:
     """NaN or Inf in the loss, or in the gradient of one parameter: "loss|gradient,nan|inf,first call,last call"."""
     from qwen_image_finetune import flow
-    from qwen_image_finetune.objective import Objective
+    from qwen_image_finetune.training.objective import Objective
 
     where, value, first, last = places.split(",")
     calls = {"count": 0}
@@ -144,7 +148,8 @@ def not_finite(places: str) -> None:
 
 def time_saving(unused: str) -> None:
     """Print how long each checkpoint held the loop up, how long the copy in it took, and how long it took to write."""
-    from qwen_image_finetune import checkpoint, logbook, state
+    from qwen_image_finetune.disk import checkpoint
+    from qwen_image_finetune.training import logbook, state
 
     def timed(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def measure(*arguments: Any, **options: Any) -> Any:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from lab import FAMILIES, Lab, checkpoints, difference, full_or, outcome, record, versions
 
-from qwen_image_finetune.runs import find_checkpoint
-from qwen_image_finetune.store import DamagedEntry, Store
+from qwen_image_finetune.disk.runs import find_checkpoint
+from qwen_image_finetune.encoding.store import DamagedEntry, Store
 
 
 def damage(data: bytes, chance: random.Random) -> bytes:

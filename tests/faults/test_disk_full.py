@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from lab import FAMILIES, Lab, checkpoints, difference, full_or, half_written, outcome, record, versions
 
-from qwen_image_finetune.files import verify_folder
-from qwen_image_finetune.store import Store
+from qwen_image_finetune.disk.files import verify_folder
+from qwen_image_finetune.encoding.store import Store
 
 SIZE = 4 << 20  # of the disk, bytes
 PAGE = 4096

@@ -17,7 +17,7 @@ from lab import FAMILIES, Lab, difference, full_or, half_written, outcome, recor
 WITHOUT_TORCH = """
 import resource, sys
 sys.modules["torch"] = sys.modules["diffusers"] = sys.modules["transformers"] = None
-from qwen_image_finetune import cli
+from qwen_image_finetune.command import cli
 code = cli.main(sys.argv[1:])
 usage = resource.getrusage(resource.RUSAGE_SELF)
 print(f"seconds={usage.ru_utime + usage.ru_stime:.2f}")

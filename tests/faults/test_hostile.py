@@ -16,7 +16,7 @@ import pytest
 import yaml
 from lab import Lab, checkpoints, record, versions, write_pairs
 
-from qwen_image_finetune.files import staged_folder
+from qwen_image_finetune.disk.files import staged_folder
 
 SECRET = "the-secret-that-lies-outside"
 Attack = tuple[str, Callable[[Path], list[str]]]  # name, and what changes a copy of a sound run: returns overrides

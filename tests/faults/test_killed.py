@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from lab import FAMILIES, KILLED, Lab, checkpoints, difference, full_or, half_written, outcome, record, versions
 
-from qwen_image_finetune.files import verify_folder
+from qwen_image_finetune.disk.files import verify_folder
 
 LIMIT, EVERY = 2, 2
 SETTINGS = {"checkpointing_steps": EVERY, "checkpoints_total_limit": LIMIT}

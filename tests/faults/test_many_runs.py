@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from lab import FAMILIES, Lab, checkpoints, curve, difference, full_or, outcome, record, versions
 
-from qwen_image_finetune import runs
-from qwen_image_finetune.files import verify_folder
+from qwen_image_finetune.disk import runs
+from qwen_image_finetune.disk.files import verify_folder
 
 
 def _claim(project: str, together: Barrier, number: int) -> None:
@@ -34,7 +34,7 @@ def ended(project: Path, steps: int, state: runs.State, saved: bool) -> Path:
     for step in range(1, steps + 1):
         run.record(step, {"loss": 0.0})
     if saved:
-        from qwen_image_finetune.files import staged_folder
+        from qwen_image_finetune.disk.files import staged_folder
 
         with staged_folder(run.checkpoint_path(0, steps)) as folder:
             (folder / "x").write_text("x")

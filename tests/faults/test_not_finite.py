@@ -10,7 +10,7 @@ import torch
 from lab import FAMILIES, FULL, Lab, checkpoints, curve, record, state_of, versions, write_pairs
 from safetensors.torch import load_file
 
-from qwen_image_finetune.store import Store
+from qwen_image_finetune.encoding.store import Store
 
 PLACES = list(itertools.product(("loss", "gradient"), ("nan", "inf"), ("no", "bf16"), (1, 4)))
 

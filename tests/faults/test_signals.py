@@ -10,7 +10,7 @@ import time
 import pytest
 from lab import FAMILIES, Lab, checkpoints, curve, difference, full_or, half_written, outcome, record, versions
 
-from qwen_image_finetune.files import verify_folder
+from qwen_image_finetune.disk.files import verify_folder
 
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 143}
 DRAWING = {"enabled": True, "steps": 3, "num_validation_samples": 2, "num_inference_steps": 3}

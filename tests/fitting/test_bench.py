@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from qwen_image_finetune import bench
-from qwen_image_finetune.bench import BASELINE, VARIANTS, Options, run, table
 from qwen_image_finetune.config import ConfigError
+from qwen_image_finetune.fitting import bench
+from qwen_image_finetune.fitting.bench import BASELINE, VARIANTS, Options, run, table
 
 EAGER = tuple(name for name, variant in VARIANTS.items() if not variant.train.get("compile"))  # compiling takes long
 

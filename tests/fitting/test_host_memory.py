@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen_image_finetune.host_memory import free_host_memory
+from qwen_image_finetune.fitting.host_memory import free_host_memory
 
 MIB = 2**20
 

@@ -10,10 +10,10 @@ import torch
 
 from qwen_image_finetune.config import Config, load_config
 from qwen_image_finetune.config.words import known_keys
-from qwen_image_finetune.job import check_sharing
+from qwen_image_finetune.fitting.out_of_memory import OutOfMemory, advice, explained
 from qwen_image_finetune.levers import parallel
 from qwen_image_finetune.levers.parallel import Sharding
-from qwen_image_finetune.out_of_memory import OutOfMemory, advice, explained
+from qwen_image_finetune.training.job import check_sharing
 
 Configure = Callable[..., Config]
 KEY = re.compile(r"((?:train|model|data|cache|optimizer|validation|predict)\.[\w.]*\w)(?:=([\w.]+))?")

@@ -12,15 +12,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qwen_image_finetune import dry_run
+from qwen_image_finetune.command import dry_run
 from qwen_image_finetune.config import Config, ConfigError, LoraConfig, load_config
-from qwen_image_finetune.estimate import AT_WORK, GIB, Estimator, transformer_config
 from qwen_image_finetune.families import get_family
-from qwen_image_finetune.footprint import Footprint, footprint, stand_in
+from qwen_image_finetune.fitting.estimate import AT_WORK, GIB, Estimator, transformer_config
+from qwen_image_finetune.fitting.footprint import Footprint, footprint, stand_in
+from qwen_image_finetune.fitting.plan import KEEPS, as_overrides, cheapest_change, memory_changes, parse_memory, settled
+from qwen_image_finetune.fitting.plan_words import describe, summary
+from qwen_image_finetune.fitting.speed import Step, card_called, seconds
 from qwen_image_finetune.levers.stored_precision import WEIGHTS, local_checkpoint
-from qwen_image_finetune.plan import KEEPS, as_overrides, cheapest_change, memory_changes, parse_memory, settled
-from qwen_image_finetune.plan_words import describe, summary
-from qwen_image_finetune.speed import Step, card_called, seconds
 
 FAMILIES = {"FluxKontext": "black-forest-labs/FLUX.1-Kontext-dev", "QwenImageEdit": "Qwen/Qwen-Image-Edit"}
 
@@ -87,8 +87,8 @@ def test_sizes_of_the_published_models(full_size: dict[str, Footprint]) -> None:
 @pytest.mark.parametrize("name", ["FluxKontext", "QwenImageEdit"])
 def test_saved_bytes_are_those_of_a_real_run(name: str, tiny_checkpoints: dict[str, Path]) -> None:
     """A tiny model with weights, its blocks watched by autograd's own hooks."""
-    from qwen_image_finetune.levers.adapters import add_adapter
     from qwen_image_finetune.levers.recompute import blocks
+    from qwen_image_finetune.lora.adapters import add_adapter
 
     family, folder = get_family(name), tiny_checkpoints[name]
     about = transformer_config(family, folder)
@@ -318,7 +318,7 @@ def test_too_little_host_memory_is_said(configured: Callable[..., Config], monke
     swapping = configured("FluxKontext", "train.gradient_checkpointing=true", "train.blocks_to_swap=57")
 
     def said(config: Config, free: float, processes: int = 1) -> str | None:
-        monkeypatch.setattr("qwen_image_finetune.plan.free_host_memory", lambda: int(free * GIB))
+        monkeypatch.setattr("qwen_image_finetune.fitting.plan.free_host_memory", lambda: int(free * GIB))
         family, sizes = get_family("FluxKontext"), [(512, 512)] * 2
         return settled(config, family, None, sizes, 80 * GIB, processes)[1]
 
@@ -327,7 +327,7 @@ def test_too_little_host_memory_is_said(configured: Callable[..., Config], monke
     assert "Most is swapped blocks (22.0): a base of fewer bits" in words
     assert "warning" not in (said(swapping, 27) or "") and "needs 52.1 GiB" in (said(swapping, 27, 2) or "")
     assert "warning" not in (said(configured("FluxKontext"), 12) or "")
-    monkeypatch.setattr("qwen_image_finetune.plan_words.card_memory", lambda: 80 * GIB)
+    monkeypatch.setattr("qwen_image_finetune.fitting.plan_words.card_memory", lambda: 80 * GIB)
     for text in (describe(swapping, None), "\n".join(summary(swapping))):
         assert "needs 26.0 GiB of host memory, 12.0 are free" in text
     assert "warning" not in describe(swapping, "80GB"), "another machine"

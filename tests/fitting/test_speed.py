@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from qwen_image_finetune.footprint import Footprint
-from qwen_image_finetune.speed import CARDS, Step, card_called, floor, seconds
+from qwen_image_finetune.fitting.footprint import Footprint
+from qwen_image_finetune.fitting.speed import CARDS, Step, card_called, floor, seconds
 
 # Measured on an H100 80GB HBM3 with torch 2.11 on a prototype of these levers: r 16, 8704 tokens.
 # (family, base, compiled, keep, attention, milliseconds)

@@ -12,7 +12,7 @@ import torchvision
 from skimage import data
 from torch import nn
 
-from qwen_image_finetune import metrics
+from qwen_image_finetune.judging import metrics
 
 
 def flat(*colour: float, size: tuple[int, int] = (32, 32)) -> metrics.Pixels:

@@ -12,15 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from qwen_image_finetune.cli import main
+from qwen_image_finetune.command.cli import main
 from qwen_image_finetune.config import Config
-from qwen_image_finetune.pages.curves import MOST_POINTS, Series, curve, moving_mean, nice_ticks, thinned
-from qwen_image_finetune.pages.html import table
-from qwen_image_finetune.pages.reading import ReportError, Version
-from qwen_image_finetune.report import report
-from qwen_image_finetune.train import train
+from qwen_image_finetune.judging.pages.curves import MOST_POINTS, Series, curve, moving_mean, nice_ticks, thinned
+from qwen_image_finetune.judging.pages.html import table
+from qwen_image_finetune.judging.pages.reading import ReportError, Version
+from qwen_image_finetune.judging.report import report
+from qwen_image_finetune.training.train import train
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 Configure = Callable[..., Config]
 EMPTY = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
 

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qwen_image_finetune.config import LoraConfig
-from qwen_image_finetune.levers import adapters, compile
+from qwen_image_finetune.levers import compile
 from qwen_image_finetune.levers.attention import use_attention
 from qwen_image_finetune.levers.compile import STATIC, Compilation
 from qwen_image_finetune.levers.quantize import quantize
 from qwen_image_finetune.levers.recompute import blocks, recompute
+from qwen_image_finetune.lora import adapters
 
 
 @pytest.fixture(autouse=True)

@@ -12,13 +12,13 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from qwen_image_finetune.config import LoraConfig
-from qwen_image_finetune.levers import adapters
 from qwen_image_finetune.levers.offload import Offload, Offloaded
 from qwen_image_finetune.levers.quantize import quantize
 from qwen_image_finetune.levers.quantized_linear import FP8_SIDE, QuantizedLinear
 from qwen_image_finetune.levers.recompute import blocks, recompute
 from qwen_image_finetune.levers.release import GradientRelease
 from qwen_image_finetune.levers.swap import AHEAD, Swap, SwappedBlock, place_of, spread, swap_blocks
+from qwen_image_finetune.lora import adapters
 
 FAMILIES = ["flux", "qwen"]
 CPU = torch.device("cpu")  # a second place on it stands for the card: other storages than the host's

@@ -13,7 +13,6 @@ from tiny_transformers import disturb, forward, run, tiny_transformer
 from torch import Tensor, nn
 
 from qwen_image_finetune.config import ConfigError, LoraConfig
-from qwen_image_finetune.levers import adapters
 from qwen_image_finetune.levers.quantize import (
     BOUNDS,
     candidates,
@@ -22,6 +21,7 @@ from qwen_image_finetune.levers.quantize import (
     relative_error,
 )
 from qwen_image_finetune.levers.quantized_linear import QuantizedLinear, quantised
+from qwen_image_finetune.lora import adapters
 
 FORMATS = ("fp8", "int8", "nf4", "fp4")
 FAMILIES = ("flux", "qwen")

@@ -11,9 +11,9 @@ from tiny_transformers import disturb, forward, tiny_transformer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwen_image_finetune.config import LoraConfig
-from qwen_image_finetune.levers import adapters
 from qwen_image_finetune.levers.quantize import quantize
 from qwen_image_finetune.levers.recompute import Product, blocks, choose, is_attention, recompute
+from qwen_image_finetune.lora import adapters
 
 FAMILIES = ["flux", "qwen"]
 KEPT: list[Any] = ["none", 0.0, 0.3, 0.7, 1.0]

@@ -13,8 +13,9 @@ from tiny_transformers import disturb, forward, run, tiny_transformer
 from torch import nn
 
 from qwen_image_finetune.config import Config, ConfigError, LoraConfig
-from qwen_image_finetune.levers import adapters, prepare
-from qwen_image_finetune.levers.targets import endings, target_modules
+from qwen_image_finetune.levers import prepare
+from qwen_image_finetune.lora import adapters
+from qwen_image_finetune.lora.targets import endings, target_modules
 
 FAMILIES = ["flux", "qwen"]
 DECOMPOSED = ["pissa", "pissa_niter_4", "olora"]

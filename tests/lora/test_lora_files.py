@@ -23,13 +23,14 @@ from tiny_transformers import PIPELINES, disturb, run, tiny_transformer
 from torch import Tensor
 
 from qwen_image_finetune.config import Config, ConfigError, LoraConfig
-from qwen_image_finetune.files import clean_leftovers
-from qwen_image_finetune.levers import adapters, lora_files
-from qwen_image_finetune.levers.lora_files import export_lora, load_lora, read_lora, save_lora
-from qwen_image_finetune.levers.lora_header import LoraFileError, adapter_metadata
-from qwen_image_finetune.levers.lora_metadata import run_metadata
-from qwen_image_finetune.levers.targets import endings
-from qwen_image_finetune.runs import LORA_WEIGHTS
+from qwen_image_finetune.disk.files import clean_leftovers
+from qwen_image_finetune.disk.runs import LORA_WEIGHTS
+from qwen_image_finetune.lora import adapters
+from qwen_image_finetune.lora import files as lora_files
+from qwen_image_finetune.lora.files import export_lora, load_lora, read_lora, save_lora
+from qwen_image_finetune.lora.header import LoraFileError, adapter_metadata
+from qwen_image_finetune.lora.metadata import run_metadata
+from qwen_image_finetune.lora.targets import endings
 
 FAMILIES = ["flux", "qwen"]
 EVERY_ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]

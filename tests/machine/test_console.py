@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qwen_image_finetune import console
+from qwen_image_finetune.machine import console
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from qwen_image_finetune.launch import LaunchError, asked_for, check_cards, check_start, encoder_device
-from qwen_image_finetune.processes import Team
+from qwen_image_finetune.machine.launch import LaunchError, asked_for, check_cards, check_start, encoder_device
+from qwen_image_finetune.machine.processes import Team
 
 ACCELERATE = {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qwen_image_finetune.processes import Team
+from qwen_image_finetune.machine.processes import Team
 
 
 def test_alone_nobody_is_waited_for() -> None:

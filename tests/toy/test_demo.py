@@ -9,7 +9,7 @@ from PIL import Image
 
 from qwen_image_finetune.config import load_config
 from qwen_image_finetune.toy.measure import foreground_iou
-from qwen_image_finetune.train import train
+from qwen_image_finetune.training.train import train
 
 ROOT = Path(__file__).parents[2]
 HELD_OUT = ROOT / "data/face_seg_held_out"

@@ -11,9 +11,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
 
-from qwen_image_finetune.assembly import OVERFLOWS_IN_A_ROW, Learner
 from qwen_image_finetune.config import SchedulerConfig
-from qwen_image_finetune.optim import build_scheduler
+from qwen_image_finetune.training.assembly import OVERFLOWS_IN_A_ROW, Learner
+from qwen_image_finetune.training.optim import build_scheduler
 
 
 @pytest.fixture

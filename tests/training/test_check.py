@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from qwen_image_finetune.check import run_problems
 from qwen_image_finetune.config import Config, ConfigError
-from qwen_image_finetune.train import train
+from qwen_image_finetune.training.check import run_problems
+from qwen_image_finetune.training.train import train
 
 Configure = Callable[..., Config]
 

@@ -11,10 +11,10 @@ from torch import nn
 
 from qwen_image_finetune import loading
 from qwen_image_finetune.config import LoraConfig
-from qwen_image_finetune.data_parallel import unreached
 from qwen_image_finetune.families import FAMILIES, get_family
-from qwen_image_finetune.footprint import stand_in
-from qwen_image_finetune.levers import adapters
+from qwen_image_finetune.fitting.footprint import stand_in
+from qwen_image_finetune.lora import adapters
+from qwen_image_finetune.training.data_parallel import unreached
 
 TARGETS: dict[str, Any] = {
     "usual": LoraConfig().target_modules,

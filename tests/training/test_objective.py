@@ -16,8 +16,8 @@ from qwen_image_finetune import flow
 from qwen_image_finetune.config import Config
 from qwen_image_finetune.data.batches import MicroBatch
 from qwen_image_finetune.families.flux_kontext import FluxKontext
-from qwen_image_finetune.objective import Objective
 from qwen_image_finetune.records import Batch
+from qwen_image_finetune.training.objective import Objective
 
 Configure = Callable[..., Config]
 SCHEDULER = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}

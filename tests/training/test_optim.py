@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from qwen_image_finetune.checkpoint import load_state, save_state, snapshot
 from qwen_image_finetune.config import ConfigError, OptimizerConfig, SchedulerConfig
-from qwen_image_finetune.optim import build_optimizer, build_scheduler, optimizer_state, restore_optimizer
+from qwen_image_finetune.disk.checkpoint import load_state, save_state, snapshot
+from qwen_image_finetune.training.optim import build_optimizer, build_scheduler, optimizer_state, restore_optimizer
 
 ADAMW, SGD = "torch.optim.AdamW", "torch.optim.SGD"
 ADAM8BIT, PRODIGY = "bitsandbytes.optim.Adam8bit", "prodigyopt.Prodigy"

@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 
 from qwen_image_finetune.config import Config
-from qwen_image_finetune.embeddings import prepare_embeddings
-from qwen_image_finetune.job import open_job
+from qwen_image_finetune.encoding.embeddings import prepare_embeddings
 from qwen_image_finetune.preparation import plan_batches
-from qwen_image_finetune.stream import micro_batches
+from qwen_image_finetune.training.job import open_job
+from qwen_image_finetune.training.stream import micro_batches
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qwen_image_finetune.config import Config, ConfigError
 from qwen_image_finetune.families import FAMILIES
-from qwen_image_finetune.train import patience, train
+from qwen_image_finetune.training.train import patience, train
 
 FAMILY_NAMES = sorted(FAMILIES)
 Configure = Callable[..., Config]
@@ -135,7 +135,7 @@ def test_what_a_run_cannot_go_on_with_is_refused_before_a_model_loads(
     save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
     changes = [each.format(other=other) for each in change]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ConfigError, match=words):
-        patch.setattr("qwen_image_finetune.train.assemble", lambda *_, **__: pytest.fail("too late"))
+        patch.setattr("qwen_image_finetune.training.train.assemble", lambda *_, **__: pytest.fail("too late"))
         train(configure("FluxKontext", "train.resume_from_checkpoint=latest", *changes))
 
 
@@ -169,7 +169,7 @@ def test_whatever_changes_what_is_learnt_is_said_on_a_resume(
 def test_a_checkpoint_from_before_settings_were_kept_can_be_resumed(configure: Configure) -> None:
     with pytest.MonkeyPatch.context() as patch:
         older = {"seed": 42, "micro_batches_per_step": 1}
-        patch.setattr("qwen_image_finetune.state.settings", lambda job: older)
+        patch.setattr("qwen_image_finetune.training.state.settings", lambda job: older)
         train(configure("FluxKontext", "train.max_train_steps=5"))
     assert len(losses(train(configure("FluxKontext", "train.resume_from_checkpoint=latest")))) == 6
 
@@ -349,7 +349,7 @@ def test_non_finite_loss_is_not_learnt_from_and_stops_the_run(
     configure: Configure, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from qwen_image_finetune import flow
-    from qwen_image_finetune.train import TrainingStopped
+    from qwen_image_finetune.training.train import TrainingStopped
 
     whole = flow.loss
     calls = {"count": 0}

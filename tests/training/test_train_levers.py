@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from qwen_image_finetune.config import Config, ConfigError
-from qwen_image_finetune.job import check_sharing
-from qwen_image_finetune.train import train
+from qwen_image_finetune.training.job import check_sharing
+from qwen_image_finetune.training.train import train
 
 Configure = Callable[..., Config]
 STEPS = "train.max_train_steps=5"

@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from qwen_image_finetune.command.dry_run import describe
 from qwen_image_finetune.config import Config, ConfigError
-from qwen_image_finetune.dry_run import describe
 from qwen_image_finetune.families import FAMILIES, get_family
 from qwen_image_finetune.levers.quantize import quantize
 from qwen_image_finetune.levers.quantized_linear import E4M3, QuantizedLinear
 from qwen_image_finetune.preparation import build_predictor
-from qwen_image_finetune.train import train
+from qwen_image_finetune.training.train import train
 
 FAMILY_NAMES = sorted(FAMILIES)
 FORMATS = ("fp8", "int8", "nf4", "fp4")

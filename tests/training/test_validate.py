@@ -15,14 +15,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from qwen_image_finetune import runs
 from qwen_image_finetune.config import Config, ConfigError
 from qwen_image_finetune.data.images import DataError
+from qwen_image_finetune.disk import runs
+from qwen_image_finetune.encoding.held_out import open_pairs
 from qwen_image_finetune.families import FAMILIES, get_family
-from qwen_image_finetune.held_out import open_pairs
-from qwen_image_finetune.state import State
-from qwen_image_finetune.train import train
-from qwen_image_finetune.verdict import Best, Measured
+from qwen_image_finetune.training.state import State
+from qwen_image_finetune.training.train import train
+from qwen_image_finetune.training.verdict import Best, Measured
 
 FAMILY_NAMES = sorted(FAMILIES)
 Configure = Callable[..., Config]
@@ -224,8 +224,8 @@ def test_half_precision_draws_a_model_trained_as_a_whole(name: str, configure: C
     import numpy as np
 
     from qwen_image_finetune import loading
-    from qwen_image_finetune.cache import EncodedDataset
-    from qwen_image_finetune.samples import Sampler
+    from qwen_image_finetune.drawing.samples import Sampler
+    from qwen_image_finetune.encoding.cache import EncodedDataset
 
     def drawn(precision: str) -> Any:
         config = configure(name, "model.lora=null", f"train.mixed_precision={precision}", rounds(held_out))
@@ -245,7 +245,7 @@ def test_half_precision_draws_a_model_trained_as_a_whole(name: str, configure: C
 def test_levels_are_stratified_and_noise_is_fixed(configure: Configure, held_out: Path) -> None:
     from dataclasses import dataclass
 
-    from qwen_image_finetune.held_out import HeldOutLoss
+    from qwen_image_finetune.encoding.held_out import HeldOutLoss
     from qwen_image_finetune.records import Encoded
 
     @dataclass

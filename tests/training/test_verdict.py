@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from qwen_image_finetune import runs
-from qwen_image_finetune.intervals import bootstrap, t_interval, t_quantile
-from qwen_image_finetune.verdict import Best, Measured, constant, verdict
+from qwen_image_finetune.disk import runs
+from qwen_image_finetune.judging.intervals import bootstrap, t_interval, t_quantile
+from qwen_image_finetune.training.verdict import Best, Measured, constant, verdict
 
 
 @pytest.mark.parametrize("degrees", [1, 2, 7, 30, 31, 40, 100, 5000])
@@ -82,7 +82,7 @@ def test_the_best_saved_one_is_pointed_to_and_outlives_the_limit(tmp_path: Path)
     run = runs.claim_version(tmp_path)
 
     def saved(step: int) -> Path:
-        from qwen_image_finetune import checkpoint
+        from qwen_image_finetune.disk import checkpoint
 
         folder = run.checkpoint_path(0, step)
         writer = checkpoint.CheckpointWriter()

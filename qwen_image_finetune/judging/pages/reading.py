@@ -11,9 +11,9 @@ from typing import Any
 import yaml
 from PIL import Image
 
-from qwen_image_finetune import runs
 from qwen_image_finetune.data.listing import Row
 from qwen_image_finetune.data.sources import read_folder
+from qwen_image_finetune.disk import runs
 
 
 class ReportError(ValueError):

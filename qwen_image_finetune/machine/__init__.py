@@ -1,0 +1,1 @@
+"""This machine: its processes, signals, devices and terminal. May know nothing of models or data."""

@@ -196,23 +196,3 @@ def empty_transformer(family: Family, folder: Path, dtype: torch.dtype) -> Model
 def load_scheduler(folder: Path) -> FlowMatchEulerDiscreteScheduler:
     """The checkpoint's scheduler, whose constants decide the timestep shift."""
     return FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler", local_files_only=True)
-
-
-def resolve_device(name: str | None, key: str) -> torch.device:
-    """The device called `name`; without a name, the first accelerator, else the CPU.
-
-    Raises:
-        ConfigError: it is not there; the message lists the ones that are.
-    """
-    present = ["cpu"]
-    if torch.accelerator.is_available():
-        kind = torch.accelerator.current_accelerator()
-        assert kind is not None
-        present += [f"{kind.type}:{index}" for index in range(torch.accelerator.device_count())]
-    if name is None:
-        return torch.device(present[1] if len(present) > 1 else "cpu")
-    device = torch.device(name)
-    wanted = device.type if device.type == "cpu" else f"{device.type}:{device.index or 0}"
-    if wanted not in present:
-        raise ConfigError(f"{key}={name!r} is not a device of this machine; there are {present}")
-    return device

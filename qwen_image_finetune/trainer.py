@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import ClassVar
 
 from qwen_image_finetune.config import Config, ConfigError, resolve_family
-from qwen_image_finetune.machine import console
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from qwen_image_finetune.drawing.predict import Predictor
+from qwen_image_finetune.drawing.tuned import TunedPredictor
 
 
-class Trainer:
+class Trainer(TunedPredictor):
     """Caches, trains and predicts one configuration, of any family.
 
     Raises:
@@ -28,11 +22,7 @@ class Trainer:
         name, source = resolve_family(config, download=True)
         if self.family is not None and name != self.family:
             raise ConfigError(f"{type(self).__name__} trains {self.family}, but {source} says {name}")
-        self.config = config
-        self._predictor: Predictor | None = None
-        self._tuned: Path | None = None
-        self._lora: Path | None = None
-        self._strength = 1.0
+        super().__init__(config)
 
     def cache(self) -> None:
         """Compute the embeddings of the dataset and keep them."""
@@ -46,106 +36,8 @@ class Trainer:
 
         return train(self.config)
 
-    def load_lora(self, path: str | Path, strength: float = 1.0) -> None:
-        """Predict with a LoRA (file, folder or hub id); before or after `setup_predict`, and instead of another.
 
-        Raises:
-            LoraFileError: it is not there, or does not fit the model.
-        """
-        from qwen_image_finetune.lora.sources import find_lora
-
-        self._lora, self._strength = find_lora(path), strength
-        if self._predictor is not None:
-            self._apply_lora()
-
-    def setup_predict(self) -> None:
-        """Load what prediction needs.
-
-        Raises:
-            LoraFileError: the LoRA does not fit the model; it is not loaded then.
-            OutOfMemory: with what would help.
-        """
-        from qwen_image_finetune.fitting.out_of_memory import explained
-        from qwen_image_finetune.preparation import build_predictor, check_loras
-
-        check_loras(self.config, [] if self._lora is None else [self._lora])
-        with explained(self.config, "loading the model for prediction"):
-            self._predictor = build_predictor(self.config, self._tuned)
-            if self._lora is not None:
-                self._apply_lora()
-
-    @property
-    def predictor(self) -> Predictor:
-        """The loaded parts, set up on first use."""
-        if self._predictor is None:
-            self.setup_predict()
-        assert self._predictor is not None
-        return self._predictor
-
-    def unload_lora(self) -> None:
-        """Predict with the base again."""
-        from qwen_image_finetune.lora import adapters
-
-        self._lora = None
-        if self._predictor is not None and adapters.adapter_names(self._predictor.transformer):
-            self._predictor.transformer.unload_lora()
-
-    def load_transformer(self, checkpoint: Path | None) -> None:
-        """Predict with a transformer that was tuned as a whole in place of the base; before or after `setup_predict`.
-
-        Args:
-            checkpoint: a folder that holds `transformer/`; None is the base again.
-        """
-        self.unload_lora()
-        if checkpoint == self._tuned:
-            return
-        self._tuned, predictor, self._predictor = checkpoint, self._predictor, None
-        if predictor is None:
-            return
-        from qwen_image_finetune.fitting.out_of_memory import explained
-        from qwen_image_finetune.loading import checkpoint_folder
-        from qwen_image_finetune.preparation import load_for_prediction
-
-        family, home = predictor.family, predictor.transformer.device
-        del predictor.transformer  # the device need not hold two
-        with explained(self.config, "loading the model for prediction"):
-            folder = checkpoint or checkpoint_folder(self.config, family)
-            predictor.transformer = load_for_prediction(self.config, family, folder, home)
-        self._predictor = predictor
-
-    def predict(
-        self,
-        prompt_image: Image | Sequence[Image] | None,
-        prompt: str,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        **options: Any,
-    ) -> list[Image]:
-        """Draw pictures; loads the model first if that has not happened. Options: see `Predictor.predict`."""
-        from qwen_image_finetune.fitting.out_of_memory import explained
-
-        steps = self.predictor.family.num_inference_steps if num_inference_steps is None else num_inference_steps
-        with explained(self.config, "predicting"), console.progress("drawing", steps) as update:
-            return self.predictor.predict(prompt_image, prompt, steps, guidance_scale, progress=update, **options)
-
-    def _apply_lora(self) -> None:
-        from qwen_image_finetune.loading import weight_dtype
-        from qwen_image_finetune.lora import adapters
-        from qwen_image_finetune.lora import files as lora_files
-        from qwen_image_finetune.lora.targets import lora_layers
-
-        assert self._predictor is not None
-        assert self._lora is not None
-        transformer, pipeline = self._predictor.transformer, self._predictor.family.pipeline
-        if adapters.adapter_names(transformer):
-            transformer.unload_lora()
-        lora_files.load_lora(transformer, self._lora, pipeline, None)
-        # As diffusers and ComfyUI run it: in the precision of the base, not of training.
-        dtype = weight_dtype(self.config.train.mixed_precision)
-        for _, layer in lora_layers(transformer):
-            layer.lora_A.to(dtype)
-            layer.lora_B.to(dtype)
-        adapters.set_strength(transformer, self._strength)
+# The guide's names; a family needs none of its own.
 
 
 class FluxKontextLoraTrainer(Trainer):
@@ -158,9 +50,3 @@ class QwenImageEditTrainer(Trainer):
     """`Trainer` for Qwen-Image-Edit."""
 
     family = "QwenImageEdit"
-
-
-class QwenImageEditPlusTrainer(Trainer):
-    """`Trainer` for Qwen-Image-Edit-Plus (2509, 2511)."""
-
-    family = "QwenImageEditPlus"

@@ -68,8 +68,8 @@ def bare_loop(config: Any, family_name: str, steps: int) -> Callable[[], None]:
 
     from qwen_image_finetune import flow, levers, loading
     from qwen_image_finetune.encoding.cache import EncodedDataset
+    from qwen_image_finetune.encoding.pairs import open_dataset
     from qwen_image_finetune.families import get_family
-    from qwen_image_finetune.preparation import open_dataset
     from qwen_image_finetune.records import collate
     from qwen_image_finetune.training.optim import build_optimizer
 

@@ -21,8 +21,8 @@ from draw_many import add_lora, draw
 
 from qwen_image_finetune.config import Config, load_config
 from qwen_image_finetune.disk import runs
+from qwen_image_finetune.drawing.build import build_predictor
 from qwen_image_finetune.judging.intervals import Interval, t_interval
-from qwen_image_finetune.preparation import build_predictor
 from qwen_image_finetune.toy.measure import foreground_iou
 from qwen_image_finetune.training.train import train
 from qwen_image_finetune.training.validate import BASE

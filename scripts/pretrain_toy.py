@@ -52,8 +52,9 @@ from qwen_image_finetune.config import Config, load_config
 from qwen_image_finetune.disk import runs
 from qwen_image_finetune.encoding import cache
 from qwen_image_finetune.encoding.cache import EncodedDataset, Missing
+from qwen_image_finetune.encoding.pairs import open_dataset
 from qwen_image_finetune.families import get_family
-from qwen_image_finetune.preparation import open_dataset
+from qwen_image_finetune.machine.accelerator import resolve_device
 from qwen_image_finetune.toy import bases, edits, vae
 from qwen_image_finetune.toy.faces import draw_face
 from qwen_image_finetune.toy.measure import mean_psnr
@@ -156,7 +157,7 @@ class Pretraining:
         folder = self.build / family / "vae"
         if (folder / "config.json").exists():
             return
-        model, device = vae.new_vae(family), loading.resolve_device(None, "device").type
+        model, device = vae.new_vae(family), resolve_device(None, "device").type
         self.say(f"{family}: autoencoder of {sum(p.numel() for p in model.parameters()):,} weights on {device}")
         vae.train_vae(
             model, self.drawn_pictures(), self.sizes.vae_steps, self.sizes.vae_batch, self.sizes.vae_rate, self.seed,

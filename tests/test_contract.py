@@ -406,7 +406,8 @@ def test_several_folders_are_trained_on(configure: Configure, write_pairs: Write
 def test_without_shuffle_the_rows_come_in_their_order(
     configure: Configure, write_pairs: WritePairs, tmp_path: Path
 ) -> None:
-    from qwen_image_finetune.preparation import open_dataset, plan_batches
+    from qwen_image_finetune.encoding.pairs import open_dataset
+    from qwen_image_finetune.training.job import plan_batches
 
     folder = write_pairs(tmp_path / "rows", [(64, 64)] * 5)
     config = configure("FluxKontext", f"data.init_args.dataset_path={folder}", "data.shuffle=false")

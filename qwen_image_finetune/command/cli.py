@@ -124,7 +124,7 @@ def check(options: argparse.Namespace) -> None:
     """Check configuration and data, decoding every picture, and load nothing else."""
     from qwen_image_finetune.config import load_config, resolve_family
     from qwen_image_finetune.data.images import DataError
-    from qwen_image_finetune.encoding.held_out import open_pairs
+    from qwen_image_finetune.encoding.pairs import open_pairs
     from qwen_image_finetune.families import get_family
     from qwen_image_finetune.training.check import refusal, run_problems
 

@@ -4,7 +4,8 @@ A configuration is YAML with ``${section.key}`` interpolation. `load_config` rea
 overrides, moves older spellings to today's, and validates the rest; whatever is wrong comes back in one `ConfigError`
 that names the key, what was given and what is allowed.
 
-    schema         the sections and their keys          spellings      older names of keys
+    schema, root   the sections and their keys; a whole run
+    spellings      older names of keys                  exclusions     what no run has together
     text           YAML, safely                         interpolation  ${section.key}
     words, idle    problems and notes in words          family         which family a checkpoint is
     classes        classes named by import path         reference      docs/configuration.md
@@ -13,10 +14,10 @@ that names the key, what was given and what is allowed.
 from qwen_image_finetune.config.classes import import_class
 from qwen_image_finetune.config.family import resolve_family
 from qwen_image_finetune.config.load import load_config
+from qwen_image_finetune.config.root import Config
 from qwen_image_finetune.config.schema import (
     OUR_DATASETS,
     CacheConfig,
-    Config,
     ConfigError,
     DataConfig,
     DatasetArguments,

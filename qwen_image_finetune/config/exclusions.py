@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
+from qwen_image_finetune.config.schema import ModelConfig, OptimizerConfig, TrainConfig
 from qwen_image_finetune.config.tree import find, shown
 
-if TYPE_CHECKING:
-    from qwen_image_finetune.config.schema import Config
+
+class Settings(Protocol):
+    """What the table looks at in a configuration."""
+
+    @property
+    def model(self) -> ModelConfig: ...
+    @property
+    def train(self) -> TrainConfig: ...
+    @property
+    def optimizer(self) -> OptimizerConfig: ...
+    def model_dump(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -17,7 +27,7 @@ class Setting:
     """One side of a pair."""
 
     key: str
-    applies: Callable[[Config], bool]
+    applies: Callable[[Settings], bool]
     example: tuple[str, ...]  # overrides that make it apply, for the test that walks the table
 
 
@@ -93,7 +103,7 @@ EXCLUSIONS: tuple[Exclusion, ...] = (
 )
 
 
-def contradictions(config: Config) -> list[str]:
+def contradictions(config: Settings) -> list[str]:
     """One line for each pair of the table that this run has both of."""
     values: dict[str, Any] = config.model_dump()
     return [

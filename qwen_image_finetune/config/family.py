@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from qwen_image_finetune.config.registry import DEFAULT_FAMILY, FAMILIES, family_of_pipeline
-from qwen_image_finetune.config.schema import Config, ConfigError
+from qwen_image_finetune.config.root import Config
+from qwen_image_finetune.config.schema import ConfigError
 from qwen_image_finetune.config.tree import shown
 from qwen_image_finetune.config.words import no_folder
 

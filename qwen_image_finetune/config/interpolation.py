@@ -9,7 +9,8 @@ from typing import Any, cast
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qwen_image_finetune.config.schema import Config, ConfigError
+from qwen_image_finetune.config.root import Config
+from qwen_image_finetune.config.schema import ConfigError
 from qwen_image_finetune.config.spellings import SPELLINGS
 from qwen_image_finetune.config.text import omegaconf_words
 from qwen_image_finetune.config.tree import ABSENT, find, only, put, shown, texts

@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from qwen_image_finetune.config.family import model_problems, trainer_problems
 from qwen_image_finetune.config.idle import idle_notes
 from qwen_image_finetune.config.interpolation import resolve
-from qwen_image_finetune.config.schema import Config, ConfigError
+from qwen_image_finetune.config.root import Config
+from qwen_image_finetune.config.schema import ConfigError
 from qwen_image_finetune.config.spellings import SPELLINGS, canonicalise
 from qwen_image_finetune.config.text import parse_mapping, read_yaml
 from qwen_image_finetune.config.tree import find, put, remove, shown

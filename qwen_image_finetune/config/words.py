@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from qwen_image_finetune.config.schema import OUR_DATASETS, Allowed, Config, DatasetArguments, Section
+from qwen_image_finetune.config.root import Config
+from qwen_image_finetune.config.schema import OUR_DATASETS, Allowed, DatasetArguments, Section
 from qwen_image_finetune.config.tree import find, shown
 
 WRONG_SECTION = 2  # a key of this name in another section counts as two letters away

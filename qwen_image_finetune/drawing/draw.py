@@ -66,26 +66,26 @@ def draw(config: Config, request: Request) -> list[Path]:
 
     from qwen_image_finetune.config import resolve_family
     from qwen_image_finetune.drawing.predict import check_request
+    from qwen_image_finetune.drawing.tuned import TunedPredictor
     from qwen_image_finetune.families import get_family
-    from qwen_image_finetune.lora.trained import find_tuned
-    from qwen_image_finetune.trainer import Trainer
+    from qwen_image_finetune.lora.sources import find_tuned
 
     family = get_family(resolve_family(config, download=True)[0])
     for drawing in drawings:
         check_request(family, drawing.references, request.width, request.height, request.steps)
-    trainer = Trainer(config)
+    drawer = TunedPredictor(config)
     tuned = None if request.lora is None else find_tuned(request.lora)
     if tuned is not None and request.strength != 1.0:
         raise DrawingError(f"--strength {request.strength:g}: {tuned} is a model tuned as a whole, which has none")
     if tuned is not None:
-        trainer.load_transformer(tuned)
+        drawer.load_transformer(tuned)
     elif request.lora is not None:
-        trainer.load_lora(request.lora, request.strength)
+        drawer.load_lora(request.lora, request.strength)
 
     written = []
     for drawing in drawings:
         references = [open_upright(path) for path in drawing.references]
-        pictures = trainer.predict(
+        pictures = drawer.predict(
             references or None, request.prompt, request.steps, request.guidance,
             negative_prompt=request.negative_prompt, image_guidance_scale=request.image_guidance,
             width=request.width, height=request.height, seed=request.seeds,

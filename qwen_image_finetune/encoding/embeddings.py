@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from qwen_image_finetune import loading
-from qwen_image_finetune.config import Config, resolve_family
+from qwen_image_finetune.config import Config, ConfigError, resolve_family
 from qwen_image_finetune.data.dataset import ImageDataset
 from qwen_image_finetune.data.images import DataError
 from qwen_image_finetune.encoding import cache
 from qwen_image_finetune.encoding.cache import EncodedDataset
-from qwen_image_finetune.encoding.held_out import encoded, open_pairs
+from qwen_image_finetune.encoding.pairs import encoded, open_pairs
 from qwen_image_finetune.encoding.store import Fingerprints
 from qwen_image_finetune.families import get_family
+from qwen_image_finetune.families.base import Family
 from qwen_image_finetune.fitting import out_of_memory
+from qwen_image_finetune.levers import parallel
 from qwen_image_finetune.machine import console
+from qwen_image_finetune.machine.accelerator import build_accelerator, build_team, encoder_homes
 from qwen_image_finetune.machine.launch import LaunchError
-from qwen_image_finetune.preparation import Say, build_accelerator, build_team, check_drop_keys, encoder_homes
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from diffusers import DiffusionPipeline
+
+Say = Callable[[str], None]
 
 
 def fill_cache(config: Config, rows: EncodedDataset, accelerator: Accelerator, say: Say) -> None:
@@ -117,7 +121,9 @@ def prepare_held_out(config: Config, rows: EncodedDataset, accelerator: Accelera
 
 def encode_dataset(config: Config) -> None:
     """Complete the cache of a configuration, whether or not it trains from it (`--cache`)."""
+    sharding = parallel.requested()  # before accelerate sees the request
     accelerator = build_accelerator(config)
+    parallel.check(sharding, config, accelerator.num_processes)
     say: Say = console.say if accelerator.is_main_process else lambda message: None
     family = get_family(resolve_family(config, download=True)[0])
     check_drop_keys(config, family)
@@ -127,3 +133,14 @@ def encode_dataset(config: Config) -> None:
         for rows in encoded(config, family, pairs, folder, loading.encoder_dtype(config.train.mixed_precision)):
             if rows is not None:
                 fill_cache(config, rows, accelerator, say)
+
+
+def check_drop_keys(config: Config, family: Family) -> None:
+    """Raises ConfigError where cache.prompt_empty_drop_keys names no text embedding of the family."""
+    given = config.cache.prompt_empty_drop_keys or []
+    unknown = [name for name in given if name not in family.text_embeddings]
+    if unknown:
+        raise ConfigError(
+            f"cache.prompt_empty_drop_keys={given}: {family.name} has no text embedding {unknown}; "
+            f"it has {list(family.text_embeddings)}"
+        )

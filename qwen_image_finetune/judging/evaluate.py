@@ -30,18 +30,18 @@ from qwen_image_finetune.data.sources import read_folder
 from qwen_image_finetune.disk import runs
 from qwen_image_finetune.disk.files import write_atomic
 from qwen_image_finetune.drawing import samples
+from qwen_image_finetune.drawing.build import check_loras
 from qwen_image_finetune.drawing.predict import Conditions
+from qwen_image_finetune.drawing.tuned import TunedPredictor
 from qwen_image_finetune.encoding.cache import EncodedDataset, TextVariant
+from qwen_image_finetune.encoding.pairs import open_dataset
 from qwen_image_finetune.families import get_family
 from qwen_image_finetune.fitting.out_of_memory import explained
 from qwen_image_finetune.judging import metrics
 from qwen_image_finetune.judging.intervals import bootstrap
-from qwen_image_finetune.lora.sources import find_lora
-from qwen_image_finetune.lora.trained import find_tuned
+from qwen_image_finetune.lora.sources import find_lora, find_tuned
 from qwen_image_finetune.machine import console
-from qwen_image_finetune.preparation import check_loras, open_dataset
 from qwen_image_finetune.records import Encoded, collate
-from qwen_image_finetune.trainer import Trainer
 
 if TYPE_CHECKING:
     from qwen_image_finetune.drawing.predict import Predictor
@@ -112,16 +112,16 @@ def evaluate(request: Request) -> dict[str, Any]:
     if request.count is not None:
         dataset = Part(dataset, spread(request.count, len(dataset)))
 
-    trainer = Trainer(config)
+    drawer = TunedPredictor(config)
     with explained(config, "predicting"):
-        rows = encode(config, trainer.predictor, dataset, request)
+        rows = encode(config, drawer.predictor, dataset, request)
     lpips = metrics.find_lpips()
     if isinstance(lpips, str):
         console.say(f"note: {lpips}")
     results = []
     for candidate, folder in zip(found, folder_names([candidate.name for candidate in found]), strict=True):
         with explained(config, "predicting"):
-            drawn = draw(trainer, candidate, rows, request)
+            drawn = draw(drawer, candidate, rows, request)
         files = samples.save(output / folder, drawn)
         results.append(result(candidate, rows, drawn, lpips, [str(file.relative_to(output)) for file in files]))
     compare(results)
@@ -238,12 +238,12 @@ def encode(config: Config, predictor: Predictor, dataset: ImageDataset, request:
     return rows
 
 
-def draw(trainer: Trainer, candidate: Candidate, rows: Sequence[Row], request: Request) -> list[Image]:
+def draw(drawer: TunedPredictor, candidate: Candidate, rows: Sequence[Row], request: Request) -> list[Image]:
     """What a candidate makes of every row; each row has its own noise, the same for all candidates."""
     if candidate.name == COPY:
         return [row.source or row.target.copy() for row in rows]
-    use(trainer, candidate)
-    predictor = trainer.predictor
+    use(drawer, candidate)
+    predictor = drawer.predictor
     drawn = []
     with console.progress(f"drawing: {candidate.name}", len(rows)) as update, torch.no_grad():
         for place, row in enumerate(rows):
@@ -255,11 +255,11 @@ def draw(trainer: Trainer, candidate: Candidate, rows: Sequence[Row], request: R
     return drawn
 
 
-def use(trainer: Trainer, candidate: Candidate) -> None:
-    """Make the trainer's predictor draw as the candidate does."""
-    trainer.load_transformer(candidate.tuned)
+def use(drawer: TunedPredictor, candidate: Candidate) -> None:
+    """Make it draw as the candidate does."""
+    drawer.load_transformer(candidate.tuned)
     if candidate.source is not None and candidate.tuned is None:
-        trainer.load_lora(candidate.source, candidate.strength)
+        drawer.load_lora(candidate.source, candidate.strength)
 
 
 def result(

@@ -18,7 +18,6 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from qwen_image_finetune.config import ConfigError, LoraConfig
-from qwen_image_finetune.levers import parallel
 from qwen_image_finetune.lora.targets import lora_layers, target_modules
 
 INITIAL = "_initial"  # ending of the name of the frozen adapter that subtracts a starting point
@@ -115,28 +114,6 @@ def trainable_state(transformer: nn.Module, adapter_name: str = "default") -> di
     if not state:
         raise ValueError(f"the transformer has no adapter {adapter_name!r}")
     return state
-
-
-def restore(weights: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
-    """Copy `saved` into the weights of a model, cut like them where processes share it; bit for bit.
-
-    Raises:
-        ConfigError: names or shapes differ.
-    """
-    missing, unknown = sorted(weights.keys() - saved.keys()), sorted(saved.keys() - weights.keys())
-    if missing or unknown:
-        raise ConfigError(
-            f"the saved weights do not fit: {len(missing)} are missing {missing[:3]}, {len(unknown)} are unknown "
-            f"{unknown[:3]}; resume with the model section that they were saved with"
-        )
-    for name, weight in weights.items():
-        if weight.shape != saved[name].shape:
-            raise ConfigError(
-                f"the saved weights do not fit: {name} is {tuple(saved[name].shape)}, not {tuple(weight.shape)}"
-            )
-    with torch.no_grad():
-        for name, weight in weights.items():
-            weight.copy_(parallel.cut_like(saved[name], weight))
 
 
 def adapter_layers(

@@ -61,6 +61,11 @@ def newest_with(file: str, folder: Path) -> Path | None:
     return next((each for each in found if (each / file).is_file()), None)
 
 
+def find_tuned(source: str | Path) -> Path | None:
+    """The checkpoint with a fully tuned transformer that a folder is, or the newest one of a version folder."""
+    return newest_with(TUNED, Path(source).expanduser())
+
+
 def checkpoint_notes(source: str | Path) -> list[str]:
     """Where `source` is a version folder: the checkpoint that stands for it, and the best one if that is another.
 

@@ -144,7 +144,7 @@ def _check_optimizer(config: Config) -> None:
 def _check_drop_keys(config: Config, download: bool) -> None:
     if config.cache.prompt_empty_drop_keys is None:
         return
-    from qwen_image_finetune.preparation import check_drop_keys
+    from qwen_image_finetune.encoding.embeddings import check_drop_keys
 
     family, source = resolve_family(config, download)
     if not source.startswith("assumed"):

@@ -13,7 +13,7 @@ from qwen_image_finetune.config import Config, ConfigError, resolve_family
 from qwen_image_finetune.data.batches import Batches
 from qwen_image_finetune.data.dataset import ImageDataset
 from qwen_image_finetune.encoding.cache import EncodedDataset
-from qwen_image_finetune.encoding.held_out import encoded, open_pairs
+from qwen_image_finetune.encoding.pairs import encoded, open_pairs
 from qwen_image_finetune.families import get_family
 from qwen_image_finetune.families.base import Family
 from qwen_image_finetune.fitting.plan import card_memory, settled
@@ -21,8 +21,8 @@ from qwen_image_finetune.levers import parallel
 from qwen_image_finetune.levers.parallel import Sharding
 from qwen_image_finetune.levers.stored_precision import base_precision
 from qwen_image_finetune.machine import console
+from qwen_image_finetune.machine.accelerator import build_accelerator, build_team
 from qwen_image_finetune.machine.processes import Team
-from qwen_image_finetune.preparation import build_accelerator, build_team, plan_batches
 from qwen_image_finetune.training.check import check_run, check_transformer
 
 if TYPE_CHECKING:
@@ -62,9 +62,10 @@ def open_job(config: Config) -> Job:
         ConfigError, DataError, LaunchError: what the run would fail of later.
     """
     check_run(config, download=True)
+    sharding = parallel.requested()  # before accelerate sees the request
     accelerator = build_accelerator(config)
     team = build_team(accelerator)
-    sharding = parallel.requested()
+    parallel.check(sharding, config, team.size)
     family = get_family(resolve_family(config, download=True)[0])
     check_sharing(config, team.size, shared=sharding is not None)
 
@@ -138,3 +139,19 @@ def num_steps(config: Config, batches: Batches) -> int:
     """Optimizer steps of the whole run: whichever of train.max_train_steps and train.num_epochs ends first."""
     limits = [config.max_steps, batches.steps(config.train.num_epochs) if config.train.num_epochs else None]
     return min(limit for limit in limits if limit is not None)
+
+
+def plan_batches(config: Config, dataset: ImageDataset, processes: int) -> Batches:
+    """The order of the samples over all processes."""
+    arguments = config.data.init_args
+    everything = range(len(dataset))
+    return Batches(
+        [dataset.geometry(index) for index in everything],
+        [dataset.geometry(index, with_references=False) for index in everything],
+        batch_size=config.data.batch_size,
+        micro_batches_per_step=config.train.gradient_accumulation_steps * processes,
+        seed=config.train.seed,
+        shuffle=config.data.shuffle,
+        caption_dropout_rate=arguments.caption_dropout_rate,
+        reference_dropout_rate=arguments.prompt_image_dropout_rate,
+    )

@@ -16,8 +16,8 @@ from qwen_image_finetune.config import ConfigError
 from qwen_image_finetune.config.tree import ABSENT, find, shown
 from qwen_image_finetune.disk import checkpoint
 from qwen_image_finetune.levers import parallel
-from qwen_image_finetune.lora import trained
 from qwen_image_finetune.lora.metadata import run_metadata
+from qwen_image_finetune.training import trained
 from qwen_image_finetune.training.assembly import Learner
 from qwen_image_finetune.training.job import Job
 from qwen_image_finetune.training.optim import optimizer_state, restore_optimizer

@@ -23,12 +23,12 @@ from qwen_image_finetune.data.part import spread
 from qwen_image_finetune.disk import runs
 from qwen_image_finetune.disk.files import clean_leftovers, write_atomic
 from qwen_image_finetune.drawing import samples
-from qwen_image_finetune.encoding.held_out import HeldOutLoss
 from qwen_image_finetune.judging import metrics
 from qwen_image_finetune.levers import parallel
 from qwen_image_finetune.lora import adapters
 from qwen_image_finetune.machine import console
 from qwen_image_finetune.records import Example
+from qwen_image_finetune.training.held_out_loss import HeldOutLoss
 from qwen_image_finetune.training.job import Job
 from qwen_image_finetune.training.logbook import Logbook
 from qwen_image_finetune.training.objective import Objective

@@ -27,7 +27,7 @@ from accelerate.commands import launch as accelerate_launch
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import qwen_image_finetune.command.cli
-import qwen_image_finetune.preparation
+import qwen_image_finetune.training.job
 import qwen_image_finetune.training.train  # noqa: F401  (each launch would import it)
 
 

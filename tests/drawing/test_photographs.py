@@ -13,8 +13,8 @@ from PIL import Image, ImageOps
 
 from qwen_image_finetune.config import Config
 from qwen_image_finetune.data.images import open_upright
+from qwen_image_finetune.encoding.pairs import open_dataset
 from qwen_image_finetune.families import get_family
-from qwen_image_finetune.preparation import open_dataset
 from qwen_image_finetune.trainer import Trainer
 
 Configure = Callable[..., Config]

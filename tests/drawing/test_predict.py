@@ -97,7 +97,7 @@ def test_a_lora_of_another_family_is_refused_before_the_model_loads(
     assert run is not None
     trainer = Trainer(configure("QwenImageEdit"))
     trainer.load_lora(run)
-    monkeypatch.setattr("qwen_image_finetune.preparation.build_predictor", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr("qwen_image_finetune.drawing.build.build_predictor", lambda *_: pytest.fail("it was loaded"))
     with pytest.raises(LoraFileError, match="pytorch_lora_weights"):
         trainer.setup_predict()
 
@@ -132,7 +132,7 @@ def test_encoders_and_transformer_take_turns(configure: Configure, monkeypatch: 
 def test_encoders_stay_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from qwen_image_finetune.preparation import ROOM_TO_DRAW, fits_beside
+    from qwen_image_finetune.drawing.build import ROOM_TO_DRAW, fits_beside
 
     encoder, card = torch.nn.Linear(10, 10, bias=False), torch.device("cuda:0")
     for free, fits in ((ROOM_TO_DRAW + 400, True), (ROOM_TO_DRAW + 399, False)):

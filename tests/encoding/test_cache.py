@@ -14,8 +14,8 @@ from PIL import Image
 from qwen_image_finetune.config import Config
 from qwen_image_finetune.encoding import cache
 from qwen_image_finetune.encoding.cache import EncodedDataset, TextVariant
+from qwen_image_finetune.encoding.pairs import open_dataset
 from qwen_image_finetune.families import FAMILIES, get_family
-from qwen_image_finetune.preparation import open_dataset
 
 Configure = Callable[..., Config]
 FAMILY_NAMES = sorted(FAMILIES)

@@ -13,7 +13,7 @@ from qwen_image_finetune.families import get_family
 for module in (
     "bitsandbytes", "diffusers.guiders", "diffusers.optimization", "peft.tuners.lora.bnb", "prodigyopt", "sabotages",
     "tensorboard.compat.proto.summary_pb2", "torch.utils.tensorboard", "torchvision.transforms.v2.functional",
-    "qwen_image_finetune.preparation", "qwen_image_finetune.training.train",
+    "qwen_image_finetune.training.job", "qwen_image_finetune.training.train",
 ):  # fmt: skip
     importlib.import_module(module)
 torch.set_num_threads(1)

@@ -15,11 +15,11 @@ from PIL import Image
 from qwen_image_finetune.command.cli import main
 from qwen_image_finetune.config import Config
 from qwen_image_finetune.data.images import resize
+from qwen_image_finetune.encoding.pairs import open_dataset
 from qwen_image_finetune.families import FAMILIES
 from qwen_image_finetune.judging import metrics
 from qwen_image_finetune.judging.evaluate import EvaluationError, Request, encode, evaluate, folder_names
 from qwen_image_finetune.lora.header import LoraFileError
-from qwen_image_finetune.preparation import open_dataset
 from qwen_image_finetune.trainer import Trainer
 from qwen_image_finetune.training.train import train
 

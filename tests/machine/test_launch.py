@@ -83,7 +83,7 @@ def test_encoders_of_several_processes(section: str, name: str, configure: Calla
     """By the CPU or the process's own card; a card by its number is refused, before it is looked for."""
     import torch
 
-    from qwen_image_finetune.preparation import encoder_homes
+    from qwen_image_finetune.machine.accelerator import encoder_homes
 
     def homes(value: str) -> Any:
         part = getattr(configure("FluxKontext", f"{section}.{name}={value}"), section)
@@ -100,7 +100,7 @@ def test_encoders_of_several_processes(section: str, name: str, configure: Calla
 def test_prediction_by_several_processes(
     name: str, configure: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qwen_image_finetune.preparation import build_predictor
+    from qwen_image_finetune.drawing.build import build_predictor
 
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "0")

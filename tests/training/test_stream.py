@@ -9,8 +9,7 @@ import pytest
 
 from qwen_image_finetune.config import Config
 from qwen_image_finetune.encoding.embeddings import prepare_embeddings
-from qwen_image_finetune.preparation import plan_batches
-from qwen_image_finetune.training.job import open_job
+from qwen_image_finetune.training.job import open_job, plan_batches
 from qwen_image_finetune.training.stream import micro_batches
 
 

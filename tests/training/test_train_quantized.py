@@ -14,10 +14,10 @@ from torch import Tensor
 
 from qwen_image_finetune.command.dry_run import describe
 from qwen_image_finetune.config import Config, ConfigError
+from qwen_image_finetune.drawing.build import build_predictor
 from qwen_image_finetune.families import FAMILIES, get_family
 from qwen_image_finetune.levers.quantize import quantize
 from qwen_image_finetune.levers.quantized_linear import E4M3, QuantizedLinear
-from qwen_image_finetune.preparation import build_predictor
 from qwen_image_finetune.training.train import train
 
 FAMILY_NAMES = sorted(FAMILIES)

@@ -18,7 +18,7 @@ from torch import Tensor
 from qwen_image_finetune.config import Config, ConfigError
 from qwen_image_finetune.data.images import DataError
 from qwen_image_finetune.disk import runs
-from qwen_image_finetune.encoding.held_out import open_pairs
+from qwen_image_finetune.encoding.pairs import open_pairs
 from qwen_image_finetune.families import FAMILIES, get_family
 from qwen_image_finetune.training.state import State
 from qwen_image_finetune.training.train import train
@@ -245,8 +245,8 @@ def test_half_precision_draws_a_model_trained_as_a_whole(name: str, configure: C
 def test_levels_are_stratified_and_noise_is_fixed(configure: Configure, held_out: Path) -> None:
     from dataclasses import dataclass
 
-    from qwen_image_finetune.encoding.held_out import HeldOutLoss
     from qwen_image_finetune.records import Encoded
+    from qwen_image_finetune.training.held_out_loss import HeldOutLoss
 
     @dataclass
     class Flat:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from diffusers import ModelMixin
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
@@ -12,9 +13,10 @@ from torch import Tensor
 
 from qwen_image_finetune.config import ConfigError, ModelConfig
 from qwen_image_finetune.disk.runs import LORA_WEIGHTS
+from qwen_image_finetune.levers import parallel
 from qwen_image_finetune.lora import adapters
 from qwen_image_finetune.lora import files as lora_files
-from qwen_image_finetune.lora.sources import TRANSFORMER, TUNED, newest_with
+from qwen_image_finetune.lora.sources import TRANSFORMER
 
 ADAPTER = "adapter.safetensors"  # for an exact resume; LORA_WEIGHTS beside it is the file for users
 
@@ -24,11 +26,6 @@ def weights(transformer: ModelMixin, config: ModelConfig) -> dict[str, Tensor]:
     if config.lora is None:
         return transformer.state_dict()
     return adapters.trainable_state(transformer, config.lora.adapter_name)
-
-
-def find_tuned(source: str | Path) -> Path | None:
-    """The checkpoint with a fully tuned transformer that a folder is, or the newest one of a version folder."""
-    return newest_with(TUNED, Path(source).expanduser())
 
 
 def save(
@@ -66,4 +63,26 @@ def load(folder: Path, transformer: ModelMixin, config: ModelConfig) -> None:
     """
     files = [folder / ADAPTER] if config.lora is not None else (folder / TRANSFORMER).glob("*.safetensors")
     saved = {name: value for file in files for name, value in load_file(file).items()}
-    adapters.restore(weights(transformer, config), saved)
+    restore(weights(transformer, config), saved)
+
+
+def restore(weights: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """Copy `saved` into the weights of a model, cut like them where processes share it; bit for bit.
+
+    Raises:
+        ConfigError: names or shapes differ.
+    """
+    missing, unknown = sorted(weights.keys() - saved.keys()), sorted(saved.keys() - weights.keys())
+    if missing or unknown:
+        raise ConfigError(
+            f"the saved weights do not fit: {len(missing)} are missing {missing[:3]}, {len(unknown)} are unknown "
+            f"{unknown[:3]}; resume with the model section that they were saved with"
+        )
+    for name, weight in weights.items():
+        if weight.shape != saved[name].shape:
+            raise ConfigError(
+                f"the saved weights do not fit: {name} is {tuple(saved[name].shape)}, not {tuple(weight.shape)}"
+            )
+    with torch.no_grad():
+        for name, weight in weights.items():
+            weight.copy_(parallel.cut_like(saved[name], weight))

@@ -1,16 +1,13 @@
-"""Pairs that are not trained on, and the loss on them: what training's own loss cannot show."""
+"""The pairs of a configuration: those that are trained on, and those that are held out of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from qwen_image_finetune import flow
-from qwen_image_finetune.config import Config, ConfigError, ValidationConfig
+from qwen_image_finetune.config import OUR_DATASETS, Config, ConfigError, import_class
 from qwen_image_finetune.data import alike
 from qwen_image_finetune.data.dataset import ImageDataset
 from qwen_image_finetune.data.images import DataError
@@ -18,9 +15,32 @@ from qwen_image_finetune.data.part import Part, spread
 from qwen_image_finetune.encoding.cache import EncodedDataset
 from qwen_image_finetune.families.base import Family
 from qwen_image_finetune.machine import console
-from qwen_image_finetune.preparation import open_dataset
-from qwen_image_finetune.records import Batch, Encoded, collate
-from qwen_image_finetune.training.objective import Objective
+
+
+def open_dataset(config: Config, family: Family, decode: bool = False) -> ImageDataset:
+    """The dataset of a configuration, checked: every missing or unreadable file in one report.
+
+    Args:
+        decode: read every picture to its end, not its header alone.
+
+    Raises:
+        DataError: with all problems, before any model is loaded.
+    """
+    chosen: Any = ImageDataset
+    if config.data.class_path not in OUR_DATASETS:
+        chosen = import_class(config.data.class_path, "data.class_path", ImageDataset)
+    arguments = config.data.init_args
+    dataset: ImageDataset = chosen(
+        arguments, family.size, family.side_multiple, family.max_references, config.train.seed
+    )
+    problems = dataset.check(decode)
+    if problems and not decode:  # nothing will be trained now: report what lies behind the headers as well
+        problems = dataset.check(decode=True)
+    if problems:
+        raise DataError(problems)
+    for line in dataset.notes:
+        console.note(line)
+    return dataset
 
 
 class Pairs(NamedTuple):
@@ -85,35 +105,3 @@ def encoded(
     # Samples are drawn from these, so the others need no negative prompts.
     unseen = config.model_copy(update={"validation": config.validation.model_copy(update={"enabled": False})})
     return EncodedDataset(unseen, family, pairs.training, checkpoint, dtype), held_out
-
-
-class HeldOutLoss:
-    """Training's loss on held-out pairs, at the same noise and the same noise levels every time.
-
-    Every pair is seen at `strata` levels, one in each equal part of training's distribution of levels, at a place
-    inside the part that is the pair's own: so all pairs together cover it evenly.
-    """
-
-    def __init__(self, objective: Objective, settings: ValidationConfig) -> None:
-        self.objective, self.strata, self.seed = objective, settings.num_loss_sigmas, settings.seed
-
-    @torch.no_grad()
-    def __call__(self, row: Encoded, cancelled: Callable[[], None] = lambda: None) -> float:
-        """Mean loss of one pair."""
-        objective = self.objective
-        batch: Batch = collate([row]).to(objective.accelerator.device, objective.dtype)
-        total = 0.0
-        for sigma, noise in zip(*self.draw(row), strict=True):
-            cancelled()
-            total += float(objective.loss(objective.transformer, batch, sigma[None], noise[None]))
-        return total / self.strata
-
-    def draw(self, row: Encoded) -> tuple[Tensor, Tensor]:
-        """Noise levels (strata,) and noise (strata, C, H, W) of a pair, float32 on the CPU."""
-        generator = torch.Generator().manual_seed(flow.seed_of("held out", self.seed, row.key))
-        place = torch.rand((), generator=generator, dtype=torch.float64)
-        share = ((torch.arange(self.strata, dtype=torch.float64) + place) / self.strata).clamp(1e-6, 1 - 1e-6)
-        normal = self.objective.train.sigma_distribution == "logit_normal"
-        levels = torch.sigmoid(torch.special.ndtri(share)) if normal else share
-        noise = torch.randn((self.strata, *row.target.shape), generator=generator)
-        return flow.shifted(levels.float(), self.objective.shift(row.target.shape)), noise

@@ -14,6 +14,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -76,7 +77,10 @@ def staged_file(final: Path, needed: int | None = None) -> Iterator[Path]:
     """
     partial = hidden(final, "partial")
     try:
+        partial.touch()
+        mode = _mode(partial)  # what the umask gives; a writer may put a file of its own in its place
         yield partial
+        partial.chmod(mode)
         with _descriptor(partial) as descriptor:
             os.fsync(descriptor)
         os.replace(partial, final)
@@ -174,6 +178,16 @@ def check_writable(folder: Path, key: str) -> None:
         ) from error
 
 
+def open_to_umask(folder: Path) -> None:
+    """Give every file in a folder the mode that the umask gives: safetensors writes files for their owner alone."""
+    probe = hidden(folder / "probe", "partial")
+    probe.touch()
+    try:
+        _give_mode(folder, _mode(probe))
+    finally:
+        probe.unlink()
+
+
 def remove_folder(folder: Path) -> None:
     """Remove a folder so that a crash half-way never leaves something that looks like it."""
     trash = hidden(folder, "trash")
@@ -235,7 +249,18 @@ def _seal(stage: Path) -> None:
         file.write(_manifest(table))
         file.flush()
         os.fsync(file.fileno())
+    _give_mode(stage, _mode(stage / MANIFEST))
     sync_folder(stage)
+
+
+def _mode(file: Path) -> int:
+    return stat.S_IMODE(file.stat().st_mode)
+
+
+def _give_mode(folder: Path, mode: int) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
 
 
 @contextmanager

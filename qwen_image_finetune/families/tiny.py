@@ -42,6 +42,7 @@ from transformers import (
     T5EncoderModel,
 )
 
+from qwen_image_finetune.disk.files import open_to_umask
 from qwen_image_finetune.families.tiny_tokenizers import (
     MAX_T5_TOKENS,
     SENTENCES,
@@ -301,6 +302,7 @@ def _write_once(folder: Path, identity: dict[str, Any], build: Callable[[], Diff
         with torch.random.fork_rng(devices=[]):  # constructors draw weights that are thrown away
             build().save_pretrained(temporary / "new", safe_serialization=True)
         (temporary / "new" / MARKER).write_text(json.dumps(marker, indent=2) + "\n")
+        open_to_umask(temporary / "new")
         if found is not None:
             os.rename(folder, temporary / "old")
         try:

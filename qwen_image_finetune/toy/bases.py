@@ -22,6 +22,7 @@ from diffusers import (
     QwenImageTransformer2DModel,
 )
 
+from qwen_image_finetune.disk.files import open_to_umask
 from qwen_image_finetune.families.tiny import HEAD_DIM, HEADS, ROPE, WIDTH, flux_text, qwen_text
 from qwen_image_finetune.families.tiny_tokenizers import SENTENCES
 from qwen_image_finetune.toy.edits import all_prompts
@@ -46,6 +47,7 @@ def write_base(family: str, vae: Path, folder: Path, seed: int = 0, words: Seque
         torch.manual_seed(seed)
         pipe = _flux_kontext(vae, sentences) if family == "flux_kontext" else _qwen_image_edit(vae, sentences)
     pipe.save_pretrained(folder, safe_serialization=True)
+    open_to_umask(folder)
 
 
 def _flux_kontext(vae: Path, sentences: Sequence[str]) -> DiffusionPipeline:

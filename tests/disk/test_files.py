@@ -19,6 +19,7 @@ from qwen_image_finetune.disk.files import (
     MANIFEST,
     DiskFull,
     clean_leftovers,
+    open_to_umask,
     remove_folder,
     staged_file,
     staged_folder,
@@ -302,6 +303,30 @@ def test_disk_full_as_safetensors_words_it(small_disk: Path) -> None:
     with pytest.raises(DiskFull), staged_folder(small_disk / "new") as folder:
         save_file({"a": torch.zeros(100_000)}, folder / "a.safetensors")
     assert os.listdir(small_disk) == []
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_files_have_the_mode_that_the_umask_gives(umask: int, mode: int, tmp_path: Path) -> None:
+    """safetensors writes for the owner alone: a ComfyUI of another user could not open what stands beside the rest."""
+    import torch
+    from safetensors.torch import save_file
+
+    before = os.umask(umask)
+    try:
+        with staged_file(tmp_path / "a.safetensors") as partial:
+            save_file({"a": torch.zeros(1)}, partial)
+        write_atomic(tmp_path / "a.json", "{}")
+        with staged_folder(tmp_path / "checkpoint") as folder:
+            fill(folder, 0)
+            save_file({"a": torch.zeros(1)}, folder / "sub" / "a.safetensors")
+        (tmp_path / "by hand").mkdir()
+        save_file({"a": torch.zeros(1)}, tmp_path / "by hand" / "a.safetensors")
+        open_to_umask(tmp_path / "by hand")
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) == 8
+    assert {path.stat().st_mode & 0o777 for path in files} == {mode}
 
 
 # Damage

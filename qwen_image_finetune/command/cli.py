@@ -11,7 +11,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from qwen_image_finetune.machine import console
+from qwen_image_finetune.machine import console, journal
+from qwen_image_finetune.machine.streams import unfailing_streams
 
 if TYPE_CHECKING:
     from qwen_image_finetune.config import Config
@@ -48,13 +49,14 @@ def guarded(run: Callable[[argparse.Namespace], None], options: argparse.Namespa
         )
         return 2
     try:
-        run(options)
+        with unfailing_streams():
+            run(options)
     except (ValueError, RuntimeError, OSError) as error:
         if not type(error).__module__.startswith("qwen_image_finetune"):
             raise
         if os.environ.get("RANK", "0") != "0":
             time.sleep(3)  # several processes refuse the same: the launcher ends the others once the first has said it
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        console.say(f"error: {error}", sys.stderr)
         return 2
     return 0
 
@@ -76,7 +78,7 @@ def run_training(config_file: Path, overrides: Sequence[str], dry_run: bool = Fa
     """What `qif train`, `qif cache` and `python -m src.main` share."""
     from qwen_image_finetune.machine.signals import StopSignals
 
-    with StopSignals():  # from the first moment: packages alone take seconds to load
+    with StopSignals(), journal.recording():  # from the first moment: packages alone take seconds to load
         from qwen_image_finetune.config import load_config
 
         config = load_config(config_file, overrides)

@@ -62,6 +62,32 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         partial.write_bytes(content)
 
 
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file with a single write, so that a killed process leaves whole lines.
+
+    Raises:
+        DiskFull: no space is left; no part of the line stays.
+    """
+    data = line.encode(errors="backslashreplace")
+    with _descriptor(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND) as descriptor:
+        size = os.fstat(descriptor).st_size
+        try:
+            written = os.write(descriptor, data)
+        except OSError as error:
+            if is_disk_full(error):
+                raise DiskFull(path, len(data)) from error
+            raise
+        if written < len(data):
+            os.ftruncate(descriptor, size)
+            raise DiskFull(path, len(data))
+
+
+def flush_file(path: Path) -> None:
+    """Bring what was written to a file to the disk."""
+    with _descriptor(path) as descriptor:
+        os.fsync(descriptor)
+
+
 @contextmanager
 def staged_file(final: Path, needed: int | None = None) -> Iterator[Path]:
     """Yield a hidden name beside `final` to write a file under; it becomes `final` when the block ends.
@@ -81,8 +107,7 @@ def staged_file(final: Path, needed: int | None = None) -> Iterator[Path]:
         mode = _mode(partial)  # what the umask gives; a writer may put a file of its own in its place
         yield partial
         partial.chmod(mode)
-        with _descriptor(partial) as descriptor:
-            os.fsync(descriptor)
+        flush_file(partial)
         os.replace(partial, final)
     except Exception as error:  # as in `staged_folder`
         if is_disk_full(error):
@@ -241,8 +266,7 @@ def _seal(stage: Path) -> None:
     for path in sorted(stage.rglob("*")):
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
             raise ValueError(f"{path} is neither a file nor a folder; only these can be kept")
-        with _descriptor(path) as descriptor:
-            os.fsync(descriptor)
+        flush_file(path)
         if path.is_file():
             table[path.relative_to(stage).as_posix()] = (path.stat().st_size, _checksum(path))
     with open(stage / MANIFEST, "xb") as file:
@@ -264,8 +288,8 @@ def _give_mode(folder: Path, mode: int) -> None:
 
 
 @contextmanager
-def _descriptor(path: Path) -> Iterator[int]:
-    descriptor = os.open(path, os.O_RDONLY)
+def _descriptor(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
+    descriptor = os.open(path, flags, 0o666)
     try:
         yield descriptor
     finally:

@@ -21,8 +21,9 @@ from typing import Any, Literal
 from qwen_image_finetune.disk.files import (
     MANIFEST,
     DiskFull,
+    append_line,
     clean_leftovers,
-    is_disk_full,
+    flush_file,
     remove_folder,
     sync_folder,
     verify_folder,
@@ -35,6 +36,7 @@ CHECKPOINT = re.compile(r"^checkpoint-(\d+)-(\d+)$")
 DRAWN = re.compile(r"^step-(\d+)$")  # folders in `samples`
 MIN_STEPS = 5  # ended versions with fewer optimizer steps are removed when a new run starts
 LOCK, STATE, METRICS, SUPERSEDED = "run.lock", "run.json", "metrics.jsonl", "superseded"
+LOG = "log.txt"  # every line that was said while the version was written
 ENVIRONMENT = "environment.json"  # versions and device
 BEST = "best.json"  # which checkpoint is best on held-out pairs
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -51,34 +53,25 @@ class Run:
     def __init__(self, path: Path, lock: FileLock) -> None:
         self.path, self.name = path, path.name
         self._lock = lock
-        self._metrics: int | None = None  # descriptor, opened by the first record
         self._sound: dict[Path, list[tuple[str, int, int, int]]] = {}  # checkpoints verified, and their files then
         lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
-        """Append one line to metrics.jsonl with a single write, so that a killed process leaves whole lines.
+        """Append one line to metrics.jsonl.
 
         Raises:
             DiskFull: no space is left; no part of the line stays.
         """
         numbers = {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
-        line = (json.dumps({"step": step, **numbers}, allow_nan=False) + "\n").encode()
-        if self._metrics is None:
-            self._metrics = os.open(self.path / METRICS, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        size = os.fstat(self._metrics).st_size
-        try:
-            written = os.write(self._metrics, line)
-        except OSError as error:
-            if is_disk_full(error):
-                raise DiskFull(self.path / METRICS, len(line)) from error
-            raise
-        if written < len(line):
-            os.ftruncate(self._metrics, size)
-            raise DiskFull(self.path / METRICS, len(line))
+        append_line(self.path / METRICS, json.dumps({"step": step, **numbers}, allow_nan=False) + "\n")
+
+    def log(self, line: str) -> None:
+        """Append what was said to log.txt. Saying it must not end the run: what does not fit on the disk is dropped."""
+        with suppress(OSError):
+            append_line(self.path / LOG, line)
 
     def truncate_metrics(self, step: int) -> None:
         """Drop the lines after `step`, and any torn one, so that a resumed run logs every step once."""
-        self._close_metrics()
         path = self.path / METRICS
         kept = "".join(json.dumps(line) + "\n" for line in _lines(path) if line["step"] <= step)
         if path.exists() and path.read_text(errors="replace") != kept:
@@ -106,8 +99,8 @@ class Run:
 
     def finish(self, state: State, step: int) -> None:
         """Write how the run stands after `step` to run.json; metrics are flushed to the disk first."""
-        if self._metrics is not None:
-            os.fsync(self._metrics)
+        if (self.path / METRICS).exists():
+            flush_file(self.path / METRICS)
         write_atomic(self.path / STATE, json.dumps({"state": state, "step": step}) + "\n")
 
     def checkpoint_path(self, epoch: int, step: int) -> Path:
@@ -130,13 +123,7 @@ class Run:
 
     def close(self) -> None:
         """Let go of the version. The end of the process does the same."""
-        self._close_metrics()
         self._lock.release()
-
-    def _close_metrics(self) -> None:
-        if self._metrics is not None:
-            os.close(self._metrics)
-            self._metrics = None
 
 
 def claim_version(project_dir: Path, needed: Path | None = None) -> Run:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol, TextIO
+
+from qwen_image_finetune.machine import journal
+from qwen_image_finetune.machine.streams import unfailing
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -18,15 +21,16 @@ class Update(Protocol):
     def __call__(self, done: int, text: str = "") -> None: ...
 
 
-def say(message: str) -> None:
-    """One line for the person who started the command."""
-    print(message, flush=True)
+def say(message: str, stream: TextIO | None = None) -> None:
+    """One line for the person who started the command, on standard output by default; never fails, read or not."""
+    print(message, file=unfailing(stream or sys.stdout), flush=True)
+    journal.write(message)
 
 
 def note(message: str, stream: TextIO | None = None) -> None:
     """A line for whoever started the run, once however many processes there are; on standard output by default."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"note: {message}", file=stream, flush=True)
+        say(f"note: {message}", stream)
 
 
 def duration(seconds: float) -> str:
@@ -48,36 +52,40 @@ def progress(title: str, total: int, start: int = 0, shown: bool = True) -> Iter
     """
     if not shown:
         yield lambda done, text="": None
-    elif sys.stdout.isatty():
+    elif sys.stdout is not None and sys.stdout.isatty():
         with _bar(title, total, start) as update:
             yield update
     else:
-        yield _lines(title, total, start)
+        yield _lines(title, total, start, say)
 
 
 @contextmanager
 def _bar(title: str, total: int, start: int) -> Iterator[Update]:
+    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+    log = _lines(title, total, start, journal.write)  # where a bar would be no use
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("{task.fields[text]}")) as bars:
+    console = Console(file=unfailing(sys.stdout))
+    with Progress(*columns, TextColumn("{task.fields[text]}"), console=console) as bars:
         task = bars.add_task(title, total=total, completed=start, text="")
         rate = _Rate(total, start)
 
         def update(done: int, text: str = "") -> None:
             bars.update(task, completed=done, text=f"{rate.words(done)} {text}")
+            log(done, text)
 
         yield update
 
 
-def _lines(title: str, total: int, start: int) -> Update:
+def _lines(title: str, total: int, start: int, tell: Callable[[str], None]) -> Update:
     rate, last = _Rate(total, start), 0.0
 
     def update(done: int, text: str = "") -> None:
         nonlocal last
         if time.monotonic() - last >= SECONDS_BETWEEN_LINES or done == total:
             last = time.monotonic()
-            say(f"{title} {done}/{total} {rate.words(done)} {text}".rstrip())
+            tell(f"{title} {done}/{total} {rate.words(done)} {text}".rstrip())
 
     return update
 

@@ -1,29 +1,34 @@
-"""SIGTERM, SIGUSR1 (preemption) and SIGINT: a run that trains is saved first; all else ends at once."""
+"""SIGTERM, SIGUSR1 (preemption), SIGHUP (a terminal that closes) and SIGINT: a run that trains is saved first; all
+else ends at once."""
 
 from __future__ import annotations
 
 import os
 import signal
+from contextlib import suppress
 from types import FrameType
 
-INTERRUPTED, TERMINATED = 130, 143  # exit codes: after SIGINT, after SIGTERM and SIGUSR1
+INTERRUPTED, TERMINATED = 130, 143  # exit codes: after SIGINT, after SIGTERM, SIGUSR1 and SIGHUP
 
 
 class StopSignals:
-    """Handlers of the three signals, from construction to `restore`; in the main thread only.
+    """Handlers of these signals, from construction to `restore`; in the main thread only.
+
+    SIGHUP stays ignored where the process was started to ignore it, as nohup does.
 
     Before `defer` a signal raises SystemExit wherever the process is: whatever it writes is whole or not there. After
     it a signal is only noted in `received`, and the loop saves. A second SIGINT ends the process at once, also while
     a checkpoint is being written: what is half-written has a hidden name, and the next start removes it.
     """
 
-    NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
     def __init__(self) -> None:
         self.received = 0  # the first signal
         self._deferred = False
         self._process = os.getpid()
-        self._previous = {number: signal.signal(number, self._handle) for number in self.NUMBERS}
+        heard = [number for number in self.NUMBERS if not _under_nohup(number)]
+        self._previous = {number: signal.signal(number, self._handle) for number in heard}
 
     def defer(self) -> None:
         """From here on there is something to save: signals are noted.
@@ -73,6 +78,14 @@ def exit_code(number: int) -> int:
     return INTERRUPTED if number == signal.SIGINT else TERMINATED
 
 
+def _under_nohup(number: int) -> bool:
+    return number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN
+
+
 def _tell(message: str) -> None:
-    """Print from a handler: `print` may be the very thing that the signal interrupted, and cannot be entered twice."""
-    os.write(2, f"\n{message}\n".encode())
+    """Print from a handler: `print` may be the very thing that the signal interrupted, and cannot be entered twice.
+
+    Not where nobody is left to read, as after SIGHUP.
+    """
+    with suppress(OSError):
+        os.write(2, f"\n{message}\n".encode())

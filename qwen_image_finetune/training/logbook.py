@@ -14,7 +14,7 @@ from qwen_image_finetune.config import Config
 from qwen_image_finetune.disk import checkpoint, runs
 from qwen_image_finetune.disk.files import DiskFull, is_disk_full, write_atomic
 from qwen_image_finetune.levers import parallel
-from qwen_image_finetune.machine import console, processes
+from qwen_image_finetune.machine import console, journal, processes
 from qwen_image_finetune.machine.environment import environment
 from qwen_image_finetune.training.job import Job
 from qwen_image_finetune.training.state import Progress, State, check_resume, settings
@@ -38,6 +38,8 @@ class Logbook:
         if self.resume is not None:
             check_resume(job, self.settings, self.resume)
         self.run = open_run(config, self.resume) if team.main else None
+        if self.run is not None:
+            journal.keep_in(self.run.log)
         self.trackers: Trackers | None = None
         self.writer = checkpoint.CheckpointWriter()
 

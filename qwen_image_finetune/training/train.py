@@ -31,7 +31,7 @@ from qwen_image_finetune.data.batches import MicroBatch
 from qwen_image_finetune.disk import runs
 from qwen_image_finetune.encoding.embeddings import prepare_embeddings, prepare_held_out
 from qwen_image_finetune.fitting.out_of_memory import explained
-from qwen_image_finetune.machine import console, processes
+from qwen_image_finetune.machine import console, journal, processes
 from qwen_image_finetune.machine.signals import StopSignals, exit_code
 from qwen_image_finetune.records import Batch
 from qwen_image_finetune.training.assembly import Learner, assemble
@@ -69,9 +69,9 @@ def train(config: Config) -> Path | None:
         ConfigError, DataError, RunError: before any model is loaded.
         TrainingStopped: the loss or the gradients stay non-finite.
         DiskFull, OutOfMemory: the last checkpoint is intact.
-        SystemExit: 143 after SIGTERM or SIGUSR1, 130 after SIGINT; if steps were done, in a checkpoint.
+        SystemExit: 143 after SIGTERM, SIGUSR1 or SIGHUP, 130 after SIGINT; if steps were done, in a checkpoint.
     """
-    with StopSignals() as stopping:
+    with StopSignals() as stopping, journal.recording():
         job, progress = open_job(config), Progress()
         with open_logbook(job, progress) as book:
             done = 0 if book.resume is None else runs.step_of(book.resume)

@@ -39,7 +39,7 @@ PATHS = [str(Path(__file__).parents[2])]
 def spawn(code: str, *arguments: object) -> subprocess.Popen[str]:
     """A real process that runs `code` with `arguments` as sys.argv[1:]."""
     prelude = f"import os, sys, time\nfrom pathlib import Path\nsys.path[:0] = {PATHS!r}\n"
-    imports = "from qwen_image_finetune import files, runs\n"
+    imports = "from qwen_image_finetune.disk import files, runs\n"
     script = prelude + imports + textwrap.dedent(code)
     command = [sys.executable, "-c", script, *map(str, arguments)]
     pipe = subprocess.PIPE  # whoever reads stdin to its end waits until it is killed, however slow this machine is

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGUSR1 at any moment, also while loading, caching, saving or drawing."""
+"""SIGTERM, SIGINT, SIGUSR1 and SIGHUP at any moment, also while loading, caching, saving or drawing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lab import FAMILIES, Lab, checkpoints, curve, difference, full_or, half_wri
 
 from qwen_image_finetune.disk.files import verify_folder
 
-CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 143}
+CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 143, signal.SIGHUP: 143}
 DRAWING = {"enabled": True, "steps": 3, "num_validation_samples": 2, "num_inference_steps": 3}
 PHASES = {"begun": 1, "filling": 1, "caching": 10, "loading": 1, "step": 10, "saving": 3, "drawing": 3}
 
@@ -29,7 +29,7 @@ def test_a_signal_at_any_moment(lab: Lab) -> None:
     tried, lost = full_or(100, 8), []
     seen: dict[str, int] = {}
     for number in range(tried):
-        family, kind = FAMILIES[number % 2], list(CODES)[number % 3]
+        family, kind = FAMILIES[number % 2], list(CODES)[number % len(CODES)]
         aim = list(PHASES)[number % len(PHASES)]
         config = lab.config(
             f"stopped-{number}", family, validation=DRAWING, train={"resume_from_checkpoint": "latest"}
@@ -56,7 +56,12 @@ def test_a_signal_at_any_moment(lab: Lab) -> None:
             lost.append((number, family, aim, kind.name, problem, trial.said()))
         else:
             shutil.rmtree(config.parent)
-    record("SIGTERM, SIGINT, SIGUSR1", tried, lost, ", ".join(f"{count} {moment}" for moment, count in seen.items()))
+    record(
+        "SIGTERM, SIGINT, SIGUSR1, SIGHUP",
+        tried,
+        lost,
+        ", ".join(f"{count} {moment}" for moment, count in seen.items()),
+    )
 
 
 @pytest.mark.timeout(900)

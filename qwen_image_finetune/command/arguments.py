@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, cast
 
 from qwen_image_finetune import __version__
+from qwen_image_finetune.config import ConfigError
+from qwen_image_finetune.config.ranges import checked
 from qwen_image_finetune.config.registry import FAMILIES
+from qwen_image_finetune.config.schema import Count, NotNegative, Positive, Seed, Strength
 
 
 def build_parser(verbs: Iterable[Callable[[argparse.Namespace], None]]) -> argparse.ArgumentParser:
@@ -17,7 +20,7 @@ def build_parser(verbs: Iterable[Callable[[argparse.Namespace], None]]) -> argpa
     Args:
         verbs: functions by whose names verbs are called, and by whose docstrings they are explained.
     """
-    parser = argparse.ArgumentParser("qif", description="Fine-tune image-editing models on pairs of pictures.")
+    parser = Parser("qif", description="Fine-tune image-editing models on pairs of pictures.")
     parser.add_argument("--version", action="version", version=__version__)
     choices = parser.add_subparsers(required=True, metavar="VERB")
     for run in verbs:
@@ -25,6 +28,62 @@ def build_parser(verbs: Iterable[Callable[[argparse.Namespace], None]]) -> argpa
         verb.set_defaults(run=run)
         ARGUMENTS[run.__name__](verb)
     return parser
+
+
+class Parser(argparse.ArgumentParser):
+    """Refuses an option that is given twice, where one value counts: the first would be dropped without a word."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        for name in (None, "store"):
+            self.register("action", name, _Once)
+        self.register("action", "extend", _Further)
+
+
+class _Once(argparse.Action):
+    """One value, from one place."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        if option is not None and not _first(self, namespace):
+            before = getattr(namespace, self.dest)
+            parser.error(f"{option} is given twice, {_text(before)} and {_text(values)}: leave one of them out")
+        setattr(namespace, self.dest, values)
+
+
+class _Further(argparse.Action):
+    """Values that join those given before, in place of the default."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        before = [] if _first(self, namespace) else getattr(namespace, self.dest)
+        setattr(namespace, self.dest, [*before, *cast("Sequence[Any]", values)])
+
+
+def _first(action: argparse.Action, namespace: argparse.Namespace) -> bool:
+    """Whether an option is met for the first time; the parsed options themselves remember it."""
+    seen: set[str] = vars(namespace).setdefault("options_seen", set())
+    first = action.dest not in seen
+    seen.add(action.dest)
+    return first
+
+
+def _text(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _of(kind: Any) -> Callable[[str], Any]:
+    """Reads an option as a key of that type is read, with the same range."""
+
+    def read(text: str) -> Any:
+        try:
+            return checked(kind, text, "")
+        except ConfigError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return read
 
 
 class _Misplaced(argparse.Action):
@@ -47,8 +106,8 @@ def _overrides(verb: argparse.ArgumentParser) -> None:
 
 
 def _sampler(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--steps", type=int, help="sampler steps; default: the model's own")
-    verb.add_argument("--guidance", type=float, help="guidance scale; default: the model's own")
+    verb.add_argument("--steps", type=_of(Count), help="sampler steps; default: the model's own")
+    verb.add_argument("--guidance", type=_of(NotNegative), help="guidance scale; default: the model's own")
 
 
 def _train(verb: argparse.ArgumentParser) -> None:
@@ -65,33 +124,45 @@ def _predict(verb: argparse.ArgumentParser) -> None:
         help="reference; given repeatedly, the references of one picture",
     )  # fmt: skip
     source.add_argument("--folder", type=Path, help="instead: edit each picture of this folder on its own")
-    verb.add_argument("--lora", help="LoRA file, checkpoint or version folder, or hub id")
-    verb.add_argument("--strength", type=float, default=1.0, help="of the LoRA; 0 is the base")
+    verb.add_argument(
+        "--lora", dest="loras", metavar="LORA", action="append", default=[],
+        help="LoRA file, checkpoint or version folder, or hub id; given repeatedly, LoRAs together",
+    )  # fmt: skip
+    verb.add_argument(
+        "--strength", dest="strengths", metavar="NUMBER", type=_of(Strength), action="append", default=[],
+        help="of the LoRA, 0 is the base; with several, one for each, in their order",
+    )  # fmt: skip
     verb.add_argument(
         "--output", type=Path, default=Path("output.png"), help="file of the picture, or a folder for several"
     )
-    verb.add_argument("--count", type=int, default=1, help="pictures of each, with seeds from --seed on")
-    verb.add_argument("--seed", type=int, default=0, help="of the noise")
+    verb.add_argument("--count", type=_of(Count), default=1, help="pictures of each, with seeds from --seed on")
+    verb.add_argument("--seed", type=_of(Seed), default=0, help="of the noise")
     _sampler(verb)
     verb.add_argument("--negative-prompt", help="what classifier-free guidance steers away from")
-    verb.add_argument("--image-guidance", type=float, default=1.0, help="guidance towards the references")
-    verb.add_argument("--width", type=int, help="of the picture; default: that of the reference as the model sees it")
-    verb.add_argument("--height", type=int, help="the same for its height")
+    verb.add_argument("--image-guidance", type=_of(NotNegative), default=1.0, help="guidance towards the references")
+    verb.add_argument(
+        "--width", type=_of(Count), help="of the picture; default: that of the reference as the model sees it"
+    )
+    verb.add_argument("--height", type=_of(Count), help="the same for its height")
 
 
 def _evaluate(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("config", type=Path, help="the configuration, or the version folder of a run")
     verb.add_argument("dataset", type=Path, help="folder of pairs that were not trained on")
     _overrides(verb)
-    verb.add_argument("--lora", nargs="+", default=[], help="LoRA files, checkpoint folders or hub ids")
     verb.add_argument(
-        "--checkpoints", nargs="+", default=[], metavar="WHICH",
+        "--lora", nargs="+", action="extend", default=[], help="LoRA files, checkpoint folders or hub ids"
+    )
+    verb.add_argument(
+        "--checkpoints", nargs="+", action="extend", default=[], metavar="WHICH",
         help="of the run: all, best, latest, or steps; default: best, else latest",
     )  # fmt: skip
-    verb.add_argument("--strength", type=float, nargs="+", default=[1.0], help="strengths of every LoRA")
+    verb.add_argument(
+        "--strength", type=_of(Strength), nargs="+", action="extend", default=[1.0], help="strengths of every LoRA"
+    )
     verb.add_argument("--output", type=Path, help="folder; default: evaluation, in the run where one is given")
-    verb.add_argument("--count", type=int, help="pairs, spread over the folder; default: all")
-    verb.add_argument("--seed", type=int, default=0, help="of the noise of the first pair; the next has the next")
+    verb.add_argument("--count", type=_of(Count), help="pairs, spread over the folder; default: all")
+    verb.add_argument("--seed", type=_of(Seed), default=0, help="of the noise of the first pair; the next has the next")
     _sampler(verb)
 
 
@@ -113,16 +184,16 @@ def _plan(verb: argparse.ArgumentParser) -> None:
 def _bench(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("family", choices=sorted(FAMILIES), help="whose architecture")
     verb.add_argument("variants", nargs="*", help="rows beside the baseline; default: all that can run here")
-    verb.add_argument("--size", type=int, nargs=2, default=(1024, 1024), help="width and height in pixels")
-    verb.add_argument("--batch", type=int, default=1, help="samples a step")
-    verb.add_argument("--rank", type=int, default=16, help="of the adapter")
-    verb.add_argument("--steps", type=int, default=5, help="timed steps of each row")
-    verb.add_argument("--rounds", type=int, default=2, help="over all rows, each built anew in each")
+    verb.add_argument("--size", type=_of(Count), nargs=2, default=(1024, 1024), help="width and height in pixels")
+    verb.add_argument("--batch", type=_of(Count), default=1, help="samples a step")
+    verb.add_argument("--rank", type=_of(Count), default=16, help="of the adapter")
+    verb.add_argument("--steps", type=_of(Count), default=5, help="timed steps of each row")
+    verb.add_argument("--rounds", type=_of(Count), default=2, help="over all rows, each built anew in each")
     verb.add_argument(
         "--card", dest="cards", action="append", default=[], metavar="24GB",
         help="a row with the settings that make the run fit such a card, and no more memory than it has; repeatable",
     )  # fmt: skip
-    verb.add_argument("--peak-tflops", type=float, help="of the card's matrix products, for the utilisation")
+    verb.add_argument("--peak-tflops", type=_of(Positive), help="of the card's matrix products, for the utilisation")
     verb.add_argument("--output", type=Path, help="JSON file to write")
     verb.add_argument("--tiny", action="store_true", help="a tiny model, to see that it runs, on a CPU say")
 

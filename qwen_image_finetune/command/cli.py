@@ -117,8 +117,8 @@ def predict(options: argparse.Namespace) -> None:
     from qwen_image_finetune.drawing.draw import Request, draw
     from qwen_image_finetune.lora.sources import checkpoint_notes
 
-    if options.lora is not None:
-        tell(checkpoint_notes(options.lora))
+    for lora in options.loras:
+        tell(checkpoint_notes(lora))
     draw(load_config(options.config, options.overrides), filled(Request, options))
 
 

@@ -66,6 +66,7 @@ Number = Annotated[float, Allowed("number")]
 Rate = Annotated[float, Field(ge=0.0, le=1.0), Allowed("number from 0 to 1")]
 Positive = Annotated[float, Field(gt=0.0), Allowed("number above 0")]
 NotNegative = Annotated[float, Field(ge=0.0), Allowed("number from 0")]
+Strength = Annotated[float, Field(ge=-100.0, le=100.0), Allowed("number from -100 to 100")]
 Switch = Annotated[bool, Allowed("true or false")]
 Text = Annotated[str, Field(min_length=1), Allowed("text")]
 Device = Annotated[

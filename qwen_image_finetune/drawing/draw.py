@@ -44,8 +44,8 @@ class Request:
     image_guidance: float = 1.0
     width: int | None = None
     height: int | None = None
-    lora: str | None = None  # or a checkpoint of a model tuned as a whole
-    strength: float = 1.0
+    loras: tuple[str, ...] = ()  # used together; one may be a checkpoint of a model tuned as a whole
+    strengths: tuple[float, ...] = ()  # of each of them; without any, 1
 
     @property
     def seeds(self) -> list[int]:
@@ -68,19 +68,15 @@ def draw(config: Config, request: Request) -> list[Path]:
     from qwen_image_finetune.drawing.predict import check_request
     from qwen_image_finetune.drawing.tuned import TunedPredictor
     from qwen_image_finetune.families import get_family
-    from qwen_image_finetune.lora.sources import find_tuned
 
     family = get_family(resolve_family(config, download=True)[0])
     for drawing in drawings:
         check_request(family, drawing.references, request.width, request.height, request.steps)
     drawer = TunedPredictor(config)
-    tuned = None if request.lora is None else find_tuned(request.lora)
-    if tuned is not None and request.strength != 1.0:
-        raise DrawingError(f"--strength {request.strength:g}: {tuned} is a model tuned as a whole, which has none")
+    tuned, loras = chosen(request)
     if tuned is not None:
         drawer.load_transformer(tuned)
-    elif request.lora is not None:
-        drawer.load_lora(request.lora, request.strength)
+    drawer.load_loras(loras)
 
     written = []
     for drawing in drawings:
@@ -95,6 +91,34 @@ def draw(config: Config, request: Request) -> list[Path]:
             console.say(str(file))
             written.append(file)
     return written
+
+
+def chosen(request: Request) -> tuple[Path | None, list[tuple[str, float]]]:
+    """What a request draws with: a checkpoint of a model tuned as a whole, if there is one, and LoRAs with strengths.
+
+    Raises:
+        DrawingError: strengths that do not belong to the LoRAs one by one; two models tuned as a whole.
+    """
+    from qwen_image_finetune.lora.sources import find_tuned
+
+    if request.strengths and len(request.strengths) != len(request.loras):
+        raise DrawingError(
+            f"--strength is given {len(request.strengths)} times and --lora {len(request.loras)} times: give one "
+            "strength for each LoRA, in their order, or none, which is 1 for each"
+        )
+    whole: list[Path] = []
+    loras: list[tuple[str, float]] = []
+    for source, strength in zip(request.loras, request.strengths or [1.0] * len(request.loras), strict=True):
+        tuned = find_tuned(source)
+        if tuned is None:
+            loras.append((source, strength))
+        elif strength != 1.0:
+            raise DrawingError(f"--strength {strength:g}: {tuned} is a model tuned as a whole, which has none")
+        else:
+            whole.append(tuned)
+    if len(whole) > 1:
+        raise DrawingError(f"--lora: {whole[0]} and {whole[1]} are both models tuned as a whole: draw with one of them")
+    return whole[0] if whole else None, loras
 
 
 def plan(request: Request) -> list[Drawing]:

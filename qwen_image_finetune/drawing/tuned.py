@@ -1,4 +1,4 @@
-"""A predictor with what was trained: a LoRA at some strength, or a transformer tuned as a whole."""
+"""A predictor with what was trained: LoRAs, each at its strength, or a transformer tuned as a whole."""
 
 from __future__ import annotations
 
@@ -22,20 +22,30 @@ class TunedPredictor:
         self.config = config
         self._predictor: Predictor | None = None
         self._tuned: Path | None = None
-        self._lora: Path | None = None
-        self._strength = 1.0
+        self._loras: list[tuple[Path, float]] = []
 
     def load_lora(self, path: str | Path, strength: float = 1.0) -> None:
         """Predict with a LoRA (file, folder or hub id); before or after `setup_predict`, and instead of another.
 
         Raises:
             LoraFileError: it is not there, or does not fit the model.
+            ConfigError: the strength is out of range.
         """
+        self.load_loras([(path, strength)])
+
+    def load_loras(self, loras: Sequence[tuple[str | Path, float]]) -> None:
+        """The same with several together, each with its strength; their changes of the weights add up.
+
+        Raises:
+            LoraFileError, ConfigError: as there.
+        """
+        from qwen_image_finetune.config.ranges import checked
+        from qwen_image_finetune.config.schema import Strength
         from qwen_image_finetune.lora.sources import find_lora
 
-        self._lora, self._strength = find_lora(path), strength
+        self._loras = [(find_lora(path), checked(Strength, strength, "strength ")) for path, strength in loras]
         if self._predictor is not None:
-            self._apply_lora()
+            self._apply_loras()
 
     def setup_predict(self) -> None:
         """Load what prediction needs.
@@ -47,11 +57,10 @@ class TunedPredictor:
         from qwen_image_finetune.drawing.build import build_predictor, check_loras
         from qwen_image_finetune.fitting.out_of_memory import explained
 
-        check_loras(self.config, [] if self._lora is None else [self._lora])
+        check_loras(self.config, [path for path, _ in self._loras])
         with explained(self.config, "loading the model for prediction"):
             self._predictor = build_predictor(self.config, self._tuned)
-            if self._lora is not None:
-                self._apply_lora()
+            self._apply_loras()
 
     @property
     def predictor(self) -> Predictor:
@@ -65,7 +74,7 @@ class TunedPredictor:
         """Predict with the base again."""
         from qwen_image_finetune.lora import adapters
 
-        self._lora = None
+        self._loras = []
         if self._predictor is not None and adapters.adapter_names(self._predictor.transformer):
             self._predictor.transformer.unload_lora()
 
@@ -107,21 +116,26 @@ class TunedPredictor:
         with explained(self.config, "predicting"), console.progress("drawing", steps) as update:
             return self.predictor.predict(prompt_image, prompt, steps, guidance_scale, progress=update, **options)
 
-    def _apply_lora(self) -> None:
+    def _apply_loras(self) -> None:
         from qwen_image_finetune.loading import weight_dtype
         from qwen_image_finetune.lora import adapters
         from qwen_image_finetune.lora import files as lora_files
         from qwen_image_finetune.lora.targets import lora_layers
 
         assert self._predictor is not None
-        assert self._lora is not None
         transformer, pipeline = self._predictor.transformer, self._predictor.family.pipeline
         if adapters.adapter_names(transformer):
             transformer.unload_lora()
-        lora_files.load_lora(transformer, self._lora, pipeline, None)
+        if not self._loras:
+            return
+        names = [f"lora_{number}" for number in range(len(self._loras))]
+        for name, (path, _) in zip(names, self._loras, strict=True):
+            lora_files.load_lora(transformer, path, pipeline, adapter_name=name)
         # As diffusers and ComfyUI run it: in the precision of the base, not of training.
         dtype = weight_dtype(self.config.train.mixed_precision)
         for _, layer in lora_layers(transformer):
             layer.lora_A.to(dtype)
             layer.lora_B.to(dtype)
-        adapters.set_strength(transformer, self._strength)
+        transformer.set_adapter(names)  # all of them at once
+        for name, (_, strength) in zip(names, self._loras, strict=True):
+            adapters.set_strength(transformer, strength, name)

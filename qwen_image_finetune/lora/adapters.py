@@ -134,15 +134,16 @@ def adapter_layers(
     return layers
 
 
-def set_strength(transformer: nn.Module, strength: float) -> None:
-    """Scale the effect of every adapter: 0 is the base, 1 what was trained. Not cumulative.
+def set_strength(transformer: nn.Module, strength: float, adapter_name: str | None = None) -> None:
+    """Scale the effect of every adapter, or of one: 0 is the base, 1 what was trained. Not cumulative.
 
     Raises:
         ValueError: there is no adapter.
     """
     for layer in _all_layers(transformer):
         for name in layer.lora_A:
-            layer.set_scale(name, strength)
+            if adapter_name in (None, name):
+                layer.set_scale(name, strength)
 
 
 def merge_lora(transformer: nn.Module, strength: float = 1.0) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 from qwen_image_finetune.command.cli import main
 from qwen_image_finetune.config import Config, ConfigError
 from qwen_image_finetune.data.images import DataError
-from qwen_image_finetune.drawing.draw import DrawingError, Request, draw, plan
+from qwen_image_finetune.drawing.draw import DrawingError, Request, chosen, draw, plan
 from qwen_image_finetune.drawing.predict import PredictionError, check_request
 from qwen_image_finetune.families import FAMILIES, get_family
 from qwen_image_finetune.lora.header import LoraFileError
@@ -30,6 +30,11 @@ def photograph(seed: int = 0, size: tuple[int, int] = (64, 64)) -> Image.Image:
 
 def same(first: Image.Image, second: Image.Image) -> bool:
     return np.array_equal(np.asarray(first), np.asarray(second))
+
+
+def difference(first: Image.Image, second: Image.Image) -> int:
+    """The largest, of 255."""
+    return int(np.abs(np.asarray(first).astype(int) - np.asarray(second)).max())
 
 
 @pytest.fixture(params=FAMILY_NAMES)
@@ -83,6 +88,26 @@ def test_a_lora_before_or_after_the_setup(trainer: Trainer, lora: Path) -> None:
     assert same(draw(trainer), base)
     trainer.load_lora(lora.parent.parent, strength=1.0)  # a version stands for its newest checkpoint
     assert same(draw(trainer), draw(before))
+    halves = Trainer(trainer.config)
+    halves.load_loras([(lora, 0.25), (lora, 0.75)])  # together they are the whole, up to how products round
+    assert difference(draw(halves), draw(before)) <= 1 < difference(draw(before), base)
+    trainer.load_loras([(lora, 0.0), (lora, 1.0)])
+    assert same(draw(trainer), draw(before))
+
+
+def test_strengths_belong_to_loras_one_by_one() -> None:
+    loras = ("a.safetensors", "b.safetensors")
+    assert chosen(Request("x", loras=loras)) == (None, [(loras[0], 1.0), (loras[1], 1.0)])
+    assert chosen(Request("x", loras=loras, strengths=(0.5, -1.0))) == (None, [(loras[0], 0.5), (loras[1], -1.0)])
+    for given in (Request("x", strengths=(0.5,)), Request("x", loras=loras, strengths=(0.5,))):
+        with pytest.raises(DrawingError, match="give one strength for each LoRA"):
+            chosen(given)
+
+
+@pytest.mark.parametrize("strength", [float("nan"), float("inf"), 1e30, -101.0])
+def test_a_strength_out_of_range_is_refused(trainer: Trainer, lora: Path, strength: float) -> None:
+    with pytest.raises(ConfigError, match="it must be a number from -100 to 100"):
+        trainer.load_lora(lora, strength)
 
 
 def test_a_lora_that_is_not_there_is_refused_at_once(trainer: Trainer, tmp_path: Path) -> None:
@@ -162,7 +187,7 @@ def test_a_model_tuned_as_a_whole_is_drawn_with(configure: Configure, tmp_path: 
     trainer.load_transformer(None)
     assert same(trainer.predict(photograph(), "add a hat", 2)[0], base)
     with pytest.raises(DrawingError, match="tuned as a whole"):
-        draw(config, Request("add a hat", (tmp_path / "reference.png",), lora=str(run), strength=0.5))
+        draw(config, Request("add a hat", (tmp_path / "reference.png",), loras=(str(run),), strengths=(0.5,)))
 
 
 def test_no_steps_are_not_the_default(trainer: Trainer) -> None:

@@ -8,6 +8,7 @@ precision than what stays so, and one layer.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -28,8 +29,16 @@ from qwen_image_finetune.levers.stored_precision import (
     PACKED,
     SIDE_NOTES,
     Precision,
+    StoredTensor,
+    tensor_index,
 )
 from qwen_image_finetune.levers.swap import swapped_names
+
+# Tensors beside the weight of a layer that comes quantised: its scales, and what bitsandbytes packs with 4-bit codes.
+BESIDE_QUANTISED = (
+    "SCB", *FP8_SCALES, *(f"{PACKED}{code}" for code in FOUR_BITS),
+    *(f"weight.{part}" for part in ("absmax", "quant_map", "nested_absmax", "nested_quant_map")),
+)  # fmt: skip
 
 
 def load(
@@ -67,14 +76,11 @@ def load(
             if key not in shapes:
                 continue
             home = "cpu" if key.startswith(swapped) else device
-            if name in linear and _is_quantised(checkpoint, name):
+            if name in linear and _is_quantised(checkpoint.tensors, name):
                 layer = _stored_layer(checkpoint, name, shapes[key], home, may_compute_in_fp8=name in inside)
                 replace(model, name, layer)
                 continue
-            if checkpoint.tensors[key].shape != shapes[key]:
-                raise ConfigError(
-                    f"{folder}: {key} is {checkpoint.tensors[key].shape}, config.json makes it {shapes[key]}"
-                )
+            _check_shape(folder, key, checkpoint.tensors[key].shape, shapes[key])
             weight = checkpoint.read(key).to(home)
             if key in wanted:
                 assert precision.format is not None
@@ -84,7 +90,7 @@ def load(
                     replace(model, name, new)
                     continue
             _put(model, key, weight.to(dtype, copy=True))
-        _check_complete(type(model).__name__, parameters, checkpoint)
+        _check_complete(type(model).__name__, parameters, folder, checkpoint.tensors, checkpoint.unread)
     if precision.format is None:
         return model, None
     return model, report(model, precision.format, errors, kept, precision.stored)
@@ -99,26 +105,53 @@ def _put(model: nn.Module, key: str, tensor: Tensor) -> None:
         module.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
 
-def _check_complete(kind: str, parameters: list[str], checkpoint: Checkpoint) -> None:
-    missing = [name for name in parameters if name not in checkpoint.tensors]
-    left = [key for key in checkpoint.unread if key.rpartition(".")[2] not in SIDE_NOTES]
+def _check_complete(
+    kind: str, parameters: Iterable[str], folder: Path, tensors: Mapping[str, StoredTensor], unread: Iterable[str]
+) -> None:
+    missing = [name for name in parameters if name not in tensors]
+    left = [key for key in unread if key.rpartition(".")[2] not in SIDE_NOTES]
     if missing or left:
         raise ConfigError(
-            f"{checkpoint.folder}: {len(missing)} weights of a {kind} are missing {missing[:3]}, "
+            f"{folder}: {len(missing)} weights of a {kind} are missing {missing[:3]}, "
             f"{len(left)} of its tensors are not known {left[:3]}; download the checkpoint again, or upgrade diffusers"
         )
+
+
+def _check_shape(folder: Path, key: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    if found != wanted:
+        raise ConfigError(f"{folder}: {key} is {found}, config.json makes it {wanted}")
+
+
+def check_tensors(model: nn.Module, folder: Path) -> None:
+    """Compare the tensors of a folder in diffusers layout, by their headers alone, with a model that has no adapter.
+
+    Raises:
+        ConfigError: `load` would find tensors missing, left over or of another shape.
+    """
+    tensors = tensor_index(folder)
+    shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    quantised = {
+        name for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and f"{name}.weight" in tensors and _is_quantised(tensors, name)
+    }  # fmt: skip
+    beside = {f"{name}.{ending}" for name in quantised for ending in BESIDE_QUANTISED}
+    unread = [key for key in tensors if key not in shapes and key not in beside]
+    _check_complete(type(model).__name__, [name for name, _ in model.named_parameters()], folder, tensors, unread)
+    for key in shapes.keys() & tensors.keys():
+        if _code(tensors, key.removesuffix(".weight")) is None:  # packed weights have their shape written elsewhere
+            _check_shape(folder, key, tensors[key].shape, shapes[key])
 
 
 # Layers that come quantised
 
 
-def _is_quantised(checkpoint: Checkpoint, name: str) -> bool:
-    return checkpoint.tensors[f"{name}.weight"].dtype in ("F8_E4M3", "I8") or _code(checkpoint, name) is not None
+def _is_quantised(tensors: Mapping[str, StoredTensor], name: str) -> bool:
+    return tensors[f"{name}.weight"].dtype in ("F8_E4M3", "I8") or _code(tensors, name) is not None
 
 
-def _code(checkpoint: Checkpoint, name: str) -> str | None:
+def _code(tensors: Mapping[str, StoredTensor], name: str) -> str | None:
     """Which 4-bit code a linear layer is packed in, if it is."""
-    return next((code for code in FOUR_BITS if f"{name}.{PACKED}{code}" in checkpoint.tensors), None)
+    return next((code for code in FOUR_BITS if f"{name}.{PACKED}{code}" in tensors), None)
 
 
 def _stored_layer(
@@ -126,13 +159,11 @@ def _stored_layer(
 ) -> QuantizedLinear:
     """The linear layer `name` as it is stored, nothing rounded a second time."""
     out, columns = shape
-    code = _code(checkpoint, name)
+    code = _code(checkpoint.tensors, name)
     if code is not None:
         return _packed_layer(checkpoint, name, (out, columns), code, device)
     key = f"{name}.weight"
-    found = checkpoint.tensors[key].shape
-    if found != shape:
-        raise ConfigError(f"{checkpoint.folder}: {key} is {found}, config.json makes it {shape}")
+    _check_shape(checkpoint.folder, key, checkpoint.tensors[key].shape, shape)
     weight = checkpoint.read(key).to(device, copy=True)
     if weight.dtype == torch.int8:
         scale = _scale(checkpoint, f"{name}.SCB", out) / LARGEST["int8"]

@@ -69,7 +69,8 @@ def run_problems(config: Config, download: bool = False) -> list[str]:
 
 
 def check_transformer(config: Config, family: Family, checkpoint: Path) -> None:
-    """Refuse an adapter, or a LoRA that it starts from, that does not fit the transformer; no weight of it is read.
+    """Refuse a transformer whose tensors are not those of its configuration, by their headers; an adapter, or a LoRA
+    that it starts from, that does not fit it. No weight of it is read.
 
     Raises:
         ConfigError, LoraFileError: it does not; or the installed diffusers does not know this transformer.
@@ -77,11 +78,13 @@ def check_transformer(config: Config, family: Family, checkpoint: Path) -> None:
     import torch
 
     from qwen_image_finetune import loading
+    from qwen_image_finetune.levers.weights import check_tensors
     from qwen_image_finetune.lora.files import check_lora
     from qwen_image_finetune.lora.targets import target_modules
 
     lora = config.model.lora
     transformer = loading.empty_transformer(family, checkpoint, torch.bfloat16)
+    check_tensors(transformer, checkpoint / "transformer")
     if lora is not None:
         target_modules(transformer, lora.target_modules)
         if lora.pretrained_weight is not None and config.train.resume_from_checkpoint is None:

@@ -29,8 +29,11 @@ FAMILIES = ("flux", "qwen")
 
 
 def load(folder: Path, format: Any = False, dtype: torch.dtype = torch.float32) -> tuple[Any, Report | None]:
+    """What every load reads, and what the headers alone say of it before."""
+    cls = model_files.model_class(folder)
+    weights.check_tensors(model_files.skeleton(cls, folder), folder)
     model = ModelConfig(pretrained_model_name_or_path="x", quantize=format)
-    return weights.load(model_files.model_class(folder), folder, base_precision(folder, model), dtype)
+    return weights.load(cls, folder, base_precision(folder, model), dtype)
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:

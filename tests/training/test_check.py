@@ -8,6 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from qwen_image_finetune.config import Config, ConfigError
 from qwen_image_finetune.training.check import run_problems
@@ -39,9 +42,27 @@ def without_weights(configure: Configure, folder: Path) -> list[str]:
     return []
 
 
+def with_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> list[str]:
+    [path] = (folder / "transformer").glob("*.safetensors")
+    state = load_file(path)
+    change(state)
+    save_file(state, path)
+    return []
+
+
+def renamed_tensors(configure: Configure, folder: Path) -> list[str]:
+    return with_tensors(folder, lambda state: state.update({"x_in.weight": state.pop("x_embedder.weight")}))
+
+
+def another_shape(configure: Configure, folder: Path) -> list[str]:
+    return with_tensors(folder, lambda state: state.update({"x_embedder.bias": torch.zeros(7)}))
+
+
 @pytest.mark.parametrize(
     "fault, words",
     [
+        (renamed_tensors, "1 weights of a FluxTransformer2DModel are missing ['x_embedder.weight'], 1 of its tensors"),
+        (another_shape, "x_embedder.bias is (7,), config.json makes it"),
         (another_rank, "The file has rank 2"),
         (unknown_target, "'to_qq' matches no linear layer"),
         (unknown_key, "has keys ['zero_cond_u']"),

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
@@ -115,14 +115,19 @@ def readable(folder: Path) -> Iterator[None]:
         ) from error
 
 
+def pipeline_config(folder: Path) -> dict[str, Any]:
+    """model_index.json of a checkpoint."""
+    about: dict[str, Any] = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    return about
+
+
 def check_components(folder: Path) -> None:
     """Refuse a pipeline with parts of other packages: diffusers would import whatever module model_index.json names.
 
     Raises:
         ConfigError: names the part.
     """
-    index = json.loads((folder / "model_index.json").read_text())
-    for name, component in index.items():
+    for name, component in pipeline_config(folder).items():
         if isinstance(component, list) and component and component[0] not in ("diffusers", "transformers", None):
             raise ConfigError(
                 f"model.pretrained_model_name_or_path: {folder / 'model_index.json'} takes {name} from "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -47,21 +47,24 @@ class Batch:
     target: Tensor  # (B, C, H, W)
     references: tuple[Tensor, ...]  # each (B, C, h, w)
     text: dict[str, Tensor]  # (B, T, D), zero-padded to the longest row, or (B, D)
-    text_mask: Tensor | None = None  # (B, T) int64, 1 for real tokens; None where no row is padded
+    text_masks: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # (B, T) int64, 1 for real tokens, by the names of embeddings with padded rows
     mask: Tensor | None = None  # (B, H, W)
 
     def to(self, device: device | str, dtype: dtype | None = None) -> Batch:
         """The same batch on `device`; floating tensors in `dtype` when given, masks as they are."""
 
         def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device=device, dtype=dtype, non_blocking=True)
+            wanted = dtype if tensor.is_floating_point() else None
+            return tensor.to(device=device, dtype=wanted, non_blocking=True)
 
         return Batch(
             keys=self.keys,
             target=move(self.target),
             references=tuple(move(reference) for reference in self.references),
             text={name: move(tensor) for name, tensor in self.text.items()},
-            text_mask=None if self.text_mask is None else self.text_mask.to(device),
+            text_masks={name: mask.to(device) for name, mask in self.text_masks.items()},
             mask=None if self.mask is None else self.mask.to(device),
         )
 
@@ -84,7 +87,7 @@ def collate(rows: list[Encoded]) -> Batch:
             raise ValueError(f"a batch holds one geometry: {first.key} has {expected}, {row.key} has {shapes}")
 
     text: dict[str, Tensor] = {}
-    text_mask = None
+    text_masks: dict[str, Tensor] = {}
     for name, tensor in first.text.items():
         tensors = [row.text[name] for row in rows]
         if tensor.ndim == 1:
@@ -95,7 +98,7 @@ def collate(rows: list[Encoded]) -> Batch:
             text[name] = _stacked(tensors)
         else:
             text[name] = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True)
-            text_mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+            text_masks[name] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
 
     masks = [row.mask for row in rows if row.mask is not None]
     if masks and len(masks) < len(rows):  # a row without an edit mask counts as foreground everywhere
@@ -105,7 +108,7 @@ def collate(rows: list[Encoded]) -> Batch:
         target=_stacked([row.target for row in rows]),
         references=tuple(_stacked(column) for column in zip(*(row.references for row in rows), strict=True)),
         text=text,
-        text_mask=text_mask,
+        text_masks=text_masks,
         mask=_stacked(masks) if masks else None,
     )
 

@@ -49,4 +49,4 @@ def through_vae(predictor: Predictor, pictures: Sequence[Image.Image]) -> list[I
 
 def add_lora(predictor: Predictor, lora: Path) -> None:
     """Draw with a LoRA from now on."""
-    lora_files.load_lora(predictor.transformer, lora, predictor.family.pipeline, None)
+    lora_files.load_lora(predictor.transformer, lora, predictor.family.naming, None)

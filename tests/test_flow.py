@@ -30,8 +30,8 @@ def test_shift_follows_the_checkpoints_own_constants(name: str, column: int, tin
         (width, height), tokens = row[0], row[1]
         assert family.tokens((16, height // 8, width // 8)) == tokens
         mu, factor = row[column]
-        assert family.mu(tokens, config) == pytest.approx(mu, abs=5e-5)
-        assert flow.shift_factor(family.mu(tokens, config), config) == pytest.approx(factor, abs=5e-5)
+        assert family.mu(tokens, config, 28) == pytest.approx(mu, abs=5e-5)
+        assert flow.shift_factor(family.mu(tokens, config, 28), config) == pytest.approx(factor, abs=5e-5)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_sigmas_at_1024_are_the_pipelines(
     name: str, steps: int, head: list[float], tail: list[float], tiny_checkpoints: dict[str, Path]
 ) -> None:
     family, scheduler = get_family(name), loading.load_scheduler(tiny_checkpoints[name])
-    flow.set_timesteps(scheduler, steps, family.mu(4096, scheduler.config))
+    flow.set_timesteps(scheduler, steps, family.mu(4096, scheduler.config, steps))
     sigmas = scheduler.sigmas.tolist()
     assert len(sigmas) == steps + 1
     assert sigmas[: len(head)] == pytest.approx(head, abs=5e-5)

@@ -195,6 +195,9 @@ def _bench(verb: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     verb.add_argument("--peak-tflops", type=_of(Positive), help="of the card's matrix products, for the utilisation")
     verb.add_argument("--output", type=Path, help="JSON file to write")
+    verb.add_argument(
+        "--text-tokens", type=int, metavar="N", help="of the prompt; default: what the family has of them"
+    )
     verb.add_argument("--tiny", action="store_true", help="a tiny model, to see that it runs, on a CPU say")
 
 

@@ -188,7 +188,7 @@ def export(options: argparse.Namespace) -> None:
     from qwen_image_finetune.lora.files import export_lora
     from qwen_image_finetune.lora.sources import checkpoint_notes
 
-    export_lora(options.lora, options.output, options.format, get_family(options.family).pipeline)
+    export_lora(options.lora, options.output, options.format, get_family(options.family).naming)
     tell(checkpoint_notes(options.lora))
     print(options.output)
 

@@ -28,7 +28,7 @@ def _plan(config: Config) -> Iterator[str]:
     if model.lora is None:
         yield "trains:   every weight of the transformer"
     else:
-        targets = model.lora.target_modules
+        targets = model.lora.target_modules or "the model's own targets"
         yield f"trains:   a LoRA of rank {model.lora.r}, alpha {model.lora.lora_alpha:g}, on {targets}"
     folders = ", ".join(str(folder) for folder in data.init_args.folders)
     yield f"data:     {folders}, batches of {data.batch_size}, {train.gradient_accumulation_steps} per step and process"

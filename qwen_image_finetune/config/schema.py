@@ -114,9 +114,10 @@ class LoraConfig(Section):
     lora_alpha: Positive = Field(16, description="the update is scaled by lora_alpha / r")
     lora_dropout: Rate = Field(0.0, description="share of adapter inputs zeroed while training")
     init_lora_weights: Switch | Initialisation = Field(True, description="first values; true: B = 0, A Kaiming")
-    target_modules: Annotated[list[Text], Field(min_length=1)] | Expression = Field(
-        ["to_q", "to_k", "to_v", "to_out.0"],
-        description='endings of module names, or one regular expression over whole names, or "all-linear"',
+    target_modules: Annotated[list[Text], Field(min_length=1)] | Expression | None = Field(
+        None,
+        description='endings of module names, or one regular expression over whole names, or "all-linear"; null: '
+        "the model's own, which docs/models.md lists",
     )
     adapter_name: Identifier = Field("default", description="name of the adapter inside the model")
     pretrained_weight: Text | None = Field(None, description="file, folder or hub id of a LoRA to start from")

@@ -24,7 +24,7 @@ from qwen_image_finetune.data.geometry import (
     same_aspect,
     transfer,
 )
-from qwen_image_finetune.data.images import DataError, open_upright, resize, size_upright
+from qwen_image_finetune.data.images import DataError, fitted, open_upright, size_upright
 from qwen_image_finetune.data.listing import Row
 from qwen_image_finetune.data.sources import read_folder
 from qwen_image_finetune.records import Example
@@ -53,7 +53,13 @@ class ImageDataset:
     """
 
     def __init__(
-        self, arguments: DatasetArguments, size: Size, side_multiple: int, max_references: int, seed: int = 0
+        self,
+        arguments: DatasetArguments,
+        size: Size,
+        side_multiple: int,
+        max_references: int,
+        seed: int = 0,
+        crops: bool = False,
     ) -> None:
         """List the folders. Opens no picture, and leaves what is wrong with them to `check`.
 
@@ -62,13 +68,14 @@ class ImageDataset:
             side_multiple: sides of pictures are multiples of this, in pixels.
             max_references: most references of one row.
             seed: of random crops and flips.
+            crops: `Family.crops`.
 
         Raises:
             DataError: options that no data could fulfil.
         """
         self.notes: list[str] = []
         self.rows: Sequence[Row]
-        self._size, self._max_references, self._seed = size, max_references, seed
+        self._size, self._max_references, self._seed, self._crops = size, max_references, seed, crops
         self._image_size, self._area = self._final(arguments, side_multiple)
         self._crop, self._random_flip = _crop(arguments), arguments.random_flip
         self._problems: list[str] = []
@@ -175,10 +182,11 @@ class ImageDataset:
         """
         plan = self.plan(index, visit)
         extents = self._read_extents(index)
-        target = resize(cropped(plan.target, extent=extents[0]), plan.target.size)
+        target = fitted(cropped(plan.target, extent=extents[0]), plan.target.size, self._crops)
         mask = None
         if plan.mask is not None:
-            mask = resize(cropped(plan.mask, "black", extents[-1]).convert("L"), plan.mask.size)
+            whole = cropped(plan.mask, "black", extents[-1]).convert("L")
+            mask = fitted(whole, plan.mask.size, self._crops)
         return Example(
             key=self.rows[index].key,
             prompt=self.prompt(index),

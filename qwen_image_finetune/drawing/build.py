@@ -86,4 +86,4 @@ def check_loras(config: Config, loras: Sequence[Path]) -> None:
     folder = loading.checkpoint_folder(config, family)
     skeleton = loading.empty_transformer(family, folder, loading.weight_dtype(config.train.mixed_precision))
     for lora in loras:
-        lora_files.fitting_layers(skeleton, lora, family.pipeline)
+        lora_files.fitting_layers(skeleton, lora, family.naming)

@@ -13,8 +13,8 @@ from PIL.Image import Image
 from torch import Tensor
 
 from qwen_image_finetune import flow
-from qwen_image_finetune.data.images import resize, upright
-from qwen_image_finetune.families.base import Family
+from qwen_image_finetune.data.images import fitted, upright
+from qwen_image_finetune.families.base import Family, Reference
 from qwen_image_finetune.records import Batch, Encoded, collate
 
 if TYPE_CHECKING:
@@ -105,6 +105,7 @@ class Predictor:
         self.family, self.pipe, self.transformer, self.scheduler, self.area = family, pipe, transformer, scheduler, area
         self.dtype: torch.dtype = dtype or pipe.vae.dtype
         self.turns = turns
+        self.defaults = family.defaults(pipe.config)
 
     @contextmanager
     def encoding(self) -> Iterator[None]:
@@ -130,16 +131,17 @@ class Predictor:
 
     def encode(self, prompt: str, images: Sequence[Image], size: tuple[int, int]) -> Encoded:
         """Conditions of one picture of `size`; the target latent only carries the shape of what is to be drawn."""
-        sizes = [self.size(image) for image in images]
         vae = self.pipe.vae
-        references = [self.family.encode_image(self.pipe, resize(i, s)) for i, s in zip(images, sizes, strict=True)]
-        factor = self.pipe.vae_scale_factor
-        shape = (self.pipe.latent_channels, size[1] // factor, size[0] // factor)
+        seen = [Reference(image, self.size(image)) for image in images]
+        references = [
+            self.family.encode_image(self.pipe, fitted(one.picture, one.size, self.family.crops)) for one in seen
+        ]
+        shape = self.family.latent_shape(*size, self.transformer.config, self.pipe.vae_scale_factor)
         return Encoded(
             key=prompt,
             target=torch.zeros(shape, dtype=vae.dtype),
             references=tuple(references),
-            text=self.family.encode_text(self.pipe, prompt, images, sizes),
+            text=self.family.encode_text(self.pipe, prompt, seen),
         )
 
     @torch.no_grad()
@@ -211,12 +213,13 @@ class Predictor:
         device, shape = self.transformer.device, conditions.wanted.target.shape[1:]
         noise = draw_noise(shape, seeds, self.pipe.vae.dtype, device)
         velocity = guided(self.family, self.transformer, conditions.to(device, self.dtype), guidance, self.dtype)
-        mu = self.family.mu(self.family.tokens(shape), self.scheduler.config)
-        return flow.sample(velocity, noise, self.scheduler, steps or self.family.num_inference_steps, mu, progress)
+        steps = steps or self.defaults.num_inference_steps
+        mu = self.family.mu(self.family.tokens(shape), self.scheduler.config, steps)
+        return flow.sample(velocity, noise, self.scheduler, steps, mu, progress)
 
     def guidance(self, scale: float | None, true_cfg_scale: float | None = None, image: float = 1.0) -> Guidance:
         """What `guidance_scale` means for this model; None is the family's default."""
-        scale = self.family.guidance_scale if scale is None else scale
+        scale = self.defaults.guidance_scale if scale is None else scale
         if self.family.distilled_guidance(self.transformer.config):
             return Guidance(embedded=scale, prompt=1.0 if true_cfg_scale is None else true_cfg_scale, image=image)
         return Guidance(prompt=scale if true_cfg_scale is None else true_cfg_scale, image=image)

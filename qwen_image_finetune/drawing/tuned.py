@@ -112,7 +112,7 @@ class TunedPredictor:
         """Draw pictures; loads the model first if that has not happened. Options: see `Predictor.predict`."""
         from qwen_image_finetune.fitting.out_of_memory import explained
 
-        steps = self.predictor.family.num_inference_steps if num_inference_steps is None else num_inference_steps
+        steps = self.predictor.defaults.num_inference_steps if num_inference_steps is None else num_inference_steps
         with explained(self.config, "predicting"), console.progress("drawing", steps) as update:
             return self.predictor.predict(prompt_image, prompt, steps, guidance_scale, progress=update, **options)
 
@@ -123,14 +123,14 @@ class TunedPredictor:
         from qwen_image_finetune.lora.targets import lora_layers
 
         assert self._predictor is not None
-        transformer, pipeline = self._predictor.transformer, self._predictor.family.pipeline
+        transformer, naming = self._predictor.transformer, self._predictor.family.naming
         if adapters.adapter_names(transformer):
             transformer.unload_lora()
         if not self._loras:
             return
         names = [f"lora_{number}" for number in range(len(self._loras))]
         for name, (path, _) in zip(names, self._loras, strict=True):
-            lora_files.load_lora(transformer, path, pipeline, adapter_name=name)
+            lora_files.load_lora(transformer, path, naming, adapter_name=name)
         # As diffusers and ComfyUI run it: in the precision of the base, not of training.
         dtype = weight_dtype(self.config.train.mixed_precision)
         for _, layer in lora_layers(transformer):

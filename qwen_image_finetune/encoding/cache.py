@@ -22,9 +22,9 @@ from qwen_image_finetune import loading
 from qwen_image_finetune.config import Config
 from qwen_image_finetune.data.dataset import ImageDataset, cropped
 from qwen_image_finetune.data.geometry import Picture
-from qwen_image_finetune.data.images import resize
+from qwen_image_finetune.data.images import fitted
 from qwen_image_finetune.encoding.store import Fingerprints, Store, entry_key
-from qwen_image_finetune.families.base import Family
+from qwen_image_finetune.families.base import Family, Reference
 from qwen_image_finetune.machine import console
 from qwen_image_finetune.records import Encoded, Example
 
@@ -181,7 +181,8 @@ class EncodedDataset:
 
         def identity(picture: Picture) -> list[Any]:
             mirrored = ["mirrored"] if picture.mirrored else []
-            return [self.fingerprints.file(picture.path), list(picture.box), list(picture.size), *mirrored]
+            cut = ["cut"] if self.family.crops else []
+            return [self.fingerprints.file(picture.path), list(picture.box), list(picture.size), *mirrored, *cut]
 
         def image(picture: Picture, mask: Picture | None = None) -> str:
             extra = {} if mask is None else {"mask": identity(mask)}
@@ -224,24 +225,24 @@ class EncodedDataset:
     def encode_texts(self, pipe: DiffusionPipeline, texts: dict[str, TextSource]) -> Iterator[str]:
         """Encode and store texts; yields each key when its entry is written."""
 
-        def load(item: tuple[str, TextSource]) -> list[Image]:
-            return [cropped(picture) for picture in item[1].references]
+        def load(item: tuple[str, TextSource]) -> list[Reference]:
+            return [Reference(cropped(picture), picture.size) for picture in item[1].references]
 
-        for (key, source), pictures in ahead(texts.items(), load):
-            sizes = [picture.size for picture in source.references]
-            self.store.write(key, self.family.encode_text(pipe, source.prompt, pictures, sizes))
+        for (key, source), references in ahead(texts.items(), load):
+            self.store.write(key, self.family.encode_text(pipe, source.prompt, references))
             yield key
 
     def encode_images(self, pipe: DiffusionPipeline, images: dict[str, PictureSource]) -> Iterator[str]:
         """Encode and store pictures; yields each key when its entry is written."""
 
         def load(item: tuple[str, PictureSource]) -> Image:
-            return resize(cropped(item[1].picture), item[1].picture.size)
+            return fitted(cropped(item[1].picture), item[1].picture.size, self.family.crops)
 
         for (key, source), picture in ahead(images.items(), load):
             entry = {"latent": self.family.encode_image(pipe, picture)}
             if source.mask is not None:
-                mask = resize(cropped(source.mask, background="black").convert("L"), source.mask.size)
+                whole = cropped(source.mask, background="black").convert("L")
+                mask = fitted(whole, source.mask.size, self.family.crops)
                 entry["mask"] = latent_mask(mask, entry["latent"])
             self.store.write(key, entry)
             yield key
@@ -278,12 +279,12 @@ class EncodedDataset:
 
     def encode(self, pipe: DiffusionPipeline, example: Example, variant: TextVariant = AS_IT_IS) -> Encoded:
         """The same row straight from the encoders, on the CPU."""
-        pictures = example.references if variant.references else ()
-        sizes = example.reference_sizes if variant.references else ()
+        shown = zip(example.references, example.reference_sizes, strict=True) if variant.references else ()
+        references = [Reference(*one) for one in shown]
 
         def embed(wanted: TextVariant) -> dict[str, Tensor]:
             prompt = example.prompt if wanted.prompt is None else wanted.prompt
-            text = self.family.encode_text(pipe, prompt, pictures, sizes)
+            text = self.family.encode_text(pipe, prompt, references)
             return {name: tensor.cpu() for name, tensor in text.items()}
 
         target = self.family.encode_image(pipe, example.target).cpu()
@@ -291,8 +292,7 @@ class EncodedDataset:
             key=example.key,
             target=target,
             references=tuple(
-                self.family.encode_image(pipe, resize(picture, size)).cpu()
-                for picture, size in zip(pictures, sizes, strict=True)
+                self.family.encode_image(pipe, fitted(*one, self.family.crops)).cpu() for one in references
             ),
             text=self._text(variant, embed),
             mask=None if example.mask is None else latent_mask(example.mask, target),

@@ -3,16 +3,44 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from types import ModuleType
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from PIL.Image import Image
 from torch import Tensor
 
+from qwen_image_finetune.lora.names import USUAL_TARGETS, Naming, Native
 from qwen_image_finetune.records import Batch
+
+
+class Reference(NamedTuple):
+    """A picture that a prompt speaks about."""
+
+    picture: Image  # at its own size
+    size: tuple[int, int]  # (width, height) at which the VAE sees it
+
+
+class Defaults(NamedTuple):
+    """How a checkpoint draws unless told otherwise."""
+
+    num_inference_steps: int
+    guidance_scale: float
+
+
+@dataclass(frozen=True)
+class Published:
+    """A checkpoint on the hub, as the planner takes it where it is not on this machine."""
+
+    name: str  # owner/name
+    encoder_parameters: float  # of text encoders and VAE together
+    licence: str
+    transformer: Mapping[str, Any] = field(default_factory=dict)  # configuration, where it is not the class's default
 
 
 class Family(ABC):
@@ -27,9 +55,18 @@ class Family(ABC):
     max_references: ClassVar[int]
     sizing_reference: ClassVar[int] = 0  # which of several references gives the picture its size
     side_multiple: ClassVar[int]  # sides of target and references are multiples of this, in pixels
-    num_inference_steps: ClassVar[int]  # defaults of prediction
+    crops: ClassVar[bool] = False  # the pipeline cuts off what stands over its size, where others stretch
+    num_inference_steps: ClassVar[int]  # of prediction, with a checkpoint that is not distilled
     guidance_scale: ClassVar[float]
     negative_prompt: ClassVar[str] = " "  # the pipelines' own word for "no prompt" in classifier-free guidance
+    adapter_targets: ClassVar[tuple[str, ...]] = USUAL_TARGETS  # of a LoRA, unless configured
+    lora_names: ClassVar[Mapping[str, Native]] = {}  # modules that their authors call otherwise
+    published: ClassVar[tuple[Published, ...]]  # the one that most people train first
+
+    @property
+    def naming(self) -> Naming:
+        """What LoRA files have to know of the model."""
+        return Naming(self.pipeline, self.lora_names)
 
     @abstractmethod
     def size(self, width: int, height: int, area: int | None = None) -> tuple[int, int]:
@@ -45,17 +82,12 @@ class Family(ABC):
 
     @abstractmethod
     def encode_text(
-        self,
-        pipe: DiffusionPipeline,
-        prompt: str,
-        references: Sequence[Image] = (),
-        sizes: Sequence[tuple[int, int]] = (),
+        self, pipe: DiffusionPipeline, prompt: str, references: Sequence[Reference] = ()
     ) -> dict[str, Tensor]:
         """Text embeddings under the family's own names, (T, D) without padding or (D,).
 
         Args:
-            references: the pictures the prompt speaks about, at their own size; ignored unless `text_sees_references`.
-            sizes: (width, height) at which the VAE sees each of them.
+            references: the pictures the prompt speaks about; ignored unless `text_sees_references`.
         """
 
     @abstractmethod
@@ -91,10 +123,26 @@ class Family(ABC):
         """Whether `guidance_scale` goes into the model (an embedding) instead of a second, unconditional pass."""
         return bool(transformer_config["guidance_embeds"])
 
-    def mu(self, tokens: int, scheduler_config: Mapping[str, Any]) -> float:
+    def defaults(self, pipeline_config: Mapping[str, Any]) -> Defaults:
+        """How a checkpoint draws.
+
+        Args:
+            pipeline_config: its model_index.json.
+        """
+        return Defaults(self.num_inference_steps, self.guidance_scale)
+
+    def distilled(self, pipeline_config: Mapping[str, Any]) -> str | None:
+        """What to say before a checkpoint is trained that was distilled to few steps; None where it was not."""
+        return None
+
+    def mu(self, tokens: int, scheduler_config: Mapping[str, Any], steps: int) -> float:
         """Log of the timestep shift for `tokens` target tokens, linear between the scheduler's own two points.
 
         Source: `calculate_shift` of the pipelines.
+
+        Args:
+            steps: of the sampler, which some models' shift depends on. Training takes those of `num_inference_steps`:
+                the levels that are learnt are those at which pictures will be drawn.
         """
         base_tokens = scheduler_config.get("base_image_seq_len", 256)
         max_tokens = scheduler_config.get("max_image_seq_len", 4096)
@@ -106,9 +154,45 @@ class Family(ABC):
         """Number of transformer tokens of a latent (..., H, W)."""
         return (latent_shape[-2] // 2) * (latent_shape[-1] // 2)
 
+    def latent_shape(
+        self, width: int, height: int, transformer_config: Mapping[str, Any], vae_scale_factor: int | None = None
+    ) -> tuple[int, int, int]:
+        """(C, H, W) of what `encode_image` gives for a picture of `width` x `height`.
+
+        Args:
+            vae_scale_factor: pixels of a side of one latent; None is the published VAE's.
+        """
+        pixels = vae_scale_factor or self.side_multiple // 2  # tokens are 2 x 2 latents
+        return transformer_config["in_channels"] // 4, height // pixels, width // pixels
+
+    def text_shape(self, name: str, tokens: int, transformer_config: Mapping[str, Any]) -> tuple[int, ...]:
+        """Shape of the text embedding called `name`, one of `text_embeddings`, for a prompt of so many tokens."""
+        return tokens, transformer_config["joint_attention_dim"]
+
     @abstractmethod
     def tiny(self, folder: Path) -> None:
         """Write a tiny random checkpoint of the real architecture, in diffusers layout, for tests and the demo."""
+
+    @abstractmethod
+    def oracle(
+        self,
+        pipe: DiffusionPipeline,
+        prompt: str,
+        references: Sequence[Image],
+        size: tuple[int, int],
+        *,
+        steps: int,
+        guidance: float,
+        seed: int,
+        area: int,
+    ) -> Image:
+        """The same picture from diffusers' own pipeline, called as its users call it: what tests compare with.
+
+        Args:
+            size: (width, height) of the picture.
+            guidance: as `guidance_scale` of our prediction.
+            area: of the references in place of the pipeline's own, which may be written into its code.
+        """
 
 
 def pack(latents: Tensor) -> Tensor:
@@ -128,3 +212,14 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
 def concatenate_tokens(noisy: Tensor, references: Sequence[Tensor]) -> Tensor:
     """The image sequence [noisy target | reference 1 | ...], each (B, C, H, W) packed: (B, tokens, 4 C)."""
     return torch.cat([pack(noisy), *(pack(reference.to(noisy.dtype)) for reference in references)], dim=1)
+
+
+@contextmanager
+def replaced(module: ModuleType, name: str, value: object) -> Iterator[None]:
+    """A name of a module, such as a size that a pipeline has in its code, with another value for a while."""
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)

@@ -6,20 +6,59 @@ Oracle: `diffusers.FluxKontextPipeline`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
-from diffusers import DiffusionPipeline, FluxKontextPipeline, FluxTransformer2DModel, ModelMixin
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FluxKontextPipeline,
+    FluxTransformer2DModel,
+    ModelMixin,
+)
 from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
-from PIL.Image import Image
+from PIL.Image import Image, Resampling
 from torch import Tensor
 
-from qwen_image_finetune.families.base import Family, concatenate_tokens, unpack
-from qwen_image_finetune.families.tiny import tiny_flux_kontext
+from qwen_image_finetune.families.base import Family, Published, Reference, concatenate_tokens, unpack
+from qwen_image_finetune.lora.names import Native
 from qwen_image_finetune.records import Batch
 
 MAX_PROMPT_TOKENS = 512
+
+
+def authors_names() -> dict[str, Native]:
+    """Names of FLUX.1 modules in its authors' code; {} stands for the number of a block."""
+    single, double = "single_transformer_blocks.{}", "transformer_blocks.{}"
+    names = {
+        "img_in": Native(("x_embedder",)),
+        "txt_in": Native(("context_embedder",)),
+        "final_layer.linear": Native(("proj_out",)),
+        "final_layer.adaLN_modulation.1": Native(("norm_out.linear",), halves_swapped=True),
+        "single_blocks.{}.linear1": Native(
+            (*(f"{single}.attn.to_{letter}" for letter in "qkv"), f"{single}.proj_mlp"), rows=(1, 1, 1, 4)
+        ),
+        "single_blocks.{}.linear2": Native((f"{single}.proj_out",)),
+        "single_blocks.{}.modulation.lin": Native((f"{single}.norm.linear",)),
+    }
+    for embedder, native in (("timestep", "time"), ("text", "vector"), ("guidance", "guidance")):
+        for number, layer in ((1, "in_layer"), (2, "out_layer")):
+            names[f"{native}_in.{layer}"] = Native((f"time_text_embed.{embedder}_embedder.linear_{number}",))
+    for stream, qkv, out, feed_forward, norm in (
+        ("img", "to_{}", "to_out.0", "ff", "norm1"),
+        ("txt", "add_{}_proj", "to_add_out", "ff_context", "norm1_context"),
+    ):
+        block = f"double_blocks.{{}}.{stream}"
+        parts = tuple(f"{double}.attn.{qkv.format(letter)}" for letter in "qkv")
+        names[f"{block}_attn.qkv"] = Native(parts, rows=(1, 1, 1))
+        names[f"{block}_attn.proj"] = Native((f"{double}.attn.{out}",))
+        names[f"{block}_mlp.0"] = Native((f"{double}.{feed_forward}.net.0.proj",))
+        names[f"{block}_mlp.2"] = Native((f"{double}.{feed_forward}.net.2",))
+        names[f"{block}_mod.lin"] = Native((f"{double}.{norm}.linear",))
+    return names
 
 
 class FluxKontext(Family):
@@ -35,6 +74,12 @@ class FluxKontext(Family):
     side_multiple = 16
     num_inference_steps = 28
     guidance_scale = 3.5
+    lora_names = authors_names()
+    published: ClassVar[tuple[Published, ...]] = (
+        Published(
+            "black-forest-labs/FLUX.1-Kontext-dev", 4.97e9, "FLUX.1 [dev] non-commercial", {"guidance_embeds": True}
+        ),
+    )
 
     def size(self, width: int, height: int, area: int | None = None) -> tuple[int, int]:
         """The nearest of the 17 preferred resolutions; at another area, the aspect ratio in multiples of 16."""
@@ -55,11 +100,7 @@ class FluxKontext(Family):
 
     @torch.no_grad()
     def encode_text(
-        self,
-        pipe: DiffusionPipeline,
-        prompt: str,
-        references: Sequence[Image] = (),
-        sizes: Sequence[tuple[int, int]] = (),
+        self, pipe: DiffusionPipeline, prompt: str, references: Sequence[Reference] = ()
     ) -> dict[str, Tensor]:
         """T5 states (512, D), padding included and not masked, as the model was trained; pooled CLIP state (P,).
 
@@ -100,8 +141,37 @@ class FluxKontext(Family):
     def guide(self, conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
         return unconditional + scale * (conditional - unconditional)
 
+    def text_shape(self, name: str, tokens: int, transformer_config: Mapping[str, Any]) -> tuple[int, ...]:
+        if name == "pooled_prompt_embeds":
+            return (transformer_config["pooled_projection_dim"],)
+        return super().text_shape(name, tokens, transformer_config)
+
     def tiny(self, folder: Path) -> None:
-        tiny_flux_kontext(folder)
+        """2 double and 2 single blocks, latents 16 x f8, guidance embedding."""
+        from qwen_image_finetune.families import tiny
+
+        tiny.write_once(folder, {"pipeline": self.pipeline.__name__}, tiny_pipeline)
+
+    def oracle(
+        self,
+        pipe: DiffusionPipeline,
+        prompt: str,
+        references: Sequence[Image],
+        size: tuple[int, int],
+        *,
+        steps: int,
+        guidance: float,
+        seed: int,
+        area: int,
+    ) -> Image:
+        picture: Image = pipe(
+            image=[reference.resize(self.size(*reference.size, area), Resampling.LANCZOS) for reference in references]
+            or None,
+            prompt=prompt, width=size[0], height=size[1], max_area=size[0] * size[1], _auto_resize=False,
+            num_inference_steps=steps, guidance_scale=guidance, generator=torch.Generator().manual_seed(seed),
+            max_sequence_length=pipe.tokenizer_2.model_max_length,  # of the full-size checkpoint: the default, 512
+        ).images[0]  # fmt: skip
+        return picture
 
 
 def image_ids(index: int, latent: Tensor) -> Tensor:
@@ -113,3 +183,48 @@ def image_ids(index: int, latent: Tensor) -> Tensor:
     ids = FluxKontextPipeline._prepare_latent_image_ids(1, height, width, latent.device, latent.dtype)
     ids[..., 0] = index
     return ids
+
+
+def tiny_pipeline() -> FluxKontextPipeline:
+    """The pipeline that `FluxKontext.tiny` writes."""
+    from qwen_image_finetune.families import tiny
+
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 16, 32, 32),
+        layers_per_block=1,
+        latent_channels=16,
+        norm_num_groups=8,
+        sample_size=1024,
+        shift_factor=0.1159,
+        scaling_factor=0.3611,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    tiny.amplify(tiny.randomise(vae, seed=1).encoder.conv_out, rows=vae.config.latent_channels, factor=5.0)
+    transformer = FluxTransformer2DModel(
+        in_channels=64,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=tiny.HEAD_DIM,
+        num_attention_heads=tiny.HEADS,
+        joint_attention_dim=tiny.WIDTH,
+        pooled_projection_dim=32,
+        guidance_embeds=True,
+        axes_dims_rope=tiny.ROPE,
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        shift=3.0,
+        use_dynamic_shifting=True,
+        base_shift=0.5,
+        max_shift=1.15,
+        base_image_seq_len=256,
+        max_image_seq_len=4096,
+    )
+    return FluxKontextPipeline(
+        scheduler=scheduler,
+        vae=vae,
+        **tiny.flux_text(),
+        transformer=tiny.sharpen(tiny.randomise(transformer, seed=4)),
+    )

@@ -7,21 +7,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from diffusers import (
+    AutoencoderKLQwenImage,
     DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
     ModelMixin,
     QwenImageEditPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
 )
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as edit
 from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit import calculate_dimensions
 from PIL.Image import Image
 from torch import Tensor
 
-from qwen_image_finetune.families.base import Family, concatenate_tokens, pack, unpack
-from qwen_image_finetune.families.tiny import tiny_qwen_image_edit
+from qwen_image_finetune.families.base import (
+    Family,
+    Published,
+    Reference,
+    concatenate_tokens,
+    pack,
+    replaced,
+    unpack,
+)
 from qwen_image_finetune.records import Batch
 
 MODEL_AREA = 1024 * 1024
@@ -42,6 +53,7 @@ class QwenImageEdit(Family):
     side_multiple = 16
     num_inference_steps = 40
     guidance_scale = 4.0
+    published: ClassVar[tuple[Published, ...]] = (Published("Qwen/Qwen-Image-Edit", 8.42e9, "Apache 2.0"),)
 
     def size(self, width: int, height: int, area: int | None = None) -> tuple[int, int]:
         """The aspect ratio kept at `area` (the model's: 1024 x 1024), sides rounded to 32."""
@@ -57,11 +69,7 @@ class QwenImageEdit(Family):
 
     @torch.no_grad()
     def encode_text(
-        self,
-        pipe: DiffusionPipeline,
-        prompt: str,
-        references: Sequence[Image] = (),
-        sizes: Sequence[tuple[int, int]] = (),
+        self, pipe: DiffusionPipeline, prompt: str, references: Sequence[Reference] = ()
     ) -> dict[str, Tensor]:
         """Last hidden state (T, D) behind the template's system text.
 
@@ -72,7 +80,7 @@ class QwenImageEdit(Family):
         if not references:
             embeds, _ = text_to_image(pipe).encode_prompt(prompt, device=device)
             return {"prompt_embeds": embeds[0]}
-        (reference,), ((width, height),) = references, sizes
+        ((reference, (width, height)),) = references
         picture = pipe.image_processor.resize(reference, height, width)
         embeds, _ = pipe.encode_prompt(prompt, image=picture, device=device)
         return {"prompt_embeds": embeds[0]}
@@ -91,7 +99,7 @@ class QwenImageEdit(Family):
             timestep=timestep,
             guidance=None if guidance is None else torch.full_like(timestep, guidance, dtype=torch.float32),
             encoder_hidden_states=batch.text["prompt_embeds"],
-            encoder_hidden_states_mask=batch.text_mask,
+            encoder_hidden_states_mask=batch.text_masks.get("prompt_embeds"),
             img_shapes=[shapes] * len(noisy),
             return_dict=False,
         )[0]
@@ -121,10 +129,84 @@ class QwenImageEdit(Family):
         return unpack(combined * norm, height, width)
 
     def tiny(self, folder: Path) -> None:
-        tiny_qwen_image_edit(folder)
+        """3 blocks, a Qwen2.5-VL that sees pictures, latents 16 x f8."""
+        write_tiny(folder, self.pipeline, zero_cond_t=False)
+
+    def oracle(
+        self,
+        pipe: DiffusionPipeline,
+        prompt: str,
+        references: Sequence[Image],
+        size: tuple[int, int],
+        *,
+        steps: int,
+        guidance: float,
+        seed: int,
+        area: int,
+    ) -> Image:
+        options: dict[str, Any] = dict(
+            prompt=prompt, width=size[0], height=size[1], num_inference_steps=steps,
+            true_cfg_scale=guidance, negative_prompt=self.negative_prompt,
+            generator=torch.Generator().manual_seed(seed),
+        )  # fmt: skip
+        if not references:
+            pipe = text_to_image(pipe)
+            pipe.set_progress_bar_config(disable=True)
+        else:
+            (options["image"],) = references  # in a list the pipeline would leave it at its own size
+        with replaced(edit, "calculate_dimensions", lambda _, ratio: calculate_dimensions(area, ratio)):
+            drawn: Image = pipe(**options).images[0]
+        return drawn
 
 
 def text_to_image(pipe: DiffusionPipeline) -> QwenImagePipeline:
     """The text-to-image pipeline over the same components; no weight is copied."""
     parts = {name: pipe.components[name] for name in ("scheduler", "vae", "text_encoder", "tokenizer", "transformer")}
     return QwenImagePipeline(**parts)
+
+
+def write_tiny(folder: Path, cls: type[DiffusionPipeline], zero_cond_t: bool) -> None:
+    """A tiny checkpoint of a pipeline with these components.
+
+    Args:
+        zero_cond_t: modulate reference tokens at t = 0, as the 2511 checkpoint does.
+    """
+    from qwen_image_finetune.families import tiny
+
+    identity = {"pipeline": cls.__name__, "zero_cond_t": zero_cond_t}
+    tiny.write_once(folder, identity, lambda: tiny_pipeline(cls, zero_cond_t))
+
+
+def tiny_pipeline(cls: type[DiffusionPipeline], zero_cond_t: bool) -> DiffusionPipeline:
+    """The pipeline that `write_tiny` writes."""
+    from qwen_image_finetune.families import tiny
+
+    vae = AutoencoderKLQwenImage(base_dim=8, num_res_blocks=1)  # the defaults hold the published mean and std
+    tiny.amplify(tiny.randomise(vae, seed=1).quant_conv, rows=vae.config.z_dim, factor=4.0)
+    tiny.amplify(vae.decoder.conv_out, rows=3, factor=2.0)
+    transformer = QwenImageTransformer2DModel(
+        in_channels=64,
+        out_channels=16,
+        num_layers=3,
+        attention_head_dim=tiny.HEAD_DIM,
+        num_attention_heads=tiny.HEADS,
+        joint_attention_dim=tiny.WIDTH,
+        axes_dims_rope=tiny.ROPE,
+        zero_cond_t=zero_cond_t,
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        shift=1.0,
+        use_dynamic_shifting=True,
+        base_shift=0.5,
+        max_shift=0.9,
+        base_image_seq_len=256,
+        max_image_seq_len=8192,
+        shift_terminal=0.02,
+        time_shift_type="exponential",
+    )
+    return cls(
+        scheduler=scheduler,
+        vae=vae,
+        **tiny.qwen_text(),
+        transformer=tiny.sharpen(tiny.randomise(transformer, seed=3)),
+    )

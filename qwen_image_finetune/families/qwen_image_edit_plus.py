@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, QwenImageEditPlusPipeline
@@ -15,8 +16,8 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as plus
 from PIL.Image import Image
 from torch import Tensor
 
-from qwen_image_finetune.families.qwen_image_edit import QwenImageEdit
-from qwen_image_finetune.families.tiny import tiny_qwen_image_edit
+from qwen_image_finetune.families.base import Published, Reference, replaced
+from qwen_image_finetune.families.qwen_image_edit import QwenImageEdit, write_tiny
 
 
 class QwenImageEditPlus(QwenImageEdit):
@@ -26,21 +27,21 @@ class QwenImageEditPlus(QwenImageEdit):
     pipeline = QwenImageEditPlusPipeline
     max_references = 3
     sizing_reference = -1  # as the pipeline does
+    published: ClassVar[tuple[Published, ...]] = (
+        Published("Qwen/Qwen-Image-Edit-2509", 8.42e9, "Apache 2.0"),
+        Published("Qwen/Qwen-Image-Edit-2511", 8.42e9, "Apache 2.0", {"zero_cond_t": True}),
+    )
 
     @torch.no_grad()
     def encode_text(
-        self,
-        pipe: DiffusionPipeline,
-        prompt: str,
-        references: Sequence[Image] = (),
-        sizes: Sequence[tuple[int, int]] = (),
+        self, pipe: DiffusionPipeline, prompt: str, references: Sequence[Reference] = ()
     ) -> dict[str, Tensor]:
         """Last hidden state (T, D) behind the template's system text.
 
         Every reference, resized from the original to an area of 384 x 384, stands before the prompt as "Picture i".
         """
         pictures = []
-        for reference in references:
+        for reference, _ in references:
             width, height = plus.calculate_dimensions(plus.CONDITION_IMAGE_SIZE, reference.width / reference.height)
             pictures.append(pipe.image_processor.resize(reference, height, width))
         embeds, _ = pipe.encode_prompt(prompt, image=pictures or None, device=pipe.text_encoder.device)
@@ -51,4 +52,25 @@ class QwenImageEditPlus(QwenImageEdit):
         return super().text_tokens(seen)
 
     def tiny(self, folder: Path) -> None:
-        tiny_qwen_image_edit(folder, QwenImageEditPlusPipeline, zero_cond_t=True)
+        """As 2511."""
+        write_tiny(folder, self.pipeline, zero_cond_t=True)
+
+    def oracle(
+        self,
+        pipe: DiffusionPipeline,
+        prompt: str,
+        references: Sequence[Image],
+        size: tuple[int, int],
+        *,
+        steps: int,
+        guidance: float,
+        seed: int,
+        area: int,
+    ) -> Image:
+        with replaced(plus, "VAE_IMAGE_SIZE", area):
+            drawn: Image = pipe(
+                image=list(references), prompt=prompt, width=size[0], height=size[1], num_inference_steps=steps,
+                true_cfg_scale=guidance, negative_prompt=self.negative_prompt,
+                generator=torch.Generator().manual_seed(seed),
+            ).images[0]  # fmt: skip
+        return drawn

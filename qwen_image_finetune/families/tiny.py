@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of the real architectures, in diffusers layout, for tests and the demo.
+"""What the tiny checkpoints of the families share: `Family.tiny` writes random ones of the real architecture.
 
 They have every component, config key and special case of the published checkpoints and none of their size: 1 to 2.5 M
 parameters. Schedulers and the normalisation of the latents carry the published numbers unchanged. The weights are drawn
@@ -18,16 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    AutoencoderKLQwenImage,
-    DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
-    FluxKontextPipeline,
-    FluxTransformer2DModel,
-    QwenImageEditPipeline,
-    QwenImageTransformer2DModel,
-)
+from diffusers import DiffusionPipeline
 from torch import nn
 from transformers import (
     CLIPTextConfig,
@@ -60,32 +51,7 @@ HEADS, HEAD_DIM = 4, 32  # of the transformers
 ROPE = (8, 12, 12)  # of HEAD_DIM: frame, row, column; the real proportions are 16 : 56 : 56
 
 
-def tiny_flux_kontext(folder: Path) -> None:
-    """Write a FLUX.1 Kontext checkpoint with guidance embedding: 2 double and 2 single blocks, latents 16 x f8.
-
-    Raises:
-        FileExistsError: `folder` holds something that was not written by this module.
-    """
-    _write_once(Path(folder), {"pipeline": "FluxKontextPipeline"}, _flux_kontext)
-
-
-def tiny_qwen_image_edit(
-    folder: Path, cls: type[DiffusionPipeline] = QwenImageEditPipeline, zero_cond_t: bool = False
-) -> None:
-    """Write a Qwen-Image-Edit checkpoint: 3 blocks, a Qwen2.5-VL that sees pictures, latents 16 x f8.
-
-    Args:
-        cls: `QwenImageEditPipeline` or a pipeline of the same components, such as `QwenImageEditPlusPipeline`.
-        zero_cond_t: modulate reference tokens at t = 0, as the 2511 checkpoint does.
-
-    Raises:
-        FileExistsError: `folder` holds something that was not written by this module.
-    """
-    identity = {"pipeline": cls.__name__, "zero_cond_t": zero_cond_t}
-    _write_once(Path(folder), identity, lambda: _qwen_image_edit(cls, zero_cond_t))
-
-
-# Pipelines
+# Text encoders
 
 
 def flux_text(sentences: Sequence[str] = SENTENCES, max_t5_tokens: int = MAX_T5_TOKENS) -> dict[str, Any]:
@@ -114,95 +80,21 @@ def flux_text(sentences: Sequence[str] = SENTENCES, max_t5_tokens: int = MAX_T5_
         tie_word_embeddings=False,
     )
     return {
-        "text_encoder": _randomise(CLIPTextModel(clip_config), seed=2),
+        "text_encoder": randomise(CLIPTextModel(clip_config), seed=2),
         "tokenizer": clip,
-        "text_encoder_2": _randomise(T5EncoderModel(t5_config), seed=3),
+        "text_encoder_2": randomise(T5EncoderModel(t5_config), seed=3),
         "tokenizer_2": t5,
     }
-
-
-def _flux_kontext() -> DiffusionPipeline:
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 16, 32, 32),
-        layers_per_block=1,
-        latent_channels=16,
-        norm_num_groups=8,
-        sample_size=1024,
-        shift_factor=0.1159,
-        scaling_factor=0.3611,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
-    _amplify(_randomise(vae, seed=1).encoder.conv_out, rows=vae.config.latent_channels, factor=5.0)
-    transformer = FluxTransformer2DModel(
-        in_channels=64,
-        num_layers=2,
-        num_single_layers=2,
-        attention_head_dim=HEAD_DIM,
-        num_attention_heads=HEADS,
-        joint_attention_dim=WIDTH,
-        pooled_projection_dim=32,
-        guidance_embeds=True,
-        axes_dims_rope=ROPE,
-    )
-    scheduler = FlowMatchEulerDiscreteScheduler(
-        shift=3.0,
-        use_dynamic_shifting=True,
-        base_shift=0.5,
-        max_shift=1.15,
-        base_image_seq_len=256,
-        max_image_seq_len=4096,
-    )
-    return FluxKontextPipeline(
-        scheduler=scheduler,
-        vae=vae,
-        **flux_text(),
-        transformer=_sharpen(_randomise(transformer, seed=4)),
-    )
 
 
 def qwen_text(sentences: Sequence[str] = SENTENCES) -> dict[str, Any]:
     """The same for the model that reads prompt and references together."""
     tokenizer = qwen_tokenizer(sentences)
     return {
-        "text_encoder": _randomise(_qwen_vl(tokenizer), seed=2),
+        "text_encoder": randomise(_qwen_vl(tokenizer), seed=2),
         "tokenizer": tokenizer,
         "processor": _qwen_vl_processor(tokenizer),
     }
-
-
-def _qwen_image_edit(cls: type[DiffusionPipeline], zero_cond_t: bool) -> DiffusionPipeline:
-    vae = AutoencoderKLQwenImage(base_dim=8, num_res_blocks=1)  # the defaults hold the published mean and std
-    _amplify(_randomise(vae, seed=1).quant_conv, rows=vae.config.z_dim, factor=4.0)
-    _amplify(vae.decoder.conv_out, rows=3, factor=2.0)
-    transformer = QwenImageTransformer2DModel(
-        in_channels=64,
-        out_channels=16,
-        num_layers=3,
-        attention_head_dim=HEAD_DIM,
-        num_attention_heads=HEADS,
-        joint_attention_dim=WIDTH,
-        axes_dims_rope=ROPE,
-        zero_cond_t=zero_cond_t,
-    )
-    scheduler = FlowMatchEulerDiscreteScheduler(
-        shift=1.0,
-        use_dynamic_shifting=True,
-        base_shift=0.5,
-        max_shift=0.9,
-        base_image_seq_len=256,
-        max_image_seq_len=8192,
-        shift_terminal=0.02,
-        time_shift_type="exponential",
-    )
-    return cls(
-        scheduler=scheduler,
-        vae=vae,
-        **qwen_text(),
-        transformer=_sharpen(_randomise(transformer, seed=3)),
-    )
 
 
 def _qwen_vl(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
@@ -247,7 +139,7 @@ def _qwen_vl_processor(tokenizer: Qwen2Tokenizer) -> Qwen2VLProcessor:
 # Weights
 
 
-def _randomise(model: Model, seed: int) -> Model:
+def randomise(model: Model, seed: int) -> Model:
     """Draw every parameter of `model` anew, from a generator of its own.
 
     Matrices and kernels keep the variance of what they multiply, norms keep their gain of one, biases become small but
@@ -264,18 +156,19 @@ def _randomise(model: Model, seed: int) -> Model:
     return model.eval()
 
 
-def _amplify(layer: nn.Module, rows: int, factor: float) -> None:
+def amplify(layer: nn.Module, rows: int, factor: float) -> None:
     """Scale the first `rows` outputs of a linear or convolution.
 
-    The factors above were measured: normalised latents of a picture come out near unit variance (the first half of an
-    encoder's outputs is the mean, the second the log-variance), decoded pictures spread over the range of values.
+    The factors in the files of the families were measured: normalised latents of a picture come out near unit variance
+    (the first half of an encoder's outputs is the mean, the second the log-variance), decoded pictures spread over the
+    range of values.
     """
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter[:rows] *= factor
 
 
-def _sharpen(transformer: Model) -> Model:
+def sharpen(transformer: Model) -> Model:
     """Make attention pick tokens out: with gains of one it averages over all of them, and a reference hardly counts."""
     names = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
     with torch.no_grad():
@@ -288,8 +181,12 @@ def _sharpen(transformer: Model) -> Model:
 # Files
 
 
-def _write_once(folder: Path, identity: dict[str, Any], build: Callable[[], DiffusionPipeline]) -> None:
-    """Save what `build` makes as `folder`, whole or not at all; nothing to do where it already stands."""
+def write_once(folder: Path, identity: dict[str, Any], build: Callable[[], DiffusionPipeline]) -> None:
+    """Save what `build` makes as `folder`, whole or not at all; nothing to do where it already stands.
+
+    Raises:
+        FileExistsError: `folder` holds something that was not written by this module.
+    """
     marker = {"version": VERSION, **identity}
     found = _read_marker(folder)
     if found == marker:
@@ -315,7 +212,7 @@ def _write_once(folder: Path, identity: dict[str, Any], build: Callable[[], Diff
 
 
 def _read_marker(folder: Path) -> dict[str, Any] | None:
-    """What `_write_once` left in `folder`, None where it wrote nothing."""
+    """What `write_once` left in `folder`, None where it wrote nothing."""
     file = folder / MARKER
     if not file.is_file():
         return None

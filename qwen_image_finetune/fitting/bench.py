@@ -14,6 +14,7 @@ from __future__ import annotations
 import gc
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -30,7 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from qwen_image_finetune import levers
 from qwen_image_finetune.config import Config, ConfigError
 from qwen_image_finetune.disk.files import write_atomic
-from qwen_image_finetune.families import get_family
+from qwen_image_finetune.families import get_family, with_targets
 from qwen_image_finetune.families.base import Family
 from qwen_image_finetune.fitting.estimate import GIB, OUTSIDE, Estimator, transformer_config
 from qwen_image_finetune.fitting.footprint import Footprint, footprint, stand_in
@@ -72,7 +73,6 @@ VARIANTS: dict[str, Variant] = {
     "fp8-offloaded": Variant({**KEPT, "offload_activations": True}, "fp8"),
     "fp8-swapped": Variant({**RECOMPUTED, "blocks_to_swap": 20}, "fp8"),
 }
-TEXT_TOKENS = 512  # what Kontext pads prompts to; every family is measured with as many
 WARM_UP = 2  # steps that are not timed, after the first one
 
 
@@ -90,6 +90,7 @@ class Options:
     cards: tuple[str, ...] = ()  # amounts of memory, such as 24GB
     peak_tflops: float | None = None
     output: Path | None = None
+    text_tokens: int | None = None  # None is what the family has of them
     tiny: bool = False
 
 
@@ -185,9 +186,10 @@ def run(options: Options, say: Callable[[str], None] = print) -> list[dict[str, 
     if _device().type != "cuda" and not options.tiny:
         raise ConfigError("no card here: a full-size step takes hours on a CPU; --tiny shows that everything runs")
     family = get_family(options.family)
-    about = _shrunk(transformer_config(family, None)) if options.tiny else transformer_config(family, None)
-    width, height = (64, 64) if options.tiny else options.size
-    batch = stand_in(family, about, [(width, height)] * 2, options.batch, 16 if options.tiny else TEXT_TOKENS)
+    about = _tiny(family) if options.tiny else transformer_config(family, None)
+    size = (64, 64) if options.tiny else options.size
+    text_tokens = options.text_tokens or (16 if options.tiny else family.text_tokens([size]))
+    batch = stand_in(family, about, [size] * 2, options.batch, text_tokens)
     found = footprint(family, about, batch, _config(options, Variant()).model.lora)
     variants = _chosen(options, family)
     visits: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
@@ -291,7 +293,7 @@ def _merged(visits: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _config(options: Options, variant: Variant) -> Config:
-    return Config.model_validate(
+    config = Config.model_validate(
         {
             "model": {
                 "pretrained_model_name_or_path": "random",
@@ -301,6 +303,7 @@ def _config(options: Options, variant: Variant) -> Config:
             "train": {"trainer": options.family, **variant.train},
         }
     )
+    return with_targets(config, get_family(options.family))
 
 
 def _as_others_do(model: Any, options: Options) -> None:
@@ -334,11 +337,11 @@ def _random_transformer(family: Family, about: dict[str, Any], device: torch.dev
     return model.requires_grad_(False)
 
 
-def _shrunk(about: dict[str, Any]) -> dict[str, Any]:
-    """The same architecture with two small layers of each kind."""
-    small = {"num_layers": 2, "num_single_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16,
-             "axes_dims_rope": (4, 6, 6), "joint_attention_dim": 32, "pooled_projection_dim": 32}  # fmt: skip
-    return {**about, **{name: value for name, value in small.items() if name in about}}
+def _tiny(family: Family) -> dict[str, Any]:
+    """The architecture of the family's tiny checkpoint."""
+    with tempfile.TemporaryDirectory() as folder:
+        family.tiny(Path(folder) / "tiny")
+        return transformer_config(family, Path(folder) / "tiny")
 
 
 def _device() -> torch.device:

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from qwen_image_finetune.config import Config
-from qwen_image_finetune.families.base import Family
+from qwen_image_finetune.families import with_targets
+from qwen_image_finetune.families.base import Family, Published
 from qwen_image_finetune.fitting.footprint import Footprint, footprint, stand_in
 from qwen_image_finetune.levers.stored_precision import base_precision
 from qwen_image_finetune.levers.swap import AHEAD
@@ -38,8 +39,6 @@ AT_WORK = 10
 OUTSIDE = GIB
 # Of the host, of each process: libraries, the driver, what is read ahead.
 PROGRAM = 4 * GIB
-# Parameters of encoders and VAE in the published checkpoints, for those that are not at hand.
-ENCODERS = {"FluxKontext": 4.97e9, "QwenImageEdit": 8.42e9, "QwenImageEditPlus": 8.42e9}
 
 ENCODER_PARTS = ("text_encoder", "text_encoder_2", "vae_encoder")
 
@@ -82,7 +81,9 @@ class Estimator:
             folder: of the checkpoint; None where it is not on this machine: the published model is taken for it.
             sizes: (width, height) of target and references; without them, one reference at the size that is set.
         """
-        self.family, self.config, self.folder = family, config, folder
+        self.family, self.folder = family, folder
+        self.config = with_targets(config, family)
+        self.published = published(family, config.model.pretrained_model_name_or_path)
         self.sizes = tuple(sizes) if sizes else self._usual_sizes()
         self.text_tokens = family.text_tokens(self.sizes[1:])
         self.format = self._format()
@@ -90,7 +91,7 @@ class Estimator:
     @cached_property
     def footprint(self) -> Footprint:
         """Measured once: only the geometry, the adapter and the model decide it."""
-        about = transformer_config(self.family, self.folder)
+        about = transformer_config(self.family, self.folder, self.published)
         dtype = weight_dtype(self.config.train.mixed_precision)
         batch = stand_in(self.family, about, self.sizes, self.config.data.batch_size, self.text_tokens)
         return footprint(self.family, about, batch, self.config.model.lora, dtype)
@@ -154,7 +155,7 @@ class Estimator:
         dtype = encoder_dtype(self.config.train.mixed_precision)
         files = [] if self.folder is None else self.folder.glob("*/*.safetensors")
         found = sum(path.stat().st_size for path in files if path.parent.name != "transformer")
-        return found or int(ENCODERS.get(self.family.name, 0) * dtype.itemsize)
+        return found or int(self.published.encoder_parameters * dtype.itemsize)
 
     def _format(self) -> str | None:
         if self.folder is not None:
@@ -168,14 +169,17 @@ class Estimator:
         return (size, size)
 
 
-def transformer_config(family: Family, folder: Path | None) -> dict[str, Any]:
-    """config.json of the transformer; without a checkpoint, the published model's, which are its class's defaults."""
+def published(family: Family, name: str) -> Published:
+    """The checkpoint of the family that is called `name` on the hub; for other names the family's first."""
+    return next((one for one in family.published if one.name.lower() == name.lower()), family.published[0])
+
+
+def transformer_config(family: Family, folder: Path | None, published: Published | None = None) -> dict[str, Any]:
+    """config.json of the transformer; without a checkpoint, that of a published one."""
     if folder is not None:
         about: dict[str, Any] = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
         about.pop("quantization_config", None)
         return about
     parameters = inspect.signature(family.transformer.__init__).parameters
     about = {name: value.default for name, value in parameters.items() if name != "self"}
-    if "pooled_projection_dim" in about:  # FLUX.1's [dev] models; the class's default is [schnell]
-        about["guidance_embeds"] = True
-    return about
+    return {**about, **(published or family.published[0]).transformer}

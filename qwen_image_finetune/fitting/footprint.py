@@ -251,16 +251,12 @@ def stand_in(
         rows: samples.
         text_tokens: of each prompt.
     """
-    pixels = family.side_multiple // 2  # of a side of one latent: tokens are 2 x 2 latents
-    channels = transformer_config["in_channels"] // 4
-    latents = [torch.zeros(rows, channels, height // pixels, width // pixels) for width, height in sizes]
+    latents = [torch.zeros(rows, *family.latent_shape(*size, transformer_config)) for size in sizes]
     text = {
-        name: torch.zeros(rows, transformer_config["pooled_projection_dim"])
-        if "pooled" in name
-        else torch.zeros(rows, text_tokens, transformer_config["joint_attention_dim"])
+        name: torch.zeros(rows, *family.text_shape(name, text_tokens, transformer_config))
         for name in family.text_embeddings
     }
-    batch = Batch(tuple("" for _ in range(rows)), latents[0], tuple(latents[1:]), text, None, None)
+    batch = Batch(tuple("" for _ in range(rows)), latents[0], tuple(latents[1:]), text)
     return batch.to("cpu", torch.bfloat16)
 
 

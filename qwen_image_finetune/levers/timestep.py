@@ -11,25 +11,35 @@ from typing import Any
 
 import torch
 from diffusers import ModelMixin
+from diffusers.models.embeddings import Timesteps
 from torch import Tensor
 
 
 def keep_timestep_exact(transformer: ModelMixin) -> None:
-    """Hand a float32 timestep that `transformer` is called with to its embedding as it is."""
-    embedding = transformer.time_text_embed
-    unit = 1000 / embedding.time_proj.scale  # what the embedding expects for a noise level of 1
+    """Hand a float32 timestep that `transformer` is called with to the sinusoids of its embedding as it is.
+
+    The embedding is the module with diffusers' `Timesteps`; what they are asked for first is the timestep, a guidance
+    scale comes after it. They compute in float32 whatever they are given, so only what goes in is exchanged.
+
+    Raises:
+        ValueError: the transformer has no such module.
+    """
+    sinusoids = next((module for module in transformer.modules() if isinstance(module, Timesteps)), None)
+    if sinusoids is None:
+        raise ValueError(f"{type(transformer).__name__} has no sinusoidal timestep embedding of diffusers")
+    unit = 1000 / sinusoids.scale  # what the sinusoids expect for a noise level of 1
     told: list[Tensor] = []
 
     def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        told[:] = [kwargs["timestep"] * unit]
+        told[:] = [kwargs["timestep"] * unit] if kwargs["timestep"].dtype == torch.float32 else []
 
     def replace(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if told[0].dtype != torch.float32:
+        if not told:
             return None
-        timestep, (rounded, *rest) = told[0], args
+        timestep, (rounded, *rest) = told.pop(), args
         if len(rounded) == 2 * len(timestep):  # zero_cond_t: the references are modulated at timestep 0
             timestep = torch.cat([timestep, timestep * 0])
         return (timestep, *rest)
 
     transformer.register_forward_pre_hook(note, with_kwargs=True)
-    embedding.register_forward_pre_hook(replace)
+    sinusoids.register_forward_pre_hook(replace)

@@ -18,6 +18,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from qwen_image_finetune.config import ConfigError, LoraConfig
+from qwen_image_finetune.lora.names import USUAL_TARGETS
 from qwen_image_finetune.lora.targets import lora_layers, target_modules
 
 INITIAL = "_initial"  # ending of the name of the frozen adapter that subtracts a starting point
@@ -194,7 +195,7 @@ def _inject(transformer: nn.Module, config: LoraConfig, name: str) -> None:
         r=config.r,
         lora_alpha=cast(int, config.lora_alpha),  # annotated so, divided as a float
         lora_dropout=config.lora_dropout,
-        target_modules=config.target_modules,
+        target_modules=config.target_modules or list(USUAL_TARGETS),
     )
     inject(transformer, adapter, name)
 

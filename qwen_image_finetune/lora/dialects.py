@@ -4,77 +4,29 @@
 - comfy (ComfyUI, ai-toolkit): `diffusion_model.MODULE.lora_A.weight` and `.alpha`
 - kohya (sd-scripts, musubi-tuner): `lora_unet_MODULE_WITH_UNDERSCORES.lora_down.weight` and `.alpha`
 
-The last two call the modules of FLUX.1 what its authors call them, and there query, key and value are one fused matrix:
-separate adapters are laid block-diagonally into one of the summed rank, which is exact, and taken apart again.
+The last two call modules what the model's authors call them (`Family.lora_names`). Where query, key and value are one
+fused matrix there, separate adapters are laid block-diagonally into one of the summed rank, which is exact, and taken
+apart again.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from diffusers.loaders.lora_pipeline import FluxLoraLoaderMixin
 from torch import Tensor
 
 from qwen_image_finetune.lora.adapters import Layer
 from qwen_image_finetune.lora.header import Declared, Key, LoraFileError, parse_key
-
-
-@dataclass(frozen=True)
-class Native:
-    """A module under its authors' name: the diffusers modules in it, from the first output row to the last."""
-
-    modules: tuple[str, ...]
-    rows: tuple[int, ...] = (1,)  # output rows of each module, in shares of each other
-    halves_swapped: bool = False  # (shift, scale) where diffusers has (scale, shift)
-
-
-def _flux_names() -> dict[str, Native]:
-    """Names of FLUX.1 modules in its authors' code; {} stands for the number of a block."""
-    single, double = "single_transformer_blocks.{}", "transformer_blocks.{}"
-    names = {
-        "img_in": Native(("x_embedder",)),
-        "txt_in": Native(("context_embedder",)),
-        "final_layer.linear": Native(("proj_out",)),
-        "final_layer.adaLN_modulation.1": Native(("norm_out.linear",), halves_swapped=True),
-        "single_blocks.{}.linear1": Native(
-            (*(f"{single}.attn.to_{letter}" for letter in "qkv"), f"{single}.proj_mlp"), rows=(1, 1, 1, 4)
-        ),
-        "single_blocks.{}.linear2": Native((f"{single}.proj_out",)),
-        "single_blocks.{}.modulation.lin": Native((f"{single}.norm.linear",)),
-    }
-    for embedder, native in (("timestep", "time"), ("text", "vector"), ("guidance", "guidance")):
-        for number, layer in ((1, "in_layer"), (2, "out_layer")):
-            names[f"{native}_in.{layer}"] = Native((f"time_text_embed.{embedder}_embedder.linear_{number}",))
-    for stream, qkv, out, feed_forward, norm in (
-        ("img", "to_{}", "to_out.0", "ff", "norm1"),
-        ("txt", "add_{}_proj", "to_add_out", "ff_context", "norm1_context"),
-    ):
-        block = f"double_blocks.{{}}.{stream}"
-        parts = tuple(f"{double}.attn.{qkv.format(letter)}" for letter in "qkv")
-        names[f"{block}_attn.qkv"] = Native(parts, rows=(1, 1, 1))
-        names[f"{block}_attn.proj"] = Native((f"{double}.attn.{out}",))
-        names[f"{block}_mlp.0"] = Native((f"{double}.{feed_forward}.net.0.proj",))
-        names[f"{block}_mlp.2"] = Native((f"{double}.{feed_forward}.net.2",))
-        names[f"{block}_mod.lin"] = Native((f"{double}.{norm}.linear",))
-    return names
-
-
-FLUX_NAMES = _flux_names()
-
-
-def native_names(pipeline_class: type[Any]) -> Mapping[str, Native]:
-    """The authors' names of a pipeline's transformer, where they differ from diffusers'."""
-    return FLUX_NAMES if issubclass(pipeline_class, FluxLoraLoaderMixin) else {}
+from qwen_image_finetune.lora.names import Names, Native
 
 
 def read_state(
     state: Mapping[str, Tensor],
-    names: Mapping[str, Native],
+    names: Names,
     declared: Declared,
     modules: Iterable[str],
     path: Path,
@@ -82,7 +34,7 @@ def read_state(
     """LoRA layers, in float32, by diffusers module name.
 
     Args:
-        names: of `native_names`.
+        names: the authors' names of the model's modules.
         declared: alpha by the metadata of the file; counts where there is no alpha beside the weights.
         modules: names that flattened keys may mean.
 
@@ -113,7 +65,7 @@ def read_state(
     return layers
 
 
-def write_state(layers: Mapping[str, Layer], names: Mapping[str, Native], dialect: str) -> dict[str, Tensor]:
+def write_state(layers: Mapping[str, Layer], names: Names, dialect: str) -> dict[str, Tensor]:
     """Tensors of a file in `dialect`, float32. Alpha is among them; diffusers alone has it in the metadata."""
     if dialect == "diffusers":
         return {

@@ -21,7 +21,7 @@ from qwen_image_finetune.config.registry import family_of_pipeline
 from qwen_image_finetune.disk.files import staged_file
 from qwen_image_finetune.lora import adapters
 from qwen_image_finetune.lora.adapters import INITIAL, Layer
-from qwen_image_finetune.lora.dialects import native_names, read_state, unmatched_message, write_state
+from qwen_image_finetune.lora.dialects import read_state, unmatched_message, write_state
 from qwen_image_finetune.lora.header import ADAPTER_METADATA, LoraFileError, adapter_metadata, read_metadata
 from qwen_image_finetune.lora.metadata import (
     adapter_json,
@@ -30,6 +30,7 @@ from qwen_image_finetune.lora.metadata import (
     network_metadata,
     peft_fields,
 )
+from qwen_image_finetune.lora.names import Naming
 from qwen_image_finetune.lora.sources import find_lora
 from qwen_image_finetune.lora.targets import endings, linear_modules, lora_layers, target_modules
 
@@ -64,13 +65,11 @@ def save_lora(
     _write(path, write_state(layers, {}, "diffusers"), {**about, **metadata})
 
 
-def read_lora(
-    path: Path, pipeline_class: type[Any], modules: Iterable[str] = ()
-) -> tuple[dict[str, Layer], dict[str, str]]:
+def read_lora(path: Path, naming: Naming, modules: Iterable[str] = ()) -> tuple[dict[str, Layer], dict[str, str]]:
     """Layers, by diffusers module name, and metadata of a LoRA file in any dialect.
 
     Args:
-        pipeline_class: says which authors' names a file may use.
+        naming: of the model that the file is for (`Family.naming`).
         modules: names that flattened keys (`lora_unet_...`) may mean; without them diffusers' own conversion is asked.
 
     Raises:
@@ -81,10 +80,10 @@ def read_lora(
         state = load_file(path)
     except SafetensorError as error:
         raise LoraFileError(f"{path} cannot be read: {error}; download or save it again") from error
-    names = native_names(pipeline_class)
+    names = naming.native
     foreign = any(".processor." in key for key in state)  # the dialect of x-labs
     if foreign or (not modules and not names and any(key.startswith("lora_unet_") for key in state)):
-        state = pipeline_class.lora_state_dict(dict(state))
+        state = naming.pipeline.lora_state_dict(dict(state))
     layers = read_state(state, names, adapter_metadata(metadata, path), modules, path)
     if not layers:
         raise LoraFileError(f"{path} holds no LoRA layers")
@@ -94,7 +93,7 @@ def read_lora(
 def load_lora(
     transformer: nn.Module,
     source: str | Path,
-    pipeline_class: type[Any],
+    naming: Naming,
     config: LoraConfig | None = None,
     adapter_name: str = "default",
 ) -> None:
@@ -108,7 +107,7 @@ def load_lora(
         ConfigError: its rank or target modules are not the config's.
     """
     path = find_lora(source)
-    layers = fitting_layers(transformer, path, pipeline_class)
+    layers = fitting_layers(transformer, path, naming)
     if config is None:
         _add_as_it_is(transformer, layers, adapter_name)
         return
@@ -119,24 +118,24 @@ def load_lora(
     _fill(transformer, layers, adapter_name)
 
 
-def check_lora(transformer: nn.Module, source: str | Path, pipeline_class: type[Any], config: LoraConfig) -> None:
+def check_lora(transformer: nn.Module, source: str | Path, naming: Naming, config: LoraConfig) -> None:
     """Refuse what `load_lora` would with this config; of the transformer, shapes are enough.
 
     Raises:
         LoraFileError, ConfigError: as there.
     """
     path = find_lora(source)
-    _check_config(transformer, fitting_layers(transformer, path, pipeline_class), path, config)
+    _check_config(transformer, fitting_layers(transformer, path, naming), path, config)
 
 
-def fitting_layers(transformer: nn.Module, path: Path, pipeline_class: type[Any]) -> dict[str, Layer]:
+def fitting_layers(transformer: nn.Module, path: Path, naming: Naming) -> dict[str, Layer]:
     """The layers of a LoRA file, by module name, for a transformer whose weights are not read.
 
     Raises:
         LoraFileError: the file is broken or does not fit this transformer.
     """
     linear = linear_modules(transformer)
-    layers, _ = read_lora(path, pipeline_class, linear)
+    layers, _ = read_lora(path, naming, linear)
     unknown = [name for name in layers if name not in linear]
     if unknown:
         raise LoraFileError(unmatched_message(path, unknown, len(layers)))
@@ -150,7 +149,7 @@ def fitting_layers(transformer: nn.Module, path: Path, pipeline_class: type[Any]
     return layers
 
 
-def export_lora(source: Path, destination: Path, dialect: Dialect, pipeline_class: type[Any]) -> None:
+def export_lora(source: Path, destination: Path, dialect: Dialect, naming: Naming) -> None:
     """Write a LoRA file again in another dialect; what is written is read back and must change the weights alike.
 
     Metadata is kept, except diffusers' own entry in other dialects: diffusers would apply its alpha a second time.
@@ -162,16 +161,16 @@ def export_lora(source: Path, destination: Path, dialect: Dialect, pipeline_clas
         raise ValueError(f"{destination}: a LoRA is exported to a file that ends in .safetensors")
     path = find_lora(source)
     destination.parent.mkdir(parents=True, exist_ok=True)
-    layers, metadata = read_lora(path, pipeline_class)
-    family, asked = metadata.get("qif.family"), family_of_pipeline(pipeline_class.__name__)
+    layers, metadata = read_lora(path, naming)
+    family, asked = metadata.get("qif.family"), family_of_pipeline(naming.pipeline.__name__)
     if family not in (None, asked):  # modules may be called alike, and would get the other model's names unnoticed
         raise LoraFileError(f"{path} is a LoRA of {family}, not of {asked}: export it with --family {family}")
     about = {key: value for key, value in metadata.items() if key != ADAPTER_METADATA} | network_metadata(layers)
     if dialect == "diffusers":
         about[ADAPTER_METADATA] = adapter_json(layers, exactly(layers))
     with staged_file(destination) as partial:
-        _write(partial, write_state(layers, native_names(pipeline_class), dialect), about)
-        again, _ = read_lora(partial, pipeline_class, modules=list(layers))
+        _write(partial, write_state(layers, naming.native, dialect), about)
+        again, _ = read_lora(partial, naming, modules=list(layers))
         _check_same(layers, again, destination)
 
 

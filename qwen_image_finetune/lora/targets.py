@@ -10,6 +10,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from qwen_image_finetune.config import ConfigError
+from qwen_image_finetune.lora.names import USUAL_TARGETS
 
 
 def lora_layers(transformer: nn.Module, adapter_name: str | None = None) -> Iterator[tuple[str, LoraLayer]]:
@@ -26,8 +27,10 @@ def linear_modules(transformer: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in modules.items() if isinstance(module, nn.Linear | LoraLayer)}
 
 
-def target_modules(transformer: nn.Module, targets: list[str] | str) -> list[str]:
+def target_modules(transformer: nn.Module, targets: list[str] | str | None) -> list[str]:
     """Names of the linear modules that `targets` means: endings, one expression over whole names, or "all-linear".
+
+    None is the usual four; a run has its family's own written out before (`families.with_targets`).
 
     Raises:
         ConfigError: a target matches nothing, or something that is not a linear layer.
@@ -36,7 +39,7 @@ def target_modules(transformer: nn.Module, targets: list[str] | str) -> list[str
     if isinstance(targets, str) and targets.lower() == "all-linear":
         return list(linear)
     expression = isinstance(targets, str)
-    wanted = [targets] if isinstance(targets, str) else targets
+    wanted = [targets] if isinstance(targets, str) else targets or USUAL_TARGETS
     inside = tuple(f"{name}." for name, _ in lora_layers(transformer))
     others = [n for n, _ in transformer.named_modules() if n and n not in linear and not n.startswith(inside)]
     matched: set[str] = set()

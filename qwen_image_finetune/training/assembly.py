@@ -101,7 +101,7 @@ def assemble(job: Job, start_from_lora: bool) -> Learner:
     job.say(f"attention: {attention_of(transformer)}")
     lora = config.model.lora
     if lora and lora.pretrained_weight and start_from_lora:
-        lora_files.load_lora(transformer, lora.pretrained_weight, job.family.pipeline, lora)
+        lora_files.load_lora(transformer, lora.pretrained_weight, job.family.naming, lora)
     _place(job, transformer)
     transformer.train()
 

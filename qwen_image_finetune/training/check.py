@@ -17,7 +17,7 @@ from qwen_image_finetune.config import (
     no_folder,
     resolve_family,
 )
-from qwen_image_finetune.families import get_family
+from qwen_image_finetune.families import get_family, with_targets
 from qwen_image_finetune.levers.stored_precision import base_precision, local_checkpoint
 from qwen_image_finetune.lora.header import LoraFileError, read_metadata
 from qwen_image_finetune.lora.sources import find_lora
@@ -82,13 +82,13 @@ def check_transformer(config: Config, family: Family, checkpoint: Path) -> None:
     from qwen_image_finetune.lora.files import check_lora
     from qwen_image_finetune.lora.targets import target_modules
 
-    lora = config.model.lora
+    lora = with_targets(config, family).model.lora
     transformer = loading.empty_transformer(family, checkpoint, torch.bfloat16)
     check_tensors(transformer, checkpoint / "transformer")
     if lora is not None:
         target_modules(transformer, lora.target_modules)
         if lora.pretrained_weight is not None and config.train.resume_from_checkpoint is None:
-            check_lora(transformer, lora.pretrained_weight, family.pipeline, lora)
+            check_lora(transformer, lora.pretrained_weight, family.naming, lora)
 
 
 def _check_checkpoint(config: Config, checkpoint: Path) -> None:

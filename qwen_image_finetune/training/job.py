@@ -14,7 +14,7 @@ from qwen_image_finetune.data.batches import Batches
 from qwen_image_finetune.data.dataset import ImageDataset
 from qwen_image_finetune.encoding.cache import EncodedDataset
 from qwen_image_finetune.encoding.pairs import encoded, open_pairs
-from qwen_image_finetune.families import get_family
+from qwen_image_finetune.families import get_family, with_targets
 from qwen_image_finetune.families.base import Family
 from qwen_image_finetune.fitting.plan import card_memory, settled
 from qwen_image_finetune.levers import parallel
@@ -67,6 +67,7 @@ def open_job(config: Config) -> Job:
     team = build_team(accelerator)
     parallel.check(sharding, config, team.size)
     family = get_family(resolve_family(config, download=True)[0])
+    config = with_targets(config, family)
     check_sharing(config, team.size, shared=sharding is not None)
 
     pairs = open_pairs(config, family)

@@ -42,7 +42,8 @@ class Objective:
         """Timestep shift of a target latent: the model's own for its number of tokens, or the configured constant."""
         if self.train.sigma_shift != "model":
             return float(self.train.sigma_shift)
-        mu = self.family.mu(self.family.tokens(latent_shape), self.scheduler_config)
+        tokens, steps = self.family.tokens(latent_shape), self.family.num_inference_steps
+        mu = self.family.mu(tokens, self.scheduler_config, steps)
         return flow.shift_factor(mu, self.scheduler_config)
 
     def weight(self, batch: Batch) -> Tensor | None:

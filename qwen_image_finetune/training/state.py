@@ -16,6 +16,7 @@ from qwen_image_finetune.config import ConfigError
 from qwen_image_finetune.config.tree import ABSENT, find, shown
 from qwen_image_finetune.disk import checkpoint
 from qwen_image_finetune.levers import parallel
+from qwen_image_finetune.loading import pipeline_config
 from qwen_image_finetune.lora.metadata import run_metadata
 from qwen_image_finetune.training import trained
 from qwen_image_finetune.training.assembly import Learner
@@ -149,7 +150,7 @@ class State:
     def metadata(self, step: int) -> dict[str, str]:
         """What the weights file of a step says about itself."""
         train, family = self.job.config.train, self.job.family
-        sampling = {"num_inference_steps": family.num_inference_steps, "guidance_scale": family.guidance_scale}
+        sampling = family.defaults(pipeline_config(self.job.folder))._asdict()
         return {
             **run_metadata(self.job.config, step),
             "qif.family": family.name,

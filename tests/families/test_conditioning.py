@@ -6,28 +6,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, QwenImagePipeline
-from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 from qwen_image_finetune import loading
 from qwen_image_finetune.config import Config
 from qwen_image_finetune.data.dataset import ImageDataset
-from qwen_image_finetune.data.images import resize
+from qwen_image_finetune.data.images import fitted
 from qwen_image_finetune.drawing.predict import Predictor, draw_noise
 from qwen_image_finetune.encoding.cache import EncodedDataset, fill
 from qwen_image_finetune.families import FAMILIES, get_family
-from qwen_image_finetune.families.base import Family, pack, unpack
+from qwen_image_finetune.families.base import Family, Reference, pack, unpack
 from qwen_image_finetune.families.flux_kontext import image_ids
 from qwen_image_finetune.records import Encoded, collate
 
 AREA = 128 * 96
 PROMPT = "turn it into a sketch"
+GUIDANCE = 2.5
 FAMILY_NAMES = sorted(FAMILIES)
 
 
@@ -72,23 +71,16 @@ def calls_of(transformer: torch.nn.Module) -> Iterator[list[dict[str, Any]]]:
 
 
 def run_pipeline(
-    family: Family, pipe: DiffusionPipeline, image: Any, width: int, height: int, steps: int = 3, **kwargs: Any
+    family: Family,
+    pipe: DiffusionPipeline,
+    images: list[Image.Image],
+    width: int,
+    height: int,
+    steps: int = 3,
+    guidance: float = GUIDANCE,
 ) -> Image.Image:
-    """The pipeline's picture, with its hard-coded megapixel set to the test's area."""
-    common = dict(
-        prompt=PROMPT, width=width, height=height, num_inference_steps=steps, generator=torch.Generator().manual_seed(7)
-    )
-    if family.name == "FluxKontext":
-        reference = image.resize(family.size(*image.size, AREA), Image.Resampling.LANCZOS)
-        length = pipe.tokenizer_2.model_max_length  # that of the full-size checkpoint is the pipeline's default, 512
-        sizes = dict(max_area=width * height, _auto_resize=False, max_sequence_length=length)
-        return pipe(image=reference, **sizes, **common, **kwargs).images[0]
-    if family.name == "QwenImageEditPlus":
-        with patch.object(pipeline_qwenimage_edit_plus, "VAE_IMAGE_SIZE", AREA):
-            return pipe(image=image, **common, **kwargs).images[0]
-    original = pipeline_qwenimage_edit.calculate_dimensions
-    with patch.object(pipeline_qwenimage_edit, "calculate_dimensions", lambda area, ratio: original(AREA, ratio)):
-        return pipe(image=image, **common, **kwargs).images[0]
+    """The pipeline's picture, with the references at the test's area."""
+    return family.oracle(pipe, PROMPT, images, (width, height), steps=steps, guidance=guidance, seed=7, area=AREA)
 
 
 def assert_same_calls(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
@@ -102,10 +94,6 @@ def assert_same_calls(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) 
                 assert given == expected, name
 
 
-def options(family: Family) -> dict[str, Any]:
-    return {"guidance_scale": 2.5} if family.name == "FluxKontext" else {"negative_prompt": " ", "true_cfg_scale": 4.0}
-
-
 @pytest.mark.parametrize(
     "image_size,output", [((128, 96), (128, 96)), ((150, 210), (96, 128)), ((300, 100), (160, 96))]
 )
@@ -114,11 +102,10 @@ def test_prediction_equals_the_pipeline_pixel_for_pixel(
 ) -> None:
     image = picture(*image_size)
     width, height = output
-    scale = 2.5 if family.name == "FluxKontext" else 4.0
     with calls_of(pipe.transformer) as theirs:
-        expected = run_pipeline(family, pipe, image, width, height, **options(family))
+        expected = run_pipeline(family, pipe, [image], width, height)
     with calls_of(pipe.transformer) as ours:
-        drawn = predictor.predict(image, PROMPT, 3, guidance_scale=scale, width=width, height=height, seed=7)
+        drawn = predictor.predict(image, PROMPT, 3, guidance_scale=GUIDANCE, width=width, height=height, seed=7)
     assert_same_calls(ours, theirs)
     assert np.array_equal(np.asarray(drawn[0]), np.asarray(expected))
     assert np.asarray(expected).std() > 1, "a constant picture proves nothing"
@@ -142,25 +129,36 @@ def test_training_feeds_what_the_pipeline_feeds(
     )
     # An area that no side of resolution**2 gives: the pipeline of the test is set to it.
     dataset = ImageDataset(
-        config.data.init_args, lambda w, h, area: family.size(w, h, AREA), family.side_multiple, family.max_references
-    )
+        config.data.init_args, lambda w, h, area: family.size(w, h, AREA), family.side_multiple, family.max_references,
+        crops=family.crops,
+    )  # fmt: skip
     rows = EncodedDataset(config, family, dataset, Path(pipe.config._name_or_path), torch.float32)
     fill(rows, rows.missing(), {"default": torch.device("cpu")}, shown=False)
     batch = collate([rows.read(0)])
 
     width, height = family.size(*image_size, AREA)
     with calls_of(pipe.transformer) as theirs:
-        run_pipeline(family, pipe, picture(*image_size, seed=1), width, height, steps=2, **options(family))
-    guidance = 2.5 if family.name == "FluxKontext" else None
+        run_pipeline(family, pipe, [picture(*image_size, seed=1)], width, height, steps=2)
+    guidance = GUIDANCE if family.distilled_guidance(pipe.transformer.config) else None
     noise = draw_noise(batch.target.shape[1:], [7], torch.float32, torch.device("cpu"))
     with calls_of(pipe.transformer) as ours, torch.no_grad():
         family.velocity(pipe.transformer, noise, torch.ones(1), batch, guidance)
     assert_same_calls(ours, theirs[:1])
 
-    own_latent = family.encode_image(pipe, resize(picture(*image_size, seed=2), (width, height)))
+    own_latent = family.encode_image(pipe, fitted(picture(*image_size, seed=2), (width, height), family.crops))
     assert torch.equal(batch.target[0], own_latent)
-    assert torch.equal(pack(batch.target), pipe._pack_latents(batch.target, 1, 16, height // 8, width // 8))
-    assert torch.equal(unpack(pack(batch.target), height // 8, width // 8), batch.target)
+    shape = family.latent_shape(width, height, pipe.transformer.config)
+    assert batch.target.shape[1:] == shape
+    assert ours[0]["hidden_states"].shape[1] == 2 * family.tokens(shape)  # target and a reference of its size
+    for name, tensor in batch.text.items():
+        assert tensor.shape[1:] == family.text_shape(name, tensor.shape[1], pipe.transformer.config)
+
+
+@pytest.mark.parametrize("name", ["FluxKontext", "QwenImageEdit"])
+def test_packing_is_that_of_the_pipeline(name: str) -> None:
+    latents = torch.randn(1, 16, 12, 20, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(pack(latents), get_family(name).pipeline._pack_latents(latents, 1, 16, 12, 20))
+    assert torch.equal(unpack(pack(latents), 12, 20), latents)
 
 
 def test_the_target_latent_decodes_to_the_target(family: Family, pipe: DiffusionPipeline) -> None:
@@ -182,25 +180,17 @@ def test_without_references_the_prompt_alone_decides(
     family: Family, pipe: DiffusionPipeline, predictor: Predictor
 ) -> None:
     drawn = predictor.predict(None, PROMPT, 3, guidance_scale=4.0, width=96, height=96, seed=7)
-    common = dict(width=96, height=96, num_inference_steps=3, generator=torch.Generator().manual_seed(7))
     if family.name == "QwenImageEditPlus":
         pytest.skip("the pipeline cannot draw without a reference")
-    if family.name == "FluxKontext":
-        length = pipe.tokenizer_2.model_max_length
-        expected = pipe(prompt=PROMPT, guidance_scale=4.0, max_area=96 * 96, max_sequence_length=length, **common)
-    else:
-        parts = ("scheduler", "vae", "text_encoder", "tokenizer", "transformer")
-        text_only = QwenImagePipeline(**{name: pipe.components[name] for name in parts})
-        text_only.set_progress_bar_config(disable=True)
-        expected = text_only(prompt=PROMPT, negative_prompt=" ", true_cfg_scale=4.0, **common)
-    assert np.array_equal(np.asarray(drawn[0]), np.asarray(expected.images[0]))
+    expected = run_pipeline(family, pipe, [], 96, 96, guidance=4.0)
+    assert np.array_equal(np.asarray(drawn[0]), np.asarray(expected))
 
 
 def test_tokens_of_a_prompt_are_told_beforehand(family: Family, pipe: DiffusionPipeline) -> None:
     """All but the words of the prompt; the tiny processors see small pictures as the real ones do."""
     lengths, told = [], []
     for size in ((112, 112), (224, 160)):
-        text = family.encode_text(pipe, "remove the hat", [picture(*size, seed=1)], [size])
+        text = family.encode_text(pipe, "remove the hat", [Reference(picture(*size, seed=1), size)])
         lengths.append(len(text["prompt_embeds"]))
         told.append(family.text_tokens([size]))
     if family.name == "QwenImageEdit":
@@ -214,19 +204,20 @@ def test_tokens_of_a_prompt_are_told_beforehand(family: Family, pipe: DiffusionP
 def test_padding_is_masked_and_changes_nothing(family: Family, pipe: DiffusionPipeline) -> None:
     """A batch of two rows whose texts differ in length predicts what each row predicts alone."""
     generator = torch.Generator().manual_seed(0)
+    shape = family.latent_shape(96, 96, pipe.transformer.config)
     rows = []
     for place, prompt in enumerate(("remove the hat", "make the background red and keep everything else as it is")):
         reference = picture(96, 96, seed=place)
         rows.append(
             Encoded(
                 key=prompt,
-                target=torch.randn(16, 12, 12, generator=generator),
+                target=torch.randn(shape, generator=generator),
                 references=(family.encode_image(pipe, reference),),
-                text=family.encode_text(pipe, prompt, [reference], [(96, 96)]),
+                text=family.encode_text(pipe, prompt, [Reference(reference, (96, 96))]),
             )
         )
     both = collate(rows)
-    noisy, timestep = torch.randn(2, 16, 12, 12, generator=generator), torch.tensor([0.3, 0.8])
+    noisy, timestep = torch.randn(2, *shape, generator=generator), torch.tensor([0.3, 0.8])
     guidance = 1.0 if family.distilled_guidance(pipe.transformer.config) else None
     with torch.no_grad():
         together = family.velocity(pipe.transformer, noisy, timestep, both, guidance)
@@ -235,11 +226,9 @@ def test_padding_is_masked_and_changes_nothing(family: Family, pipe: DiffusionPi
             alone = family.velocity(pipe.transformer, noisy[one], timestep[one], collate([row]), guidance)
             assert torch.allclose(together[one], alone, atol=2e-5)
     if family.text_sees_references:
-        assert both.text_mask is not None and both.text_mask.sum(dim=1).tolist() == [
-            len(r.text["prompt_embeds"]) for r in rows
-        ]
+        assert both.text_masks["prompt_embeds"].sum(dim=1).tolist() == [len(r.text["prompt_embeds"]) for r in rows]
     else:
-        assert both.text_mask is None
+        assert not both.text_masks
 
 
 def test_two_references_equal_the_pipeline(tiny_checkpoints: dict[str, Path]) -> None:
@@ -250,9 +239,9 @@ def test_two_references_equal_the_pipeline(tiny_checkpoints: dict[str, Path]) ->
     predictor = Predictor(family, pipe, pipe.transformer, scheduler, AREA)
     images = [picture(128, 96, seed=1), picture(90, 200, seed=2)]
     with calls_of(pipe.transformer) as theirs:
-        expected = run_pipeline(family, pipe, images, 64, 160, **options(family))
+        expected = run_pipeline(family, pipe, images, 64, 160)
     with calls_of(pipe.transformer) as ours:
-        drawn = predictor.predict(images, PROMPT, 3, guidance_scale=4.0, width=64, height=160, seed=7)
+        drawn = predictor.predict(images, PROMPT, 3, guidance_scale=GUIDANCE, width=64, height=160, seed=7)
     assert_same_calls(ours, theirs)
     assert np.array_equal(np.asarray(drawn[0]), np.asarray(expected))
 

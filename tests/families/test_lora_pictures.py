@@ -13,7 +13,7 @@ from qwen_image_finetune.drawing.predict import Predictor
 from qwen_image_finetune.families import FAMILIES, get_family
 from qwen_image_finetune.lora import adapters
 from qwen_image_finetune.lora import files as lora_files
-from tests.families.test_conditioning import AREA, PROMPT, options, picture, run_pipeline
+from tests.families.test_conditioning import AREA, GUIDANCE, PROMPT, picture, run_pipeline
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
@@ -25,10 +25,10 @@ def test_the_pipeline_draws_our_picture_with_our_file(
     family, folder = get_family(name), tiny_checkpoints[name]
     pipe = family.pipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
-    without = run_pipeline(family, pipe, picture(128, 96), 128, 96, **options(family))
+    without = run_pipeline(family, pipe, [picture(128, 96)], 128, 96)
 
     # A LoRA that does something, written as training writes it
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=list(family.adapter_targets))
     trained = family.transformer.from_pretrained(folder, subfolder="transformer")
     adapters.add_adapter(trained, config, seed=0)
     generator = torch.Generator().manual_seed(1)
@@ -39,13 +39,12 @@ def test_the_pipeline_draws_our_picture_with_our_file(
     lora_files.save_lora(tmp_path / "pytorch_lora_weights.safetensors", trained, config, {})
 
     transformer = family.transformer.from_pretrained(folder, subfolder="transformer")
-    lora_files.load_lora(transformer, tmp_path, family.pipeline)
+    lora_files.load_lora(transformer, tmp_path, family.naming)
     predictor = Predictor(family, pipe, transformer, loading.load_scheduler(folder), AREA)
-    scale = 2.5 if name == "FluxKontext" else 4.0
-    ours = predictor.predict(picture(128, 96), PROMPT, 3, guidance_scale=scale, width=128, height=96, seed=7)[0]
+    ours = predictor.predict(picture(128, 96), PROMPT, 3, guidance_scale=GUIDANCE, width=128, height=96, seed=7)[0]
 
     pipe.load_lora_weights(tmp_path)
-    theirs = run_pipeline(family, pipe, picture(128, 96), 128, 96, **options(family))
+    theirs = run_pipeline(family, pipe, [picture(128, 96)], 128, 96)
     assert np.array_equal(np.asarray(ours), np.asarray(theirs))
     assert not np.array_equal(np.asarray(theirs), np.asarray(without)), "the LoRA must show"
 
@@ -58,7 +57,7 @@ def test_in_bfloat16_too(name: str, tiny_checkpoints: dict[str, Path], tmp_path:
 
     family, folder = get_family(name), tiny_checkpoints[name]
     trained = family.transformer.from_pretrained(folder, subfolder="transformer")
-    config = LoraConfig(r=4, lora_alpha=8)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=list(family.adapter_targets))
     adapters.add_adapter(trained, config, seed=0)
     for parameter in trained.parameters():
         if parameter.requires_grad:
@@ -70,11 +69,10 @@ def test_in_bfloat16_too(name: str, tiny_checkpoints: dict[str, Path], tmp_path:
     trainer.setup_predict()
     assert trainer._predictor is not None
     trainer._predictor.area = AREA
-    scale = 2.5 if name == "FluxKontext" else 4.0
-    ours = trainer.predict(picture(128, 96), PROMPT, 3, guidance_scale=scale, width=128, height=96, seed=7)[0]
+    ours = trainer.predict(picture(128, 96), PROMPT, 3, guidance_scale=GUIDANCE, width=128, height=96, seed=7)[0]
 
     pipe = family.pipeline.from_pretrained(folder, dtype=torch.bfloat16)
     pipe.set_progress_bar_config(disable=True)
     pipe.load_lora_weights(tmp_path)
-    theirs = run_pipeline(family, pipe, picture(128, 96), 128, 96, **options(family))
+    theirs = run_pipeline(family, pipe, [picture(128, 96)], 128, 96)
     assert np.array_equal(np.asarray(ours), np.asarray(theirs))

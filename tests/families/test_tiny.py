@@ -26,8 +26,7 @@ from diffusers import (
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 from PIL import Image
 
-from qwen_image_finetune.families import tiny
-from qwen_image_finetune.families.tiny import tiny_flux_kontext, tiny_qwen_image_edit
+from qwen_image_finetune.families import FAMILIES, get_family, tiny
 from qwen_image_finetune.families.tiny_tokenizers import (
     QWEN_SPECIAL_TOKENS,
     clip_tokenizer,
@@ -36,16 +35,11 @@ from qwen_image_finetune.families.tiny_tokenizers import (
 )
 
 WIDTH, HEIGHT = 128, 96
-
-
-def tiny_qwen_image_edit_plus(folder: Path) -> None:
-    tiny_qwen_image_edit(folder, cls=QwenImageEditPlusPipeline, zero_cond_t=True)
+KONTEXT = get_family("FluxKontext")
 
 
 WRITERS: dict[type[DiffusionPipeline], Callable[[Path], None]] = {
-    FluxKontextPipeline: tiny_flux_kontext,
-    QwenImageEditPipeline: tiny_qwen_image_edit,
-    QwenImageEditPlusPipeline: tiny_qwen_image_edit_plus,
+    get_family(name).pipeline: get_family(name).tiny for name in FAMILIES
 }
 
 
@@ -114,13 +108,11 @@ def difference(one: torch.Tensor, other: torch.Tensor) -> float:
 def test_another_process_writes_the_same_bytes(tmp_path: Path) -> None:
     """Hash tables and thread counts differ between processes; neither may reach the files."""
     script = (
-        "import sys, pathlib, torch, diffusers\n"
-        "from qwen_image_finetune.families.tiny import tiny_flux_kontext, tiny_qwen_image_edit\n"
+        "import sys, pathlib, torch\n"
+        "from qwen_image_finetune.families import FAMILIES, get_family\n"
         "torch.manual_seed(123)\n"
-        "folder = pathlib.Path(sys.argv[1])\n"
-        "tiny_qwen_image_edit(folder / 'QwenImageEditPlusPipeline', diffusers.QwenImageEditPlusPipeline, True)\n"
-        "tiny_qwen_image_edit(folder / 'QwenImageEditPipeline')\n"
-        "tiny_flux_kontext(folder / 'FluxKontextPipeline')\n"
+        "for family in map(get_family, FAMILIES):\n"
+        "    family.tiny(pathlib.Path(sys.argv[1]) / family.pipeline.__name__)\n"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "2", "RAYON_NUM_THREADS": "1", "PYTHONHASHSEED": "7"}
     environment["PYTHONPATH"] = str(Path(tiny.__file__).parents[2])
@@ -134,7 +126,7 @@ def test_another_process_writes_the_same_bytes(tmp_path: Path) -> None:
 
 def test_the_global_random_state_stays(tmp_path: Path) -> None:
     before = torch.random.get_rng_state()
-    tiny_flux_kontext(tmp_path / "checkpoint")
+    KONTEXT.tiny(tmp_path / "checkpoint")
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
@@ -147,10 +139,10 @@ def test_a_complete_checkpoint_is_left_alone(checkpoint: Path) -> None:
 def test_an_older_version_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "checkpoint"
     monkeypatch.setattr(tiny, "VERSION", tiny.VERSION - 1)
-    tiny_flux_kontext(folder)
+    KONTEXT.tiny(folder)
     (folder / "left_over").touch()
     monkeypatch.undo()
-    tiny_flux_kontext(folder)
+    KONTEXT.tiny(folder)
     assert json.loads((folder / tiny.MARKER).read_text())["version"] == tiny.VERSION
     assert not (folder / "left_over").exists()
     assert list(tmp_path.iterdir()) == [folder]
@@ -159,7 +151,7 @@ def test_an_older_version_is_replaced(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_files_of_others_are_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text("{}")
     with pytest.raises(FileExistsError, match="no tiny checkpoint"):
-        tiny_flux_kontext(tmp_path)
+        KONTEXT.tiny(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["model_index.json"]
 
 
@@ -169,7 +161,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(FluxKontextPipeline, "save_pretrained", fail)
     with pytest.raises(OSError, match="disk full"):
-        tiny_flux_kontext(tmp_path / "checkpoint")
+        KONTEXT.tiny(tmp_path / "checkpoint")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -196,7 +188,7 @@ def test_every_weight_is_loaded(checkpoint: Path) -> None:
 
 
 def test_kontext_components(tmp_path: Path) -> None:
-    tiny_flux_kontext(tmp_path / "checkpoint")
+    KONTEXT.tiny(tmp_path / "checkpoint")
     index = json.loads((tmp_path / "checkpoint" / "model_index.json").read_text())
     assert index["_class_name"] == "FluxKontextPipeline"
     assert index["tokenizer"] == ["transformers", "CLIPTokenizer"]
@@ -209,7 +201,7 @@ def test_kontext_components(tmp_path: Path) -> None:
 
 
 def test_qwen_components(tmp_path: Path) -> None:
-    tiny_qwen_image_edit_plus(tmp_path / "checkpoint")
+    get_family("QwenImageEditPlus").tiny(tmp_path / "checkpoint")
     pipe = QwenImageEditPlusPipeline.from_pretrained(tmp_path / "checkpoint")
     assert isinstance(pipe.processor, transformers.Qwen2VLProcessor)
     assert isinstance(pipe.text_encoder, transformers.Qwen2_5_VLForConditionalGeneration)

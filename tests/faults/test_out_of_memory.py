@@ -14,8 +14,8 @@ PHASES = {
     "encoding": ("store:Store.write", 3, "encoding the data set", 0),
     "loading": ("loading:load_transformer", 1, "loading the transformer", 0),
     "forward": ("flow:loss", 7, "training", 6),
-    "saving": ("train:State.snapshot", 2, "training", 2),
-    "drawing": ("predict:Predictor.sample", 3, "drawing samples", 6),  # the base is drawn first
+    "saving": ("training.train:State.snapshot", 2, "training", 2),
+    "drawing": ("drawing.predict:Predictor.sample", 3, "drawing samples", 6),  # the base is drawn first
 }
 ORDER = ("same ", "round", "less detail", "less is learnt")  # what a change costs, least first
 

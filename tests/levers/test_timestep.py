@@ -9,24 +9,23 @@ import pytest
 import torch
 
 from qwen_image_finetune.families import FAMILIES, get_family
+from qwen_image_finetune.fitting.footprint import stand_in
 from qwen_image_finetune.levers.timestep import keep_timestep_exact
 from qwen_image_finetune.records import Batch
 
 
 def predicted(family: Any, transformer: Any, timestep: float) -> torch.Tensor:
-    dtype = transformer.dtype
     generator = torch.Generator().manual_seed(0)
+    empty = stand_in(family, transformer.config, [(64, 64), (96, 64)], rows=1, text_tokens=5)
 
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).to(dtype)
+    def drawn(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.randn(tensor.shape, generator=generator).to(transformer.dtype)
 
-    text = {"prompt_embeds": draw(1, 5, transformer.config.joint_attention_dim)}
-    if family.name == "FluxKontext":
-        text["pooled_prompt_embeds"] = draw(1, transformer.config.pooled_projection_dim)
-    batch = Batch(("a",), draw(1, 16, 4, 4), (draw(1, 16, 4, 6),), text)
+    text = {name: drawn(tensor) for name, tensor in empty.text.items()}
+    batch = Batch(("a",), drawn(empty.target), tuple(drawn(reference) for reference in empty.references), text)
     guidance = 1.0 if family.distilled_guidance(transformer.config) else None
     with torch.no_grad():
-        return family.velocity(transformer, draw(1, 16, 4, 4), torch.tensor([timestep]), batch, guidance).float()
+        return family.velocity(transformer, batch.target, torch.tensor([timestep]), batch, guidance).float()
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))

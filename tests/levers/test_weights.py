@@ -65,6 +65,9 @@ def test_equals_from_pretrained(family: str, dtype: torch.dtype, tmp_path: Path)
     ours, reference = loaded.state_dict(), theirs.state_dict()
     assert list(ours) == list(reference)
     assert all(torch.equal(ours[key], reference[key]) and ours[key].dtype == dtype for key in ours)
+    for model in (loaded, theirs):  # views of files lie anywhere, and some processors round by where a matrix begins
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
     assert torch.equal(run(loaded), run(theirs))
     assert report is None
     assert dict(loaded.config).keys() | {"_name_or_path"} == dict(theirs.config).keys() | {"_name_or_path"}

@@ -9,13 +9,14 @@ import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
-from tiny_transformers import disturb, forward, run, tiny_transformer
 from torch import nn
 
 from qwen_image_finetune.config import Config, ConfigError, LoraConfig
 from qwen_image_finetune.levers import prepare
 from qwen_image_finetune.lora import adapters
 from qwen_image_finetune.lora.targets import endings, target_modules
+from qwen_image_finetune.training.trained import restore
+from tests.levers.tiny_transformers import disturb, forward, run, tiny_transformer
 
 FAMILIES = ["flux", "qwen"]
 DECOMPOSED = ["pissa", "pissa_niter_4", "olora"]
@@ -153,7 +154,7 @@ def test_a_resumed_adapter_is_the_same_to_the_last_bit(init: bool | str) -> None
     model = adapted(init_lora_weights=init)
     disturb(model)
     other = adapted(seed=8, init_lora_weights=init)
-    adapters.restore(adapters.trainable_state(other), state(model))
+    restore(adapters.trainable_state(other), state(model))
     assert equal(state(other), state(model))
     assert torch.equal(run(other), run(model))
 
@@ -166,9 +167,9 @@ def test_the_state_has_the_keys_of_peft() -> None:
 def test_a_state_that_does_not_fit_is_refused() -> None:
     model = adapted()
     with pytest.raises(ConfigError, match=r"2 are missing.*0 are unknown"):
-        adapters.restore(state(model), dict(list(state(model).items())[2:]))
+        restore(state(model), dict(list(state(model).items())[2:]))
     with pytest.raises(ConfigError, match=r"is \(6, 32\), not \(4, 32\)"):
-        adapters.restore(state(model), state(adapted(r=6)))
+        restore(state(model), state(adapted(r=6)))
 
 
 def test_full_fine_tuning_trains_every_weight_in_float32() -> None:

@@ -19,20 +19,23 @@ from peft.utils import get_peft_model_state_dict
 from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_transformers import PIPELINES, disturb, run, tiny_transformer
 from torch import Tensor
 
 from qwen_image_finetune.config import Config, ConfigError, LoraConfig
 from qwen_image_finetune.disk.files import clean_leftovers
 from qwen_image_finetune.disk.runs import LORA_WEIGHTS
+from qwen_image_finetune.families import get_family
 from qwen_image_finetune.lora import adapters
 from qwen_image_finetune.lora import files as lora_files
 from qwen_image_finetune.lora.files import export_lora, load_lora, read_lora, save_lora
 from qwen_image_finetune.lora.header import LoraFileError, adapter_metadata
 from qwen_image_finetune.lora.metadata import run_metadata
 from qwen_image_finetune.lora.targets import endings
+from tests.levers.tiny_transformers import PIPELINES, disturb, run, tiny_transformer
 
 FAMILIES = ["flux", "qwen"]
+FLUX, QWEN = (get_family(name).naming for name in ("FluxKontext", "QwenImageEdit"))
+NAMINGS = {"flux": FLUX, "qwen": QWEN}
 EVERY_ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 
 
@@ -179,7 +182,7 @@ def test_a_snapshot_can_be_saved_in_place_of_the_weights(tmp_path: Path) -> None
     snapshot = {name: tensor.clone() for name, tensor in adapters.trainable_state(model).items()}
     disturb(model, seed=6)
     save_lora(tmp_path / LORA_WEIGHTS, model, config(init_lora_weights="pissa"), {}, snapshot)
-    layers, _ = read_lora(tmp_path / LORA_WEIGHTS, FluxKontextPipeline)
+    layers, _ = read_lora(tmp_path / LORA_WEIGHTS, FLUX)
     for name, layer in layers.items():
         torch.testing.assert_close(layer.delta(), expected[name])
 
@@ -196,9 +199,9 @@ def test_every_dialect_changes_the_weights_alike(
 ) -> None:
     model, source = saved(tmp_path, family, target_modules=targets, init_lora_weights=init)
     exported = tmp_path / "new folder" / "exported.safetensors"
-    export_lora(source, exported, dialect, PIPELINES[family])
+    export_lora(source, exported, dialect, NAMINGS[family])
     other = tiny_transformer(family)
-    load_lora(other, exported, PIPELINES[family])
+    load_lora(other, exported, NAMINGS[family])
     expected, actual = deltas(model), deltas(other)
     assert actual.keys() == expected.keys()
     for name in expected:
@@ -223,7 +226,7 @@ def test_diffusers_reads_exported_files(
     with torch.no_grad():
         expected = pipe.transformer(**inputs)[0]
     save_lora(tmp_path / LORA_WEIGHTS, pipe.transformer, fields, {})
-    export_lora(tmp_path / LORA_WEIGHTS, tmp_path / "exported.safetensors", dialect, PIPELINES[name])
+    export_lora(tmp_path / LORA_WEIGHTS, tmp_path / "exported.safetensors", dialect, NAMINGS[name])
     fresh = PIPELINES[name].from_pretrained(request.getfixturevalue(f"{name}_folder"))
     warnings.clear()
     fresh.load_lora_weights(tmp_path / "exported.safetensors")
@@ -235,7 +238,7 @@ def test_diffusers_reads_exported_files(
 @pytest.mark.parametrize("dialect, down, up", [("comfy", "lora_A", "lora_B"), ("kohya", "lora_down", "lora_up")])
 def test_fused_matrices_hold_the_changes_of_their_parts(dialect: Any, down: str, up: str, tmp_path: Path) -> None:
     model, source = saved(tmp_path, "flux", target_modules="all-linear")
-    export_lora(source, tmp_path / "x.safetensors", dialect, FluxKontextPipeline)
+    export_lora(source, tmp_path / "x.safetensors", dialect, FLUX)
     state, parts = load_file(tmp_path / "x.safetensors"), deltas(model)
 
     def fused(module: str) -> Tensor:
@@ -262,7 +265,7 @@ def test_a_fused_matrix_trained_as_one_comes_apart_exactly(tmp_path: Path) -> No
     state |= random_factors("lora_unet_double_blocks_0_img_attn_qkv", 6, 32, 96, alpha=3.0)
     save_file(state, tmp_path / "x.safetensors")
     model = tiny_transformer("flux")
-    load_lora(model, tmp_path / "x.safetensors", FluxKontextPipeline)
+    load_lora(model, tmp_path / "x.safetensors", FLUX)
     change = deltas(model)
     single = [f"single_transformer_blocks.1.{name}" for name in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")]
     double = [f"transformer_blocks.0.attn.to_{letter}" for letter in "qkv"]
@@ -294,7 +297,7 @@ def test_alpha_beside_the_weights_is_obeyed(
     state = {key: tensor.to(dtype) for key, tensor in state.items()}
     save_file(state, tmp_path / "x.safetensors")
     model = tiny_transformer("qwen")
-    load_lora(model, tmp_path / "x.safetensors", QwenImageEditPipeline)
+    load_lora(model, tmp_path / "x.safetensors", QWEN)
     down, up = (
         state[f"lora_unet_transformer_blocks_0_attn_to_add_out.lora_{p}.weight"].float() for p in ("down", "up")
     )
@@ -309,7 +312,7 @@ def test_prefixes_of_other_trainers(prefix: str, family: str, tmp_path: Path) ->
              for key, tensor in load_file(source).items()}  # fmt: skip
     save_file(state, tmp_path / "x.safetensors")
     other = tiny_transformer(family)
-    load_lora(other, tmp_path / "x.safetensors", PIPELINES[family])
+    load_lora(other, tmp_path / "x.safetensors", NAMINGS[family])
     for name, delta in deltas(other).items():
         torch.testing.assert_close(delta, deltas(model)[name] / 4 / 1.5)  # no metadata: a scale of 1 instead of 6 / 4
 
@@ -319,16 +322,16 @@ def test_dialects_that_only_diffusers_knows(tmp_path: Path) -> None:
     state = {f"{key}.down.weight": torch.randn(4, 32), f"{key}.up.weight": torch.randn(32, 4)}
     save_file(state, tmp_path / "x.safetensors")
     model = tiny_transformer("flux")
-    load_lora(model, tmp_path / "x.safetensors", FluxKontextPipeline)
+    load_lora(model, tmp_path / "x.safetensors", FLUX)
     expected = {"transformer_blocks.1.attn.to_out.0": state[f"{key}.up.weight"] @ state[f"{key}.down.weight"]}
     torch.testing.assert_close(deltas(model), expected)
 
 
 def test_export_reads_kohya_files_too(tmp_path: Path) -> None:
     model, source = saved(tmp_path, "qwen")
-    export_lora(source, tmp_path / "kohya.safetensors", "kohya", QwenImageEditPipeline)
-    export_lora(tmp_path / "kohya.safetensors", tmp_path / "back.safetensors", "diffusers", QwenImageEditPipeline)
-    layers, _ = read_lora(tmp_path / "back.safetensors", QwenImageEditPipeline)
+    export_lora(source, tmp_path / "kohya.safetensors", "kohya", QWEN)
+    export_lora(tmp_path / "kohya.safetensors", tmp_path / "back.safetensors", "diffusers", QWEN)
+    layers, _ = read_lora(tmp_path / "back.safetensors", QWEN)
     for name, delta in deltas(model).items():
         torch.testing.assert_close(layers[name].delta(), delta)
 
@@ -336,12 +339,12 @@ def test_export_reads_kohya_files_too(tmp_path: Path) -> None:
 def test_an_export_keeps_what_the_file_says_about_itself(tmp_path: Path) -> None:
     model = trained("flux", target_modules=["to_q", "to_v"])
     save_lora(tmp_path / LORA_WEIGHTS, model, config(), {"ss_steps": "7"})
-    export_lora(tmp_path / LORA_WEIGHTS, tmp_path / "x.safetensors", "kohya", FluxKontextPipeline)
+    export_lora(tmp_path / LORA_WEIGHTS, tmp_path / "x.safetensors", "kohya", FLUX)
     about = metadata_of(tmp_path / "x.safetensors")
     assert about["ss_steps"] == "7"
     assert "lora_adapter_metadata" not in about  # diffusers would apply its alpha on top of the one beside the weights
     with pytest.raises(ValueError, match=r"ends in \.safetensors"):
-        export_lora(tmp_path / LORA_WEIGHTS, tmp_path / "x.pt", "kohya", FluxKontextPipeline)
+        export_lora(tmp_path / LORA_WEIGHTS, tmp_path / "x.pt", "kohya", FLUX)
 
 
 def test_an_export_for_another_family_is_refused(tmp_path: Path) -> None:
@@ -349,9 +352,9 @@ def test_an_export_for_another_family_is_refused(tmp_path: Path) -> None:
     model = trained("qwen")
     save_lora(tmp_path / LORA_WEIGHTS, model, config(), {"qif.family": "QwenImageEdit"})
     with pytest.raises(LoraFileError, match="is a LoRA of QwenImageEdit, not of FluxKontext: export"):
-        export_lora(tmp_path / LORA_WEIGHTS, tmp_path / "x.safetensors", "comfy", FluxKontextPipeline)
+        export_lora(tmp_path / LORA_WEIGHTS, tmp_path / "x.safetensors", "comfy", FLUX)
     assert not (tmp_path / "x.safetensors").exists()
-    export_lora(tmp_path / LORA_WEIGHTS, tmp_path / "x.safetensors", "comfy", QwenImageEditPipeline)
+    export_lora(tmp_path / LORA_WEIGHTS, tmp_path / "x.safetensors", "comfy", QWEN)
 
 
 def test_an_export_that_does_not_say_the_same_is_not_left_behind(tmp_path: Path) -> None:
@@ -360,7 +363,7 @@ def test_an_export_that_does_not_say_the_same_is_not_left_behind(tmp_path: Path)
     state[name] = torch.full_like(state[name], float("nan"))
     save_file(state, tmp_path / "nan.safetensors")
     with pytest.raises(LoraFileError, match="was not written"):
-        export_lora(tmp_path / "nan.safetensors", tmp_path / "x.safetensors", "comfy", FluxKontextPipeline)
+        export_lora(tmp_path / "nan.safetensors", tmp_path / "x.safetensors", "comfy", FLUX)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["nan.safetensors", LORA_WEIGHTS]
 
 
@@ -374,7 +377,7 @@ def test_a_killed_export_leaves_only_what_is_cleaned_up(tmp_path: Path, monkeypa
         shutil.copytree(out, tmp_path / "killed")
 
     monkeypatch.setattr(lora_files, "save_file", copy_what_lies_there)
-    export_lora(source, out / "x.safetensors", "comfy", FluxKontextPipeline)
+    export_lora(source, out / "x.safetensors", "comfy", FLUX)
     assert [path.name for path in out.iterdir()] == ["x.safetensors"]
     assert len(list((tmp_path / "killed").iterdir())) == 1
     clean_leftovers(tmp_path / "killed")
@@ -388,7 +391,7 @@ def test_modules_of_different_rank_and_alpha(tmp_path: Path) -> None:
         state |= random_factors(f"lora_unet_transformer_blocks_{block}_attn_to_{'qk'[letter]}", rank, 32, 32, alpha)
     save_file(state, tmp_path / "x.safetensors")
     model = tiny_transformer("qwen")
-    load_lora(model, tmp_path / "x.safetensors", QwenImageEditPipeline)
+    load_lora(model, tmp_path / "x.safetensors", QWEN)
     added = model.peft_config["default"]
     assert (added.r, added.lora_alpha, len(deltas(model))) == (4, 4.0, 4)
     assert set(endings(deltas(model))) == {"attn.to_k", "attn.to_q"}
@@ -420,9 +423,9 @@ def test_parts_of_a_fused_matrix_may_differ_in_rank_and_alpha(dialect: Any, tmp_
         name: alpha / rank * state[f"transformer.{name}.lora_B.weight"] @ state[f"transformer.{name}.lora_A.weight"]
         for name, (rank, _, _, alpha) in sizes.items()
     }
-    export_lora(tmp_path / "source.safetensors", tmp_path / "x.safetensors", dialect, FluxKontextPipeline)
+    export_lora(tmp_path / "source.safetensors", tmp_path / "x.safetensors", dialect, FLUX)
     model = tiny_transformer("flux")
-    load_lora(model, tmp_path / "x.safetensors", FluxKontextPipeline)
+    load_lora(model, tmp_path / "x.safetensors", FLUX)
     torch.testing.assert_close(deltas(model), expected)
     for name, layer in adapters.lora_layers(model):
         assert layer.r["default"] == sizes[name][0] or dialect != "diffusers"
@@ -440,7 +443,7 @@ def test_training_goes_on_from_a_file(family: str, there_already: bool, fields: 
     other, wanted = tiny_transformer(family), config(**fields)
     if there_already:
         adapters.add_adapter(other, wanted, seed=3)
-    load_lora(other, tmp_path, PIPELINES[family], wanted)
+    load_lora(other, tmp_path, NAMINGS[family], wanted)
     torch.testing.assert_close(run(other), run(model), atol=1e-4, rtol=1e-4)
     trainable = {name for name, parameter in other.named_parameters() if parameter.requires_grad}
     assert len(trainable) == len(load_file(source))
@@ -456,7 +459,7 @@ def test_training_goes_on_from_a_file(family: str, there_already: bool, fields: 
 def test_a_file_of_another_rank_or_other_targets_is_refused(fields: Any, parts: list[str], tmp_path: Path) -> None:
     saved(tmp_path, "qwen")
     with pytest.raises(ConfigError, match=r"model\.lora\.pretrained_weight") as error:
-        load_lora(tiny_transformer("qwen"), tmp_path, QwenImageEditPipeline, config(**fields))
+        load_lora(tiny_transformer("qwen"), tmp_path, QWEN, config(**fields))
     assert all(part in str(error.value) for part in parts)
 
 
@@ -467,16 +470,16 @@ def test_two_loras_in_one_file_are_refused(tmp_path: Path) -> None:
     second = {key.replace(".first.", ".second."): 2 * tensor for key, tensor in state.items()}
     save_file({**state, **second}, tmp_path / "two.safetensors")
     with pytest.raises(LoraFileError, match=r"is the second down of transformer_blocks\..*; a file must hold one LoRA"):
-        load_lora(tiny_transformer("qwen"), tmp_path / "two.safetensors", QwenImageEditPipeline)
+        load_lora(tiny_transformer("qwen"), tmp_path / "two.safetensors", QWEN)
 
 
 def test_two_loras_at_once(tmp_path: Path) -> None:
     saved(tmp_path, "flux")
     model = tiny_transformer("flux")
-    load_lora(model, tmp_path, FluxKontextPipeline)
+    load_lora(model, tmp_path, FLUX)
     with pytest.raises(ValueError, match="already has an adapter 'default'"):
-        load_lora(model, tmp_path, FluxKontextPipeline)
-    load_lora(model, tmp_path, FluxKontextPipeline, adapter_name="second")
+        load_lora(model, tmp_path, FLUX)
+    load_lora(model, tmp_path, FLUX, adapter_name="second")
     assert adapters.adapter_names(model) == ("default", "second")
 
 
@@ -487,9 +490,9 @@ def test_two_loras_at_once(tmp_path: Path) -> None:
 def test_pickles_are_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"")
     with pytest.raises(LoraFileError, match="can execute code"):
-        load_lora(tiny_transformer("flux"), tmp_path / name, FluxKontextPipeline)
+        load_lora(tiny_transformer("flux"), tmp_path / name, FLUX)
     with pytest.raises(LoraFileError, match="has no pytorch_lora_weights") as error:
-        load_lora(tiny_transformer("flux"), tmp_path, FluxKontextPipeline)
+        load_lora(tiny_transformer("flux"), tmp_path, FLUX)
     assert "can execute code" in str(error.value)
 
 
@@ -497,13 +500,13 @@ def test_sources_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     model = tiny_transformer("flux")
     with pytest.raises(LoraFileError, match="does not exist"):
-        load_lora(model, tmp_path / "nothing.safetensors", FluxKontextPipeline)
+        load_lora(model, tmp_path / "nothing.safetensors", FLUX)
     with pytest.raises(LoraFileError, match="nobody/nothing is neither here nor could it be had from the hub"):
-        load_lora(model, "nobody/nothing", FluxKontextPipeline)
+        load_lora(model, "nobody/nothing", FLUX)
     for name in ("a", "b"):
         (tmp_path / f"{name}.safetensors").write_bytes(b"")
     with pytest.raises(LoraFileError, match=r"name one of a\.safetensors, b\.safetensors"):
-        load_lora(model, tmp_path, FluxKontextPipeline)
+        load_lora(model, tmp_path, FLUX)
 
 
 @pytest.mark.parametrize("source", ["someone/a-lora", "someone/a-lora/pytorch_lora_weights.safetensors"])
@@ -515,7 +518,7 @@ def test_a_lora_of_the_hub(source: str, tmp_path: Path, monkeypatch: pytest.Monk
     (repository / "snapshots" / commit).mkdir(parents=True)
     model, _ = saved(repository / "snapshots" / commit, "flux")
     other = tiny_transformer("flux")
-    load_lora(other, source, FluxKontextPipeline)
+    load_lora(other, source, FLUX)
     assert torch.equal(run(other), run(model))
 
 
@@ -540,7 +543,7 @@ def header_file(path: Path, header: bytes, length: int | None = None, data: byte
 def test_broken_files_are_refused(header: bytes, length: int | None, data: bytes, message: str, tmp_path: Path) -> None:
     path = header_file(tmp_path / "x.safetensors", header, length, data)
     with pytest.raises(LoraFileError, match=message) as error:
-        load_lora(tiny_transformer("flux"), path, FluxKontextPipeline)
+        load_lora(tiny_transformer("flux"), path, FLUX)
     assert str(path) in str(error.value)
     assert len(str(error.value)) < 1000
 
@@ -566,7 +569,7 @@ def test_alphas_that_mean_nothing_are_refused(declared: str, message: str, tmp_p
     state = load_file(saved(tmp_path, "flux")[1])
     save_file(state, tmp_path / "x.safetensors", {"lora_adapter_metadata": declared.replace('{"', '{"transformer.', 1)})
     with pytest.raises(LoraFileError, match=rf"x\.safetensors: metadata lora_adapter_metadata.*{message}") as error:
-        read_lora(tmp_path / "x.safetensors", FluxKontextPipeline)
+        read_lora(tmp_path / "x.safetensors", FLUX)
     assert len(str(error.value)) < 1000
 
 
@@ -593,7 +596,7 @@ def test_a_file_cut_short_is_refused(tmp_path: Path) -> None:
     for length in (0, 5, 200, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
         with pytest.raises(LoraFileError):
-            load_lora(tiny_transformer("flux"), path, FluxKontextPipeline)
+            load_lora(tiny_transformer("flux"), path, FLUX)
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -618,4 +621,4 @@ def test_a_key_that_finds_no_place_is_an_error(changes: dict[str, Any], message:
     assert len(state) == 32
     save_file({**state, **{key: torch.ones(shape) for key, shape in changes.items()}}, tmp_path / "x.safetensors")
     with pytest.raises(LoraFileError, match=message):
-        load_lora(tiny_transformer("flux"), tmp_path / "x.safetensors", FluxKontextPipeline)
+        load_lora(tiny_transformer("flux"), tmp_path / "x.safetensors", FLUX)

@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderKLQwenImage, FluxTransformer2DModel
 
 from qwen_image_finetune.families import get_family
+from qwen_image_finetune.families.base import Reference
 from qwen_image_finetune.loading import load_encoders
 from qwen_image_finetune.toy import bases, edits, vae
 from qwen_image_finetune.toy.measure import foreground_iou, mean_psnr
@@ -71,7 +72,7 @@ def test_the_pipeline_sees_latents_of_unit_variance_and_tells_every_prompt_apart
     picture = edits.draw_scene(np.random.default_rng(0), 64)
     assert family.encode_image(pipe, picture).shape == (vae.LATENT_CHANNELS, 16, 16)
     prompts = [*edits.all_prompts(), *dict.fromkeys(PROMPTS)]
-    texts = [family.encode_text(pipe, prompt, [picture], [(64, 64)])["prompt_embeds"] for prompt in prompts]
+    texts = [family.encode_text(pipe, prompt, [Reference(picture, (64, 64))])["prompt_embeds"] for prompt in prompts]
     flat = torch.stack([text.mean(dim=0) for text in texts])
     # However a text ends, its mean already differs from every other one by a fifth of their usual distance.
     distances = torch.pdist(flat)

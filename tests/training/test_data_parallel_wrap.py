@@ -14,10 +14,11 @@ from qwen_image_finetune.config import LoraConfig
 from qwen_image_finetune.families import FAMILIES, get_family
 from qwen_image_finetune.fitting.footprint import stand_in
 from qwen_image_finetune.lora import adapters
+from qwen_image_finetune.lora.names import USUAL_TARGETS
 from qwen_image_finetune.training.data_parallel import unreached
 
 TARGETS: dict[str, Any] = {
-    "usual": LoraConfig().target_modules,
+    "usual": list(USUAL_TARGETS),
     "text of every block": ["to_add_out", "add_k_proj"],
     "text of the last block": r".*(to_q|blocks\.LAST\.(attn\.to_add_out|txt_mlp\.net\.2|ff_context\.net\.2))",
     "timestep": r"(time_text_embed|norm_out)\..*linear(_[12])?",

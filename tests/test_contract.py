@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qwen_image_finetune.config import Config
 from qwen_image_finetune.data.images import DataError
-from qwen_image_finetune.families import FAMILIES, get_family
+from qwen_image_finetune.families import FAMILIES, get_family, with_targets
 from qwen_image_finetune.trainer import Trainer
 from qwen_image_finetune.training.train import train
 
@@ -371,9 +371,9 @@ def test_training_starts_from_a_lora_of_any_dialect(name: str, configure: Config
 
     trained = learn(configure(name, "train.max_train_steps=5"))
     source, expected = trained.lora, trained.weights
-    pipeline = get_family(name).pipeline
-    export_lora(source, tmp_path / "comfy.safetensors", "comfy", pipeline)
-    export_lora(source, tmp_path / "kohya.safetensors", "kohya", pipeline)
+    naming = get_family(name).naming
+    export_lora(source, tmp_path / "comfy.safetensors", "comfy", naming)
+    export_lora(source, tmp_path / "kohya.safetensors", "kohya", naming)
     for start in (source, source.parent, tmp_path / "comfy.safetensors", tmp_path / "kohya.safetensors"):
         options = ("optimizer.class_path=torch.optim.SGD", "optimizer.init_args={lr: 0.0}", "train.max_train_steps=1")
         found = learn(configure(name, *options, f"model.lora.pretrained_weight={start}")).weights
@@ -605,7 +605,7 @@ def test_what_a_version_holds(configure: Configure) -> None:
     assert run is not None
     assert run == config.logging.project_dir / "v0"
     (events,) = run.glob("events.out.tfevents.*")
-    assert load_config(run / "config.yaml") == config
+    assert load_config(run / "config.yaml") == with_targets(config, get_family("FluxKontext"))
 
     shown = EventAccumulator(str(events)).Reload()
     tags = shown.Tags()

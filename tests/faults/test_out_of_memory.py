@@ -11,7 +11,7 @@ PACKAGE = "qwen_image_finetune"
 # What is called in a phase, the number of the call that fails, the words for the phase, the steps saved by then.
 PHASES = {
     "loading the encoders": ("loading:load_encoders", 1, "encoding the data set", 0),
-    "encoding": ("store:Store.write", 3, "encoding the data set", 0),
+    "encoding": ("encoding.store:Store.write", 3, "encoding the data set", 0),
     "loading": ("loading:load_transformer", 1, "loading the transformer", 0),
     "forward": ("flow:loss", 7, "training", 6),
     "saving": ("training.train:State.snapshot", 2, "training", 2),

@@ -269,6 +269,11 @@ class TrainConfig(Section):
     max_grad_norm: Positive | None = Field(1.0, description="gradients are clipped to this norm; null: they are not")
     checkpointing_steps: Count = Field(500, description="optimizer steps between checkpoints; one more at the end")
     checkpoints_total_limit: Count | None = Field(None, description="checkpoints kept; the oldest beyond it go")
+    save_precision: Literal["bf16", "fp32"] = Field(
+        "bf16",
+        description="full fine-tuning: of the transformer in a checkpoint, as it is used; what float32 has beyond "
+        "bf16 lies beside it, so that a resume is exact",
+    )
     resume_from_checkpoint: Text | None = Field(
         None, description='a checkpoint folder, or "latest": the newest complete one of this project'
     )

@@ -144,7 +144,7 @@ class State:
     def write(self, folder: Path, snapshot: dict[str, Any]) -> None:
         """Write a snapshot into a staged folder."""
         about = self.metadata(snapshot["parts"]["progress"]["step"])
-        trained.save(folder, self.learner.transformer, snapshot["weights"], self.job.config.model, about)
+        trained.save(folder, self.learner.transformer, snapshot["weights"], self.job.config, about)
         checkpoint.save_state(folder, snapshot["parts"])
 
     def metadata(self, step: int) -> dict[str, str]:

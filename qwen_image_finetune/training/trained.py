@@ -11,7 +11,7 @@ from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qwen_image_finetune.config import ConfigError, ModelConfig
+from qwen_image_finetune.config import Config, ConfigError, ModelConfig
 from qwen_image_finetune.disk.runs import LORA_WEIGHTS
 from qwen_image_finetune.levers import parallel
 from qwen_image_finetune.lora import adapters
@@ -19,6 +19,7 @@ from qwen_image_finetune.lora import files as lora_files
 from qwen_image_finetune.lora.sources import TRANSFORMER
 
 ADAPTER = "adapter.safetensors"  # for an exact resume; LORA_WEIGHTS beside it is the file for users
+REMAINDER = "remainder.safetensors"  # for an exact resume: what the float32 weights have beyond those in TRANSFORMER
 
 
 def weights(transformer: ModelMixin, config: ModelConfig) -> dict[str, Tensor]:
@@ -29,22 +30,42 @@ def weights(transformer: ModelMixin, config: ModelConfig) -> dict[str, Tensor]:
 
 
 def save(
-    folder: Path, transformer: ModelMixin, state: dict[str, Tensor], config: ModelConfig, about: Mapping[str, str]
+    folder: Path, transformer: ModelMixin, state: dict[str, Tensor], config: Config, about: Mapping[str, str]
 ) -> None:
     """Write a LoRA file that opens everywhere, or a transformer folder that `from_pretrained` loads.
 
     Args:
-        state: copies of the `weights` on the CPU.
+        state: copies of the `weights` on the CPU. Those of a whole transformer are used up: it may fill the host.
         transformer: gives the configuration and the layout of the adapter; its weights are not read.
         about: what the file says about itself.
     """
-    if config.lora is not None:
+    if config.model.lora is not None:
         save_file(state, folder / ADAPTER)
-        lora_files.save_lora(folder / LORA_WEIGHTS, transformer, config.lora, about, state)
+        lora_files.save_lora(folder / LORA_WEIGHTS, transformer, config.model.lora, about, state)
         return
+    if config.train.save_precision == "bf16":
+        remainder = {}
+        for name in [name for name, weight in state.items() if weight.dtype == torch.float32]:
+            state[name], remainder[name] = halves(state.pop(name))
+        save_file(remainder, folder / REMAINDER)
     transformer.save_config(folder / TRANSFORMER)
     pattern = "diffusion_pytorch_model{suffix}.safetensors"
     save_torch_state_dict(state, folder / TRANSFORMER, filename_pattern=pattern, metadata={"format": "pt"})
+
+
+def halves(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A float32 tensor as the nearest bfloat16 (of two equally near, the larger one), and what is left, in int16.
+
+    bfloat16 is the upper half of float32's bits. `joined` gives every bit back, and both together take no more room.
+    """
+    bits = weight.contiguous().view(torch.int32)
+    upper = (bits + 0x8000) >> 16
+    return upper.to(torch.int16).view(torch.bfloat16), (bits - (upper << 16)).to(torch.int16)
+
+
+def joined(upper: Tensor, remainder: Tensor) -> Tensor:
+    """The float32 tensor whose `halves` these are."""
+    return ((upper.view(torch.int16).int() << 16) + remainder.int()).view(torch.float32)
 
 
 def check_kind(folder: Path, config: ModelConfig) -> None:
@@ -61,9 +82,19 @@ def load(folder: Path, transformer: ModelMixin, config: ModelConfig) -> None:
     Raises:
         ConfigError: the folder holds other weights, or other shapes.
     """
-    files = [folder / ADAPTER] if config.lora is not None else (folder / TRANSFORMER).glob("*.safetensors")
-    saved = {name: value for file in files for name, value in load_file(file).items()}
-    restore(weights(transformer, config), saved)
+    restore(weights(transformer, config), exact(folder))
+
+
+def exact(folder: Path) -> dict[str, Tensor]:
+    """The trained weights of a checkpoint as they were when it was saved, to the last bit."""
+    if (folder / ADAPTER).is_file():
+        return load_file(folder / ADAPTER)
+    saved = {
+        name: value for file in (folder / TRANSFORMER).glob("*.safetensors") for name, value in load_file(file).items()
+    }
+    if (folder / REMAINDER).is_file():
+        saved |= {name: joined(saved[name], rest) for name, rest in load_file(folder / REMAINDER).items()}
+    return saved
 
 
 def restore(weights: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:

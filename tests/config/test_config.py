@@ -346,6 +346,7 @@ def test_distance_is_one_for_one_typo_and_never_more_than_by_letters(first: str,
 
 NOTED: dict[str, Any] = {
     "model.lora.init_lora_weights": ("gaussian", {"model.lora.pretrained_weight": "x.safetensors"}, {}),
+    "train.save_precision": ("fp32", {}, {"model.lora": None}),
     "train.guidance_scale": (3.5, {"train.trainer": "QwenImageEdit"}, {"train.trainer": "FluxKontext"}),
     "predict.devices.text_encoder_2": ("cpu", {"train.trainer": "QwenImageEdit"}, {}),
     "data.init_args.center_crop_ratio": (0.5, {}, {"data.init_args.center_crop": True}),

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import Tensor
+
+from qwen_image_finetune.training.trained import exact
 
 
 def checkpoint(run: str | Path, step: int | None = None) -> Path:
@@ -18,9 +19,7 @@ def checkpoint(run: str | Path, step: int | None = None) -> Path:
 
 def weights(run: str | Path, step: int | None = None) -> dict[str, Tensor]:
     folder = checkpoint(run, step)
-    if (folder / "adapter.safetensors").exists():
-        return load_file(folder / "adapter.safetensors")
-    return load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    return exact(folder)
 
 
 def metrics(run: str | Path) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from qwen_image_finetune.config import Config, ConfigError
 from qwen_image_finetune.families import FAMILIES
 from qwen_image_finetune.training.train import patience, train
+from qwen_image_finetune.training.trained import exact, halves, joined
 
 FAMILY_NAMES = sorted(FAMILIES)
 Configure = Callable[..., Config]
@@ -26,9 +27,7 @@ def weights(run: Path | None) -> dict[str, Tensor]:
     """Trained weights of the newest checkpoint of a version."""
     assert run is not None
     folder = max(run.glob("checkpoint-*-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]))
-    if (folder / "adapter.safetensors").exists():
-        return load_file(folder / "adapter.safetensors")
-    return load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    return exact(folder)
 
 
 def optimizer_state(run: Path | None) -> dict[str, Tensor]:
@@ -287,8 +286,32 @@ def test_full_fine_tuning_is_saved_as_a_transformer_that_loads(name: str, config
         .state_dict()
     )
     assert trained.keys() == base.keys()
-    moved = [key for key in base if not torch.equal(base[key], trained[key])]
+    masters = exact(folder)
+    moved = [key for key in base if not torch.equal(base[key], masters[key])]
     assert len(moved) > 0.9 * len(base)
+
+    # In bfloat16 for its users, with every bit of float32 for a resume; or in float32, if that is asked for
+    saved = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
+    assert all(torch.equal(saved[key].float(), trained[key].float()) for key in base)
+    assert {tensor.dtype for tensor in masters.values()} == {torch.float32}
+    plain = train(config.model_copy(update={"train": config.train.model_copy(update={"save_precision": "fp32"})}))
+    whole = next(plain.glob("checkpoint-*-2"))
+    assert_equal(load_file(whole / "transformer" / "diffusion_pytorch_model.safetensors"), masters)
+    assert not (whole / "remainder.safetensors").exists()
+
+
+def test_the_halves_of_a_weight_give_every_bit_back() -> None:
+    generator = torch.Generator().manual_seed(1)
+    bits = torch.randint(-(2**31), 2**31, (1000, 1000), generator=generator).to(torch.int32)
+    some = torch.tensor([0x7F800000, -0x800000, 0x7FC00000, 0x3F808000, 0x3F818000, 0x3F807FFF, 0, -(2**31)])
+    for weight in (bits.view(torch.float32), some.to(torch.int32).view(torch.float32)):
+        upper, remainder = halves(weight)
+        assert torch.equal(joined(upper, remainder).view(torch.int32), weight.view(torch.int32))
+    weight = torch.randn(1000, 1000, generator=generator)
+    upper = halves(weight)[0]
+    nearest = (weight.bfloat16().double() - weight.double()).abs()
+    assert torch.equal((upper.double() - weight.double()).abs(), nearest)
 
 
 def test_steps_are_optimizer_steps_whatever_the_accumulation(configure: Configure) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from qwen_image_finetune.config import Config, ConfigError
@@ -22,6 +21,7 @@ from qwen_image_finetune.encoding.pairs import open_pairs
 from qwen_image_finetune.families import FAMILIES, get_family
 from qwen_image_finetune.training.state import State
 from qwen_image_finetune.training.train import train
+from qwen_image_finetune.training.trained import exact
 from qwen_image_finetune.training.verdict import Best, Measured
 
 FAMILY_NAMES = sorted(FAMILIES)
@@ -37,8 +37,7 @@ def held_out(build_once: Callable[[str, Callable[[Path], object]], Path], write_
 def weights(run: Path | None) -> dict[str, Tensor]:
     assert run is not None
     folder = max(run.glob("checkpoint-*-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]))
-    lora = folder / "adapter.safetensors"
-    return load_file(lora if lora.exists() else folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    return exact(folder)
 
 
 def lines(run: Path | None, name: str) -> list[dict[str, float]]:

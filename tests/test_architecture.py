@@ -22,8 +22,8 @@ PACKAGE = "qwen_image_finetune"
 
 # The rooms from the top floor down: a room imports itself and rooms below. A name stands for a folder or a file.
 ROOMS = (
-    "src", "cli", "command", "trainer", "training", "judging", "drawing", "encoding", "fitting", "toy", "loading",
-    "families", "levers", "lora", "data", "disk", "machine", "flow", "records", "config", "__init__",
+    "src", "cli", "command", "studio", "trainer", "training", "judging", "drawing", "encoding", "fitting", "toy",
+    "loading", "families", "levers", "lora", "data", "disk", "machine", "flow", "records", "config", "__init__",
 )  # fmt: skip
 STRANGERS = frozenset({"families", "levers", "data"})  # axes that multiply: none of them knows another
 

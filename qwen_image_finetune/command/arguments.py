@@ -179,6 +179,7 @@ def _compare(verb: argparse.ArgumentParser) -> None:
 def _plan(verb: argparse.ArgumentParser) -> None:
     _configuration(verb)
     verb.add_argument("--card", help="its memory, such as 24GB, or its name, such as H100; default: this machine's")
+    verb.add_argument("--json", action="store_true", help="as one line of JSON: sizes in GiB, times in seconds")
 
 
 def _bench(verb: argparse.ArgumentParser) -> None:
@@ -208,6 +209,14 @@ def _export(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--family", choices=sorted(FAMILIES), required=True, help="whose LoRA it is")
 
 
+def _studio(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("folder", type=Path, nargs="?", default=Path(), help="pictures and runs; default: this folder")
+    verb.add_argument("--port", type=int, default=8642, help="of the page; default: 8642")
+    verb.add_argument(
+        "--host", help="an address of this machine, for other machines to open the page too, with the link it prints"
+    )
+
+
 def _tiny(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("family", choices=sorted(FAMILIES), help="whose architecture")
     verb.add_argument("folder", type=Path, help="where to write it")
@@ -224,5 +233,6 @@ ARGUMENTS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "plan": _plan,
     "bench": _bench,
     "export": _export,
+    "studio": _studio,
     "tiny": _tiny,
 }

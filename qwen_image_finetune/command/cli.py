@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -168,10 +169,17 @@ def compare(options: argparse.Namespace) -> None:
 def plan(options: argparse.Namespace) -> None:
     """Predict the memory that training takes, and say what makes it fit a card."""
     from qwen_image_finetune.config import load_config
-    from qwen_image_finetune.fitting.plan_words import describe
 
     config = load_config(options.config, options.overrides)
     tell(config.notes)
+    if options.json:
+        from qwen_image_finetune.fitting.plan_numbers import numbers
+        from qwen_image_finetune.training.check import run_problems
+
+        print(json.dumps({**numbers(config, options.card), "problems": run_problems(config)}))
+        return
+    from qwen_image_finetune.fitting.plan_words import describe
+
     print(describe(config, options.card))
 
 
@@ -193,6 +201,16 @@ def export(options: argparse.Namespace) -> None:
     print(options.output)
 
 
+def studio(options: argparse.Namespace) -> None:
+    """Open a page in the browser: pictures, runs and results of a folder."""
+    from qwen_image_finetune.command.extras import need
+
+    need("studio", "starlette", "uvicorn", "jinja2")
+    from qwen_image_finetune.studio.server import serve
+
+    serve(options.folder, options.host, options.port)
+
+
 def tiny(options: argparse.Namespace) -> None:
     """Write a tiny random checkpoint of a family's real architecture."""
     from qwen_image_finetune.families import get_family
@@ -201,7 +219,7 @@ def tiny(options: argparse.Namespace) -> None:
     print(options.folder)
 
 
-VERBS = (train, cache, check, predict, evaluate, report, compare, plan, bench, export, tiny)
+VERBS = (train, cache, check, predict, evaluate, report, compare, plan, bench, export, studio, tiny)
 
 
 def filled(request: type[Asked], options: argparse.Namespace) -> Asked:

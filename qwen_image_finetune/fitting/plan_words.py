@@ -122,13 +122,34 @@ def step_words(estimator: Estimator, config: Config, format: str | None, card: s
     Args:
         here: the card is this machine's, so that it is known which attention runs.
     """
-    train = config.train
     if card is None:
         return f"a step: not said of a card that is not known by name: {', '.join(each.name for each in speed.CARDS)}"
+    step, lacking = _step(config, format, card, here)
+    expected = step_seconds(estimator, config, format, card, here)
+    if expected is not None:
+        how = f"{step.attention} attention, {'compiled' if step.compiled else 'not compiled'}"
+        return f"a step: about {expected:.2f} s, estimated from rates measured on an {card.name} ({how})"
+    least = config.train.gradient_accumulation_steps * speed.floor(estimator.footprint, step, card)
+    return f"a step: above {least:.2f} s, by the data sheet of the {card.name}; {lacking}"
+
+
+def step_seconds(
+    estimator: Estimator, config: Config, format: str | None, card: speed.Card | None, here: bool
+) -> float | None:
+    """What an optimizer step takes on a card; None where nothing like it was measured."""
+    if card is None:
+        return None
+    step, lacking = _step(config, format, card, here)
+    one = None if lacking else speed.seconds(estimator.footprint, step, card)
+    return None if one is None else config.train.gradient_accumulation_steps * one
+
+
+def _step(config: Config, format: str | None, card: speed.Card, here: bool) -> tuple[speed.Step, str | None]:
+    """A step, and what of it was never measured on the card."""
+    train = config.train
     name: str = train.attention if train.attention != "auto" else "flash"
     if here and torch.cuda.is_available():
         name = attention.choose(train.attention, torch.device("cuda"), weight_dtype(train.mixed_precision))
-    step = speed.Step(train.recomputation_keeps, train.compile, format, name)
     unmeasured = [
         (card.attained is None, "no such card was measured"),
         (train.mixed_precision == "no", "products in float32 were not measured"),
@@ -137,16 +158,8 @@ def step_words(estimator: Estimator, config: Config, format: str | None, card: s
         (train.offload_activations, "offloaded activations were not measured"),
         (card.attained is not None and name not in card.attained.attention, f"{name} attention was not measured"),
     ]
-    lacking = [why for applies, why in unmeasured if applies]
-    expected = None if lacking else speed.seconds(estimator.footprint, step, card)
-    micro_batches = train.gradient_accumulation_steps
-    if expected is not None:
-        how = f"{name} attention, {'compiled' if train.compile else 'not compiled'}"
-        return (
-            f"a step: about {micro_batches * expected:.2f} s, estimated from rates measured on an {card.name} ({how})"
-        )
-    least = micro_batches * speed.floor(estimator.footprint, step, card)
-    return f"a step: above {least:.2f} s, by the data sheet of the {card.name}; {lacking[0]}"
+    lacking = next((why for applies, why in unmeasured if applies), None)
+    return speed.Step(train.recomputation_keeps, train.compile, format, name), lacking
 
 
 def card_named(text: str | None) -> speed.Card | None:

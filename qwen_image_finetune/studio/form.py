@@ -1,7 +1,6 @@
 """The form of a run, made from the declarations of the configuration, so that the two cannot drift apart.
 
-A draft is YAML text. The form shows what it says, an edit in the form changes the text, and whatever is wrong with it is
-said at its key.
+A draft is YAML text. The form shows what it says, an edit in the form changes the text; what is wrong is said at a key.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from qwen_image_finetune.config import OUR_DATASETS, Config, ConfigError, load_c
 from qwen_image_finetune.config.text import parse_mapping
 from qwen_image_finetune.config.tree import ABSENT, find, put, remove, shown, texts
 from qwen_image_finetune.config.words import allowed, known_keys, section_of
+from qwen_image_finetune.judging.pages.reading import flat
 from qwen_image_finetune.studio.shelf import Refused, Shelf
 
 LONGEST_DRAFT = 100_000  # characters
@@ -60,14 +60,14 @@ FRONT: dict[str, tuple[str, str]] = {
     "cache.use_cache": ("Prepare the pictures once", "Faster, and the card has more room; needs some disk."),
 }
 
+
 class _Dumper(yaml.SafeDumper):
     """Lists on one line."""
 
-    def represent_list(self, data: list[Any]) -> yaml.Node:
-        return self.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
 
-
-_Dumper.add_representer(list, _Dumper.represent_list)
+_Dumper.add_representer(
+    list, lambda dumper, data: dumper.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
+)
 
 Kind = Literal["switch", "choice", "number", "text", "yaml"]
 
@@ -206,6 +206,40 @@ def edited(text: str, key: str, value: str) -> str:
 def as_yaml(tree: dict[str, Any]) -> str:
     """A tree as a person would write it; sections with nothing in them are left out."""
     return yaml.dump(_pruned(tree), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+def away_from_defaults(text: str) -> str:
+    """A configuration with every default written out, as a run keeps it, without those; what cannot be read stays."""
+    try:
+        tree: Any = OmegaConf.to_container(parse_mapping(text, "the configuration"))
+    except ConfigError:
+        return text
+    remove_keys = ("train.resume_from_checkpoint",)
+    for key in known_keys():
+        value = find(tree, key)
+        if (
+            value is not ABSENT
+            and not isinstance(value, dict)
+            and (value == _defaults().get(key, ABSENT) or key in remove_keys)
+        ):
+            remove(tree, key)
+    return as_yaml(tree)
+
+
+def changed_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings away from their defaults, by dotted key."""
+    return {key: value for key, value in settings.items() if value != _defaults().get(key, ABSENT)}
+
+
+@cache
+def _defaults() -> dict[str, Any]:
+    """What every key is when nothing is written."""
+    config = Config.model_validate({"model": {"pretrained_model_name_or_path": "none"}})
+    return {
+        key: value
+        for key, value in flat(config.model_dump(mode="json")).items()
+        if not key.startswith("model.pretrained")
+    }
 
 
 def draft(shelf: Shelf, model: str, data_set: str, name: str) -> str:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import ipaddress
 import secrets
 import socket
-from http.cookies import CookieError, SimpleCookie
 from urllib.parse import parse_qsl, urlencode
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import cookie_parser
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -92,12 +92,7 @@ class Guard:
             answer = RedirectResponse(scope["path"] + (f"?{rest}" if rest else ""), 303)
             answer.set_cookie(COOKIE, token, httponly=True, samesite="strict", max_age=30 * 24 * 3600)
             return answer
-        cookie = SimpleCookie[str]()
-        try:
-            cookie.load(headers.get("cookie", ""))
-        except CookieError:
-            cookie.clear()
-        shown = cookie[COOKIE].value if COOKIE in cookie else ""
+        shown = cookie_parser(headers.get("cookie", "")).get(COOKIE, "")
         if secrets.compare_digest(shown.encode(), token.encode()):
             return None
         return PlainTextResponse("Open the link that `qif studio` has printed: it holds the key.", 401)

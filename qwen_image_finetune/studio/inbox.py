@@ -38,11 +38,11 @@ class Received(NamedTuple):
 
 
 class Inbox:
-    """The inbox of one data set."""
+    """The inbox of one data set, which is there."""
 
     def __init__(self, shelf: Shelf, set_name: str) -> None:
         self.shelf, self.set_name = shelf, set_name
-        self.data_set = shelf.inside(set_name)
+        self.data_set = shelf.folder(set_name)
         self.folder = shelf.own / "inbox" / hashlib.sha256(set_name.encode()).hexdigest()[:16]
 
     def receive(self, name: str, content: Path, side: uploads.Side | None) -> Received:

@@ -24,12 +24,15 @@ from qwen_image_finetune.studio.jobs import ENDED, LOCK, LOG, PROCESS, STARTED, 
 BUSY = 75  # exit code: somebody else has the lane, or the job
 
 
+def cli() -> list[str]:
+    """The command `qif`. -P: nothing that lies in the person's folder is imported."""
+    return [sys.executable, "-P", "-m", "qwen_image_finetune.cli"]
+
+
 def program(verb: str) -> list[str]:
-    """The command line of a verb. -P: nothing that lies in the person's folder is imported."""
+    """The command line of a verb that a job may consist of."""
     assert verb in VERBS, verb
-    if verb == "look":
-        return [sys.executable, "-P", "-m", "qwen_image_finetune.studio.looking"]
-    return [sys.executable, "-P", "-m", "qwen_image_finetune.cli", verb]
+    return [sys.executable, "-P", "-m", "qwen_image_finetune.studio.looking"] if verb == "look" else [*cli(), verb]
 
 
 def keep(job: Path, lane: Path, folder: Path) -> int:

@@ -101,7 +101,7 @@ def look(row: Row, caption: str) -> dict[str, Any]:
 
 
 def look_through(shelf: Shelf, name: str) -> Notes:
-    """Look at every pair that has changed since it was last looked at; writes the notes now and then, and at the end."""
+    """Look at every pair that has changed since it was last looked at; writes the notes now and then."""
     sets, before = DataSets(shelf), read_notes(shelf, name).rows
     rows = sets.listing(name).rows
     notes, last = Notes(total=len(rows)), time.monotonic()

@@ -118,13 +118,11 @@ def cards() -> Sequence[str]:
     if tool is None:
         return ["none"]
     listed = subprocess.run([tool, "-L"], capture_output=True, text=True, check=False, timeout=20).stdout
-    return [str(number) for number, _ in enumerate(line for line in listed.splitlines() if line.startswith("GPU "))] or [
-        "none"
-    ]
+    return [
+        str(number) for number, _ in enumerate(line for line in listed.splitlines() if line.startswith("GPU "))
+    ] or ["none"]
 
 
 def num_cards() -> int:
     """Cards of this machine; 1 where there is none."""
     return len(cards())
-
-

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-
 import secrets
 from collections.abc import Sequence
-
 from typing import Any, cast
 
+from pydantic import Field
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -113,7 +112,7 @@ class Captions(Ask):
     """Many captions at once; all of the set where no keys are given."""
 
     set: str
-    keys: list[str] = []
+    keys: list[str] = Field(default_factory=list)
     find: str = ""
     replace: str = ""
     prefix: str = ""
@@ -129,7 +128,9 @@ def change_captions(studio: Studio, ask: Captions) -> dict[str, Any]:
         rows = [row for row in rows if row.key in set(ask.keys)]
     if ask.write:
         return {"changed": studio.data.rewrite(ask.set, [row.key for row in rows], change)}
-    changes = [(row.key, before, after) for row in rows if (after := change.of(before := studio.data.caption(row))) != before]
+    changes = [
+        (row.key, before, after) for row in rows if (after := change.of(before := studio.data.caption(row))) != before
+    ]
     shown = [{"key": key, "before": before, "after": after} for key, before, after in changes[:MOST_SHOWN]]
     return {"changes": len(changes), "shown": shown}
 
@@ -275,12 +276,11 @@ def look(studio: Studio, ask: Named) -> dict[str, str]:
 def looked(studio: Studio, request: Request) -> Response:
     """How far it is."""
     name = asked(request, "set")
+    studio.shelf.folder(name)
     notes = looking.read_notes(studio.shelf, name)
     jobs = [job for job in studio.jobs.all() if job.kind == "look" and job.about.get("set") == name]
     going = bool(jobs) and jobs[-1].state in ("waiting", "running")
     return JSONResponse({"going": going, "done": notes.done, "total": notes.total, "counts": notes.counts()})
-
-
 
 
 ROUTES = [

@@ -37,7 +37,7 @@ class Brief:
     loss: float | None
     seconds_left: float | None  # where it runs
     model: str
-    sample: str | None  # name of the newest strip of samples
+    sample_step: int | None  # of the newest samples
     changed: float  # seconds since 1970
 
     @property
@@ -68,7 +68,7 @@ class Runs:
         known = self._settings.get(name)
         if known is None or known[0] != stamp:
             try:
-                tree = yaml.load(path.read_text(encoding="utf-8", errors="replace"), Loader=_Loader)
+                tree = _Loader(path.read_text(encoding="utf-8", errors="replace")).get_single_data()
             except yaml.YAMLError:
                 tree = None
             known = (stamp, flat(tree) if isinstance(tree, dict) else {})
@@ -97,7 +97,7 @@ class Runs:
             name, state, step, total, losses[-1] if losses else None,
             seconds_left(lines, total) if state == "running" else None,
             str(settings.get("model.pretrained_model_name_or_path", "")),
-            f"{name}/samples/step-{drawn[-1]}/0.png" if drawn else None, _changed(path / runs.METRICS) / 1e9,
+            drawn[-1] if drawn else None, _changed(path / runs.METRICS) / 1e9,
         )  # fmt: skip
 
     def total(self, name: str) -> int | None:

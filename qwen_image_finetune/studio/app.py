@@ -1,0 +1,93 @@
+"""The application: every address, what is said when something is refused, and the queue's clock."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Mount
+from starlette.staticfiles import StaticFiles
+
+from qwen_image_finetune.disk.files import DiskFull
+from qwen_image_finetune.studio import routes_data, routes_judging, routes_runs
+from qwen_image_finetune.studio.guard import Guard
+from qwen_image_finetune.studio.routes_common import Studio
+from qwen_image_finetune.studio.shelf import Refused
+
+SECONDS_BETWEEN_TICKS = 1.0
+STATIC = Path(__file__).parent / "static"
+
+
+def application(folder: Path, host: str | None = None, token: str | None = None, starts_jobs: bool = True) -> Starlette:
+    """The studio of a folder.
+
+    Args:
+        host, token: as for `Guard`.
+        starts_jobs: let what waits in the queue begin.
+
+    Raises:
+        Refused: there is no such folder.
+    """
+    studio = Studio.open(folder)
+
+    @contextlib.asynccontextmanager
+    async def life(app: Starlette) -> AsyncIterator[None]:
+        clock = asyncio.create_task(_tick(studio)) if starts_jobs else None
+        yield
+        if clock is not None:
+            clock.cancel()
+
+    app = Starlette(
+        routes=[
+            *routes_runs.ROUTES,
+            *routes_data.ROUTES,
+            *routes_judging.ROUTES,
+            Mount("/static", StaticFiles(directory=STATIC)),
+        ],
+        middleware=[Middleware(Guard, host=host, token=token)],
+        exception_handlers={Refused: _refused, HTTPException: _missing, DiskFull: _full},
+        lifespan=life,
+    )
+    app.state.studio = studio
+    return app
+
+
+async def _tick(studio: Studio) -> None:
+    while True:
+        await run_in_threadpool(studio.queue.tick)
+        await asyncio.sleep(SECONDS_BETWEEN_TICKS)
+
+
+def _said(request: Request, words: str, status: int) -> Response:
+    if request.method == "POST":
+        return JSONResponse({"error": words}, status)
+    if "text/html" in request.headers.get("accept", ""):
+        studio: Studio = request.app.state.studio
+        page = studio.page("refused.html", words=words)
+        page.status_code = status
+        return page
+    return PlainTextResponse(words, status)
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, Refused)
+    return _said(request, str(error), error.status)
+
+
+async def _missing(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return _said(
+        request, "There is nothing at this address." if error.status_code == 404 else error.detail, error.status_code
+    )
+
+
+async def _full(request: Request, error: Exception) -> Response:
+    return _said(request, str(error), 507)

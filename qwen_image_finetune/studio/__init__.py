@@ -1,11 +1,14 @@
-"""The studio: a page in the browser, from a folder of pictures to a LoRA. It starts the verbs of `qif` as processes and
-reads the files that runs write; nothing below knows that it exists.
+"""The page in the browser, from a folder of pictures to a LoRA: starts verbs as processes, reads what runs write.
 
-    shelf       what lies in the folder, and that nothing outside it is touched
-    guard       who may ask for anything at all
-    pairs, bin, inbox, uploads, looking    a data set: seen, edited, filled, looked through
-    form        a run, from the declarations of the configuration
-    jobs, keeper, queue                    what waits, runs and has ended, on disk
-    watching, judging, trying              a run while it goes on, runs side by side, pictures drawn with them
-    app, routes_*                          which address does what
+Nothing below knows that it exists: a run that was started in a terminal is seen as well.
+
+    shelf                       what lies in the folder, and that nothing outside it is touched
+    guard                       who may ask for anything at all
+    pairs, bin, thumbnails      a data set, seen and edited
+    inbox, uploads, looking     filled with what is dropped onto the page, and looked through for flaws
+    form                        a run, from the declarations of the configuration
+    jobs, keeper, queue         what waits, runs and has ended, on disk
+    running, verbs              jobs from what a person asks for; verbs that a page waits for
+    watching, machine           a run while it goes on
+    app, server, routes_*       which address does what
 """

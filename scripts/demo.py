@@ -18,7 +18,7 @@ from draw_many import add_lora, draw, open_base
 from PIL import Image
 
 from qwen_image_finetune.config import load_config
-from qwen_image_finetune.disk.runs import checkpoint_folders
+from qwen_image_finetune.disk.versions import checkpoint_folders
 from qwen_image_finetune.drawing.predict import Predictor
 from qwen_image_finetune.toy.measure import foreground_iou
 

@@ -20,7 +20,7 @@ from demo import FAMILIES, HELD_OUT, PROMPT, ROOT, SAMPLING_STEPS, held_out
 from draw_many import add_lora, draw
 
 from qwen_image_finetune.config import Config, load_config
-from qwen_image_finetune.disk import runs
+from qwen_image_finetune.disk import history, versions
 from qwen_image_finetune.drawing.build import build_predictor
 from qwen_image_finetune.judging.intervals import Interval, t_interval
 from qwen_image_finetune.toy.measure import foreground_iou
@@ -108,7 +108,7 @@ def measure(
     version = train(settings)
     assert version is not None
     before = json.loads((version / "samples" / f"{BASE}.json").read_text())["losses"]
-    after = json.loads((version / runs.BEST).read_text())["losses"]  # of the one checkpoint that there is
+    after = json.loads((version / history.BEST).read_text())["losses"]  # of the one checkpoint that there is
     return Measured(precision, before, after, drawn_iou(settings, version) if draws else None)
 
 
@@ -116,7 +116,7 @@ def drawn_iou(config: Config, version: Path) -> float:
     """Mean foreground IoU of the held-out faces' masks, drawn in the precision of training."""
     predictor = build_predictor(config)
     faces, masks = held_out(predictor)
-    add_lora(predictor, runs.checkpoint_folders(version)[-1] / "pytorch_lora_weights.safetensors")
+    add_lora(predictor, versions.checkpoint_folders(version)[-1] / "pytorch_lora_weights.safetensors")
     drawn = draw(predictor, [(face, PROMPT) for face in faces], SAMPLING_STEPS)
     return float(np.mean([foreground_iou(*pair) for pair in zip(drawn, masks, strict=True)]))
 

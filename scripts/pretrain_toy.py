@@ -49,7 +49,7 @@ from PIL import Image
 
 from qwen_image_finetune import loading
 from qwen_image_finetune.config import Config, load_config
-from qwen_image_finetune.disk import runs
+from qwen_image_finetune.disk import history, versions
 from qwen_image_finetune.encoding import cache
 from qwen_image_finetune.encoding.cache import EncodedDataset, Missing
 from qwen_image_finetune.encoding.pairs import open_dataset
@@ -198,10 +198,10 @@ class Pretraining:
         config, seconds = self.config(family), time.monotonic() - began
         if process.returncode not in (0, 128 + signal.SIGTERM, -signal.SIGTERM):
             raise SystemExit(f"{family}: `qif train` ended with {process.returncode}")
-        newest = runs.find_checkpoint(config.logging.project_dir, "latest", print)
+        newest = versions.find_checkpoint(config.logging.project_dir, "latest", print)
         if newest is None:
             raise SystemExit(f"{family}: `qif train` was stopped before it had done a step; give it more --minutes")
-        values = runs.read_metrics(newest.parent)
+        values = history.read_metrics(newest.parent)
         self.say(f"{family}: `qif train configs/{config_file(family).name}`, {len(values)} of "
                  f"{config.train.max_train_steps} steps, {config.data.batch_size} pairs each, {seconds:.0f} s, "
                  f"median step {np.median([line['step_seconds'] for line in values]) * 1000:.0f} ms")  # fmt: skip
@@ -212,7 +212,7 @@ class Pretraining:
     def export(self, family: str) -> None:
         """Base and trained transformer as one folder."""
         config = self.config(family)
-        newest = runs.find_checkpoint(config.logging.project_dir, "latest", print)
+        newest = versions.find_checkpoint(config.logging.project_dir, "latest", print)
         if newest is None:
             raise SystemExit(f"no checkpoint in {config.logging.project_dir}: run the stage transformer first")
         target = self.exported(family)

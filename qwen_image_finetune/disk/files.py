@@ -8,8 +8,6 @@ leaves hidden leftovers at worst, and `clean_leftovers` knows them by name. POSI
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
 import os
 import re
 import secrets
@@ -17,12 +15,11 @@ import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
 
+from qwen_image_finetune.disk import manifest
 from qwen_image_finetune.disk.locks import FileLock
 
-MANIFEST = "manifest.json"
 LEFTOVER = re.compile(r"^\.(?P<name>.+)\.(?P<kind>partial|trash|replaced)-\d+-[0-9a-f]{8}$")
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _NO_SPACE_IN_RUST = tuple(f"(os error {code})" for code in _NO_SPACE)  # how safetensors words the same errors
@@ -92,7 +89,8 @@ def flush_file(path: Path) -> None:
 def staged_file(final: Path, needed: int | None = None) -> Iterator[Path]:
     """Yield a hidden name beside `final` to write a file under; it becomes `final` when the block ends.
 
-    If the block raises, the hidden file is removed and `final` is as it was.
+    If the block raises, the hidden file is removed and `final` is as it was. Where `final` is a link, the file that it
+    leads to is written, as by any program.
 
     Args:
         needed: bytes that will be written, if known, for the message about a full disk.
@@ -101,6 +99,7 @@ def staged_file(final: Path, needed: int | None = None) -> Iterator[Path]:
         DiskFull: no space is left; `final` is as it was.
         OSError: the folder is missing or cannot be written.
     """
+    final = final.resolve() if final.is_symlink() else final
     partial = hidden(final, "partial")
     try:
         partial.touch()
@@ -138,7 +137,7 @@ def staged_folder(final: Path, needed: int = 0) -> Iterator[Path]:
     try:
         stage.mkdir()
         yield stage
-        _seal(stage)
+        _seal(stage, final.name)
         if final.is_dir():
             os.rename(final, replaced)  # a crash right here is undone by clean_leftovers
         os.rename(stage, final)
@@ -149,35 +148,9 @@ def staged_folder(final: Path, needed: int = 0) -> Iterator[Path]:
     finally:
         shutil.rmtree(stage, ignore_errors=True)  # gone already where all went well
     sync_folder(final.parent)
+    if replaced.is_symlink():  # what it leads to is not ours to remove
+        replaced.unlink()
     shutil.rmtree(replaced, ignore_errors=True)
-
-
-def verify_folder(folder: Path, checksums: bool = True) -> str | None:
-    """None where every file of the manifest is there as it was written, else a sentence that says what is wrong.
-
-    Files beside those of the manifest are nobody's business. With `checksums` off, only presence and sizes are
-    compared: enough to tell a complete folder from an unfinished one, as folders appear whole or not at all.
-    """
-    if not folder.is_dir():
-        return f"{folder} is not a folder"
-    try:
-        text = (folder / MANIFEST).read_bytes()
-    except OSError as error:
-        return f"{folder} has no readable {MANIFEST} ({error.strerror})"
-    table = _read_manifest(text)
-    if table is None:
-        return f"{folder / MANIFEST} is damaged"
-    for name, (size, checksum) in table.items():
-        path = folder / name
-        if path.is_symlink() or not path.resolve().is_relative_to(folder.resolve()):
-            return f"{path} is a link or lies outside its folder"
-        if not path.is_file():
-            return f"{path} is missing"
-        if path.stat().st_size != size:
-            return f"{path} is damaged: {path.stat().st_size} bytes instead of {size}"
-        if checksums and _checksum(path) != checksum:
-            return f"{path} is damaged: its checksum differs from the one in {MANIFEST}"
-    return None
 
 
 def check_writable(folder: Path, key: str) -> None:
@@ -260,20 +233,16 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _seal(stage: Path) -> None:
+def _seal(stage: Path, name: str) -> None:
     """Flush every file of a stage and write the manifest last: a folder with a manifest is a complete folder."""
-    table: dict[str, tuple[int, str]] = {}
-    for path in sorted(stage.rglob("*")):
-        if path.is_symlink() or not (path.is_file() or path.is_dir()):
-            raise ValueError(f"{path} is neither a file nor a folder; only these can be kept")
+    about = manifest.of_folder(stage, name)
+    for path in stage.rglob("*"):
         flush_file(path)
-        if path.is_file():
-            table[path.relative_to(stage).as_posix()] = (path.stat().st_size, _checksum(path))
-    with open(stage / MANIFEST, "xb") as file:
-        file.write(_manifest(table))
+    with open(stage / manifest.MANIFEST, "xb") as file:
+        file.write(about.text())
         file.flush()
         os.fsync(file.fileno())
-    _give_mode(stage, _mode(stage / MANIFEST))
+    _give_mode(stage, _mode(stage / manifest.MANIFEST))
     sync_folder(stage)
 
 
@@ -294,31 +263,6 @@ def _descriptor(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
-
-
-def _manifest(table: dict[str, tuple[int, str]]) -> bytes:
-    """The one spelling of a manifest. It holds its own checksum, so that no byte of it can change unnoticed."""
-    files: dict[str, Any] = {name: {"size": size, "sha256": checksum} for name, (size, checksum) in table.items()}
-    own = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
-    return (json.dumps({"files": files, "sha256": own}, indent=1, sort_keys=True) + "\n").encode()
-
-
-def _read_manifest(text: bytes) -> dict[str, tuple[int, str]] | None:
-    """The table of a manifest, or None where a byte of it is not as `_manifest` writes it."""
-    try:
-        files = json.loads(text)["files"]
-        table = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None
-    outside = any(PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts for name in table)
-    return None if outside or _manifest(table) != text else table
-
-
-def _checksum(path: Path) -> str:
-    """SHA-256. Slower than xxh3 (about 1 GB/s a core), but in the standard library, checkable with `sha256sum`, and
-    it runs in the background thread that writes, or once before a resume that reads the same bytes anyway."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _size(folder: Path) -> int:

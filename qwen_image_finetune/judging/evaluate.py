@@ -27,7 +27,7 @@ from qwen_image_finetune.config import Config, load_config, resolve_family
 from qwen_image_finetune.data.dataset import ImageDataset
 from qwen_image_finetune.data.part import Part, spread
 from qwen_image_finetune.data.sources import read_folder
-from qwen_image_finetune.disk import runs
+from qwen_image_finetune.disk import history, versions
 from qwen_image_finetune.disk.files import write_atomic
 from qwen_image_finetune.drawing import samples
 from qwen_image_finetune.drawing.build import check_loras
@@ -203,9 +203,9 @@ def checkpoints(run: Path, word: str) -> list[Path]:
     Raises:
         EvaluationError: there are none.
     """
-    ordered = runs.checkpoint_folders(run)
-    folders = {runs.step_of(path): path for path in ordered}
-    best = runs.best_checkpoint(run)
+    ordered = versions.checkpoint_folders(run)
+    folders = {versions.step_of(path): path for path in ordered}
+    best = history.best_checkpoint(run)
     if word == "all" and ordered:
         return ordered
     if word == "best" and best is not None and best.is_dir():

@@ -10,7 +10,7 @@ from typing import Any
 from qwen_image_finetune.config import Config
 from qwen_image_finetune.data.images import DataError, open_upright
 from qwen_image_finetune.disk.files import write_atomic
-from qwen_image_finetune.disk.runs import LORA_WEIGHTS
+from qwen_image_finetune.disk.versions import LORA_WEIGHTS
 from qwen_image_finetune.judging.pages.curves import Series, curve
 from qwen_image_finetune.judging.pages.html import cards, details, document, escape, picture, section, table
 from qwen_image_finetune.judging.pages.reading import Sample, Version, flat, said

@@ -13,7 +13,8 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
 )
 
-from qwen_image_finetune.disk.runs import LORA_WEIGHTS, VERSION, best_checkpoint, checkpoint_folders
+from qwen_image_finetune.disk.history import best_checkpoint
+from qwen_image_finetune.disk.versions import LORA_WEIGHTS, VERSION, checkpoint_folders
 from qwen_image_finetune.lora.header import LoraFileError
 
 TRANSFORMER = "transformer"  # folder of a fully tuned transformer, in diffusers layout,

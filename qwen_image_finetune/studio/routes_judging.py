@@ -13,7 +13,7 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from qwen_image_finetune.config.registry import FAMILIES
-from qwen_image_finetune.disk import runs
+from qwen_image_finetune.disk import versions
 from qwen_image_finetune.judging.pages.reading import said
 from qwen_image_finetune.studio import form, running, uploads, verbs
 from qwen_image_finetune.studio.jobs import Job
@@ -193,10 +193,10 @@ def download(studio: Studio, request: Request) -> Response:
     """The LoRA of a checkpoint, for another program."""
     run, checkpoint, kind = asked(request, "run"), asked(request, "checkpoint"), asked(request, "format", "diffusers")
     path = studio.shelf.run(run)
-    weights = studio.runs.file(run, f"{checkpoint}/{runs.LORA_WEIGHTS}")
-    if kind not in FORMATS or weights is None or not runs.CHECKPOINT.match(checkpoint):
+    weights = studio.runs.file(run, f"{checkpoint}/{versions.LORA_WEIGHTS}")
+    if kind not in FORMATS or weights is None or not versions.CHECKPOINT.match(checkpoint):
         raise Refused("there is no such LoRA", 404)
-    name = f"{path.parent.name}-{path.name}-step{runs.step_of(weights.parent)}-{kind}.safetensors"
+    name = f"{path.parent.name}-{path.name}-step{versions.step_of(weights.parent)}-{kind}.safetensors"
     if kind != "diffusers":
         folder = studio.shelf.own / "exports"
         folder.mkdir(exist_ok=True)

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from qwen_image_finetune.config import Config
 from qwen_image_finetune.config.text import parse_mapping
 from qwen_image_finetune.config.tree import put
-from qwen_image_finetune.disk import runs
+from qwen_image_finetune.disk import runs, versions
 from qwen_image_finetune.studio import form
 from qwen_image_finetune.studio.jobs import CONFIGURATION, Job, Jobs, Step
 from qwen_image_finetune.studio.shelf import Refused, Shelf
@@ -67,7 +67,7 @@ def go_on(shelf: Shelf, jobs: Jobs, run: str) -> Job:
     path = shelf.sealed(shelf.run(run))
     if runs.outcome(path) == "running":
         raise Refused("it still runs", 409)
-    found = runs.checkpoint_folders(path)
+    found = versions.checkpoint_folders(path)
     if not found:
         raise Refused("nothing was saved of it: start it anew")
     tree: Any = OmegaConf.to_container(parse_mapping(configuration(shelf, run), "its configuration"))
@@ -106,7 +106,7 @@ def draw(
     """Queue a grid of pictures: each checkpoint at each strength, all with the same noise. The base is strength 0."""
     path = shelf.sealed(shelf.run(run))
     text = configuration(shelf, run)
-    known = [folder.name for folder in runs.checkpoint_folders(path)]
+    known = [folder.name for folder in versions.checkpoint_folders(path)]
     if unknown := [name for name in checkpoints if name not in known]:
         raise Refused(f"{run} has no {unknown[0]}", 404)
     if not prompt.strip():

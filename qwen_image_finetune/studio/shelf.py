@@ -10,7 +10,9 @@ from pathlib import Path, PurePosixPath
 from qwen_image_finetune.data.listing import PICTURES
 from qwen_image_finetune.data.metadata import METADATA
 from qwen_image_finetune.data.sources import TARGETS
-from qwen_image_finetune.disk.runs import LOCK, STATE, VERSION
+from qwen_image_finetune.disk.history import STATE
+from qwen_image_finetune.disk.runs import LOCK
+from qwen_image_finetune.disk.versions import VERSION
 
 OWN = ".studio"  # folder of the studio's own files: thumbnails, the queue, the bin
 DEEPEST = 8  # folders below one another that are looked into

@@ -15,7 +15,7 @@ from PIL import Image
 
 from qwen_image_finetune.data.images import DataError, open_upright
 from qwen_image_finetune.data.sources import read_folder
-from qwen_image_finetune.disk import runs
+from qwen_image_finetune.disk import history, runs, versions
 from qwen_image_finetune.judging.pages.reading import flat
 from qwen_image_finetune.studio.jobs import Job
 from qwen_image_finetune.studio.shelf import Refused, Shelf
@@ -79,7 +79,7 @@ class Runs:
         """A run in a line; read anew where its files have changed."""
         path = self.shelf.run(name)
         state = runs.outcome(path)
-        stamp = tuple(_changed(path / each) for each in ("", runs.METRICS, runs.STATE, "samples", "config.yaml"))
+        stamp = tuple(_changed(path / each) for each in ("", history.METRICS, history.STATE, "samples", "config.yaml"))
         known = self._briefs.get(name)
         if known is None or known[0] != stamp or known[1].state != state:
             known = (stamp, self._read(name, path, state))
@@ -87,7 +87,7 @@ class Runs:
         return known[1]
 
     def _read(self, name: str, path: Path, state: str) -> Brief:
-        settings, metrics = self.settings(name), self.file(name, runs.METRICS)
+        settings, metrics = self.settings(name), self.file(name, history.METRICS)
         lines = [] if metrics is None else list(tail(metrics))
         step = int(lines[-1]["step"]) if lines else 0
         losses = [line["loss"] for line in lines if isinstance(line.get("loss"), float)]
@@ -97,7 +97,7 @@ class Runs:
             name, state, step, total, losses[-1] if losses else None,
             seconds_left(lines, total) if state == "running" else None,
             str(settings.get("model.pretrained_model_name_or_path", "")),
-            drawn[-1] if drawn else None, _changed(path / runs.METRICS) / 1e9,
+            drawn[-1] if drawn else None, _changed(path / history.METRICS) / 1e9,
         )  # fmt: skip
 
     def total(self, name: str) -> int | None:
@@ -139,13 +139,13 @@ class Runs:
     def checkpoints(self, name: str) -> list[dict[str, Any]]:
         """Saved versions of what it has learnt, by step, with the size of their weights in MiB."""
         path = self.shelf.run(name)
-        best = runs.best_checkpoint(path)
+        best = history.best_checkpoint(path)
         found = []
-        for folder in runs.checkpoint_folders(path):
-            weights = self.file(name, f"{folder.name}/{runs.LORA_WEIGHTS}")
+        for folder in versions.checkpoint_folders(path):
+            weights = self.file(name, f"{folder.name}/{versions.LORA_WEIGHTS}")
             size = None if weights is None else round(weights.stat().st_size / 2**20, 1)
             found.append(
-                {"name": folder.name, "step": runs.step_of(folder), "mib": size, "best": best is not None
+                {"name": folder.name, "step": versions.step_of(folder), "mib": size, "best": best is not None
                  and best.name == folder.name}
             )  # fmt: skip
         return found
@@ -154,7 +154,7 @@ class Runs:
         """How a run stands, and the metrics from `offset` bytes on."""
         path = self.shelf.run(name)
         lines, end, again = self.lines(name, offset)
-        metrics = self.file(name, runs.METRICS)
+        metrics = self.file(name, history.METRICS)
         recent = [] if metrics is None else list(tail(metrics))
         state, total = runs.outcome(path), self.total(name)
         steps = self.sample_steps(name)
@@ -173,7 +173,7 @@ class Runs:
 
     def lines(self, name: str, offset: int) -> tuple[list[dict[str, Any]], int, bool]:
         """(metrics from `offset` on, where they end, whether they begin anew: a resumed run drops some)."""
-        path = self.file(name, runs.METRICS)
+        path = self.file(name, history.METRICS)
         if path is None:
             return [], 0, offset > 0
         size = path.stat().st_size
@@ -210,7 +210,7 @@ class Runs:
         folder = self.shelf.inside(project)
         for path in folder.iterdir() if folder.is_dir() else ():
             lock = path / runs.LOCK
-            if runs.VERSION.match(path.name) and lock.is_file():
+            if versions.VERSION.match(path.name) and lock.is_file():
                 owner = lock.read_text(encoding="utf-8", errors="replace")
                 if owner.startswith(f"process {process} ") and lock.stat().st_mtime >= (job.started or 0) - 1:
                     noted.write_text(self.shelf.name(path), encoding="utf-8")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -29,6 +29,19 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
+class Due(NamedTuple):
+    """What follows a step: a function of the configuration and the step, whenever the run is at it."""
+
+    saves: bool
+    draws: bool
+    measures: bool
+
+    @property
+    def validates(self) -> bool:
+        """Whether a round of validation follows."""
+        return self.draws or self.measures
+
+
 @dataclass(frozen=True)
 class Job:
     """What all parts of a training run are built from."""
@@ -48,6 +61,14 @@ class Job:
     def micro_batches_per_step(self) -> int:
         """Over all processes."""
         return self.config.train.gradient_accumulation_steps * self.team.size
+
+    def due(self, step: int) -> Due:
+        """What follows when `step` steps are done."""
+        train, validation = self.config.train, self.config.validation
+        saves = step == self.total_steps or step % train.checkpointing_steps == 0
+        draws = validation.enabled and step % validation.steps == 0
+        measured = self.held_out is not None and validation.num_loss_pairs > 0
+        return Due(saves, draws, measures=measured and (saves or draws))
 
     def say(self, message: str) -> None:
         """Tell the person, once and not in every process."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qwen_image_finetune.config import Config
-from qwen_image_finetune.disk import checkpoint, runs
+from qwen_image_finetune.disk import checkpoint, history, runs, versions
 from qwen_image_finetune.disk.files import DiskFull, is_disk_full, write_atomic
 from qwen_image_finetune.levers import parallel
 from qwen_image_finetune.machine import console, journal, processes
@@ -35,11 +35,15 @@ class Logbook:
         found = team.share(lambda: find_resume(config, job.say), "looking for a checkpoint")
         self.job, self.progress, self.settings = job, progress, settings(job)
         self.resume = None if found is None else Path(found)  # checkpoint to continue
-        if self.resume is not None:
-            check_resume(job, self.settings, self.resume)
-        self.run = open_run(config, self.resume) if team.main else None
+        self.done = 0 if self.resume is None else check_resume(job, self.settings, self.resume)  # steps
+        project = config.logging.project_dir
+        continued = None if self.resume is None else versions.version_of(project, self.resume)
+        self.run = open_run(config, continued) if team.main else None
         if self.run is not None:
             journal.keep_in(self.run.log)
+        # A checkpoint is saved before it is validated: its round may not have come to its end.
+        due = continued is not None and job.due(self.done).validates
+        self.owes_round = due and team.share(lambda: self._lacks_round(self.done), "looking for a round of validation")
         self.trackers: Trackers | None = None
         self.writer = checkpoint.CheckpointWriter()
 
@@ -47,6 +51,9 @@ class Logbook:
     def path(self) -> Path | None:
         """The version folder; None in all processes but the first."""
         return None if self.run is None else self.run.path
+
+    def _lacks_round(self, step: int) -> bool:
+        return self.run is not None and not history.has_round(self.run.path, step)
 
     def begin(self) -> None:
         """What is known once the run is about to train: the configuration as it was decided, versions, the device."""
@@ -56,7 +63,7 @@ class Logbook:
         self.run.rewind(step)
         write_atomic(self.run.path / "config.yaml", config.to_yaml())
         made_with = environment(device_words(self.job.accelerator.device), self.job.team.size)
-        write_atomic(self.run.path / runs.ENVIRONMENT, json.dumps(made_with) + "\n")
+        write_atomic(self.run.path / history.ENVIRONMENT, json.dumps(made_with) + "\n")
         self.trackers = Trackers(config, self.run.path, step or None)
 
     def record(self, values: Mapping[str, float], sigmas: Sequence[Tensor]) -> None:
@@ -144,22 +151,21 @@ def find_resume(config: Config, say: Callable[[str], None]) -> str | None:
     spec = config.train.resume_from_checkpoint
     if spec is None:
         return None
-    found = runs.find_checkpoint(config.logging.project_dir, spec, say)
+    found = versions.find_checkpoint(config.logging.project_dir, spec, say)
     if found is None:
         say(f"no complete checkpoint in {config.logging.project_dir}: starting afresh")
         return None
     return str(found)
 
 
-def open_run(config: Config, resume: Path | None) -> runs.Run:
-    """A new version, or the one that the checkpoint came from."""
+def open_run(config: Config, continued: Path | None) -> runs.Run:
+    """A new version, or the one that is continued."""
     project = config.logging.project_dir
-    version = None if resume is None else runs.version_of(resume)
-    if version is not None and version.resolve().parent == project.resolve():
-        return runs.reopen_version(version)
+    if continued is not None:
+        return runs.reopen_version(continued)
     if (before := runs.unfinished(project)) is not None:
-        console.say(f"note: {before} ended at step {runs.steps_of(before)} without finishing; this is a new run, and "
-                    "train.resume_from_checkpoint=latest would go on with that one")  # fmt: skip
+        console.say(f"note: {before} ended at step {history.steps_of(before)} without finishing; this is a new run, "
+                    "and train.resume_from_checkpoint=latest would go on with that one")  # fmt: skip
     lora = config.model.lora
     start = Path(lora.pretrained_weight).expanduser() if lora and lora.pretrained_weight else None
     return runs.claim_version(project, start)  # what it starts from may lie in a version that would make way

@@ -87,13 +87,16 @@ def sampled(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def check_resume(job: Job, now: Mapping[str, Any], folder: Path) -> None:
+def check_resume(job: Job, now: Mapping[str, Any], folder: Path) -> int:
     """Compare a checkpoint with the run that is to go on from it, before any model loads.
 
     What is not in the checkpoint, as older ones have less, is taken for the same.
 
     Args:
         now: the `settings` of the run.
+
+    Returns:
+        The optimizer steps that the checkpoint comes after.
 
     Raises:
         CheckpointError: the file is not what was written there.
@@ -112,6 +115,7 @@ def check_resume(job: Job, now: Mapping[str, Any], folder: Path) -> None:
             job.say(f"note: {differs}: from here on it is not the run that it would have been without a break")
     if problems:
         raise ConfigError("\n".join(problems))
+    return int(saved["step"])
 
 
 class State:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_image_finetune.config import Config
-from qwen_image_finetune.disk.runs import METRICS
+from qwen_image_finetune.disk.history import METRICS
 from qwen_image_finetune.machine import console
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Trackers:
                 from torch.utils.tensorboard import SummaryWriter
 
                 # Points of an interrupted run behind the checkpoint would be drawn twice: purge them.
-                self._writer = SummaryWriter(str(run), purge_step=resumed_at)
+                self._writer = SummaryWriter(str(run), purge_step=None if resumed_at is None else resumed_at + 1)
             else:
                 local.mkdir(parents=True, exist_ok=True)
                 tracker = _online_tracker(name, config.logging.tracker_project_name, run.name, local)

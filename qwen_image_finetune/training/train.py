@@ -17,10 +17,10 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import Tensor
@@ -28,14 +28,13 @@ from torch import Tensor
 from qwen_image_finetune import loading
 from qwen_image_finetune.config import Config
 from qwen_image_finetune.data.batches import MicroBatch
-from qwen_image_finetune.disk import runs
 from qwen_image_finetune.encoding.embeddings import prepare_embeddings, prepare_held_out
 from qwen_image_finetune.fitting.out_of_memory import explained
 from qwen_image_finetune.machine import console, journal, processes
 from qwen_image_finetune.machine.signals import StopSignals, exit_code
 from qwen_image_finetune.records import Batch
 from qwen_image_finetune.training.assembly import Learner, assemble
-from qwen_image_finetune.training.job import Job, open_job
+from qwen_image_finetune.training.job import Due, Job, open_job
 from qwen_image_finetune.training.logbook import Logbook, memory_gib, open_logbook
 from qwen_image_finetune.training.objective import Objective
 from qwen_image_finetune.training.state import Progress, State
@@ -74,10 +73,9 @@ def train(config: Config) -> Path | None:
     with StopSignals() as stopping, journal.recording():
         job, progress = open_job(config), Progress()
         with open_logbook(job, progress) as book:
-            done = 0 if book.resume is None else runs.step_of(book.resume)
-            if done >= job.total_steps:
-                progress.step = done
-                job.say(f"{book.resume} is at step {done} of {job.total_steps}: nothing is left to train; to "
+            if book.done >= job.total_steps and not book.owes_round:
+                progress.step = book.done
+                job.say(f"{book.resume} is at step {book.done} of {job.total_steps}: nothing is left to train; to "
                         "go on, raise train.max_train_steps or train.num_epochs")  # fmt: skip
             else:
                 _train(job, book, progress, stopping)
@@ -114,6 +112,9 @@ def _train(job: Job, book: Logbook, progress: Progress, stopping: StopSignals) -
         if validation is not None:
             validation.start(progress.step)
         job.team.meet("preparing to train")
+    if book.owes_round:
+        job.say(f"the validation of step {progress.step} was interrupted, and is made up for")
+        _validate(job, book, validation, job.due(progress.step), lambda: False)
 
     with explained(config, "training", shared):
         stream = micro_batches(job, pipe, progress.step)
@@ -178,19 +179,17 @@ def _loop(
                     book.save(state, wait=True)
                     raise TrainingStopped(NOT_FINITE.format(progress.step - BAD_STEPS_IN_A_ROW))
             if stop:
-                book.save(state, wait=True)
-                job.say(f"stopped by {signal.Signals(stop).name} after step {progress.step}, which is saved; "
-                        "continue with train.resume_from_checkpoint=latest")  # fmt: skip
-                raise SystemExit(exit_code(stop))
+                _stop(job, book, state, stop, saved=False)
 
             # A checkpoint, and a look at what was learnt
-            last = progress.step == job.total_steps
-            saved = last or progress.step % config.train.checkpointing_steps == 0
-            if saved:
+            last, due = progress.step == job.total_steps, job.due(progress.step)
+            if due.saves:
                 book.save(state, wait=last)
-            draws = config.validation.enabled and progress.step % config.validation.steps == 0
-            if draws or (saved and job.held_out is not None):
-                _validate(job, book, validation, draws, saved, stopping)
+            if due.validates:
+                whole = _validate(job, book, validation, due, lambda: stopping.received != 0)
+                received = 0 if last and whole else stopping.received  # nothing is left to stop
+                if stop := agree(accelerator, torch.zeros((), device=accelerator.device), received)[1]:
+                    _stop(job, book, state, stop, saved=due.saves)
 
 
 def _accumulate(
@@ -220,18 +219,26 @@ def _accumulate(
     return total, sigmas, waited
 
 
-def _validate(
-    job: Job, book: Logbook, validation: Validation | None, draws: bool, saved: bool, stopping: StopSignals
-) -> None:
-    """Measure and draw; processes that have no part in it wait."""
+def _stop(job: Job, book: Logbook, state: State, number: int, saved: bool) -> NoReturn:
+    """End after a signal, with this step saved. A round of validation that it cut short is made up for on resume."""
+    if saved:
+        book.writer.wait()
+    else:
+        book.save(state, wait=True)
+    job.say(f"stopped by {signal.Signals(number).name} after step {state.progress.step}, which is saved; "
+            "continue with train.resume_from_checkpoint=latest")  # fmt: skip
+    raise SystemExit(exit_code(number))
 
-    def cancelled() -> bool:  # processes that draw together are not cancelled one by one
-        return stopping.received != 0 and job.sharding is None
 
-    with explained(job.config, "drawing samples", shared=job.sharding is not None):
+def _validate(job: Job, book: Logbook, validation: Validation | None, due: Due, cancelled: Callable[[], bool]) -> bool:
+    """Measure and draw; processes that have no part in it wait. False where it was given up."""
+    whole, alone = True, job.sharding is None  # processes that draw together are not cancelled one by one
+    with explained(job.config, "drawing samples", shared=not alone):
         if validation is not None:
-            validation(book.progress.step, cancelled, draws, book.written_checkpoint if saved else None)
+            checkpoint = book.written_checkpoint if due.saves else None
+            whole = validation(book.progress.step, lambda: alone and cancelled(), due.draws, checkpoint)
         job.team.meet("drawing samples")
+    return whole
 
 
 def patience(config: Config) -> timedelta:

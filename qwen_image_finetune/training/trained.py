@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qwen_image_finetune.config import Config, ConfigError, ModelConfig
-from qwen_image_finetune.disk.runs import LORA_WEIGHTS
+from qwen_image_finetune.disk.versions import LORA_WEIGHTS
 from qwen_image_finetune.levers import parallel
 from qwen_image_finetune.lora import adapters
 from qwen_image_finetune.lora import files as lora_files

@@ -19,9 +19,11 @@ import torch
 from PIL import Image
 
 from qwen_image_finetune.config import Config
+from qwen_image_finetune.data.images import open_upright
 from qwen_image_finetune.data.part import spread
 from qwen_image_finetune.disk import runs
 from qwen_image_finetune.disk.files import clean_leftovers, write_atomic
+from qwen_image_finetune.disk.reading import Unreadable, read_json
 from qwen_image_finetune.drawing import samples
 from qwen_image_finetune.judging import metrics
 from qwen_image_finetune.levers import parallel
@@ -123,14 +125,19 @@ class Validation:
 
     def __call__(
         self, step: int, cancelled: Callable[[], bool], draw: bool, checkpoint: Callable[[], Path | None] | None
-    ) -> None:
+    ) -> bool:
         """Measure, draw, save beside references, base and truth, and report.
+
+        The line in metrics.jsonl comes last: a round without one was not finished, and is made up for on resume.
 
         Args:
             cancelled: asked between sampler steps; once it says so, this round is given up and nothing is saved.
             draw: also draw samples.
             checkpoint: waits until this step is saved and says where, if it is to be; only then can it be pointed to as
                 the best.
+
+        Returns:
+            Whether the round was finished.
         """
 
         def check() -> None:
@@ -144,13 +151,16 @@ class Validation:
                 if draw:
                     drawn = self.sampler.draw(f"samples of step {step}", self.folder is not None, check)
         except _Cancelled:
-            return
+            return False
         if self.run is None:
-            return
-        if losses:
-            self._report(Measured(step, losses), checkpoint)
+            return True
+        values = self._judge(Measured(step, losses), checkpoint) if losses else {}
         if drawn:
-            self._keep(step, drawn)
+            values |= self._keep(step, drawn)
+        if self.trackers is not None:
+            self.trackers.scalars(values, step)
+        self.run.record(step, values)
+        return True
 
     def _losses(self, title: str, check: Callable[[], None]) -> list[float]:
         if self.loss is None or not self.measured_rows:
@@ -162,41 +172,40 @@ class Validation:
                 update(done)
         return losses
 
-    def _report(self, now: Measured, checkpoint: Callable[[], Path | None] | None) -> None:
-        assert self.run is not None and self.best is not None
+    def _judge(self, now: Measured, checkpoint: Callable[[], Path | None] | None) -> dict[str, float]:
+        """Say what the losses mean, and point to the best checkpoint; returns numbers for the curves."""
+        assert self.best is not None
         base = None if self.base is None else Measured(0, self.base.losses)
-        values = now.values(base)
-        self.run.record(now.step, values)
-        if self.trackers is not None:
-            self.trackers.scalars(values, now.step)
         for line in verdict(now, base, self.last, self.best.measured):
             console.say(line)
         self.best.offer(now, base, None if checkpoint is None else checkpoint())
         self.last = now
+        return now.values(base)
 
-    def _keep(self, step: int, drawn: list[Image.Image]) -> None:
+    def _keep(self, step: int, drawn: list[Image.Image]) -> dict[str, float]:
+        """Save the samples; returns measures of them."""
         assert self.folder is not None
         examples = self.sampler.examples()
         strips, layout = self.sampler.strips(examples, drawn, None if self.base is None else self.base.pictures)
         samples.save(self.folder / f"step-{step}", strips)
         samples.save_layout(self.folder / f"step-{step}", layout)
-        values = sample_measures(examples, drawn)
-        assert self.run is not None
-        self.run.record(step, values)
         if self.trackers is not None:
             self.trackers.pictures("samples", strips, step)
-            self.trackers.scalars(values, step)
         if line := constant(step, drawn, [example.target for example in examples]):
             console.say(line)
+        return sample_measures(examples, drawn)
 
     def _known_base(self) -> Base | None:
-        if self.folder is None or not (self.folder / f"{BASE}.json").is_file():
+        if self.folder is None:
             return None
-        kept = json.loads((self.folder / f"{BASE}.json").read_text(encoding="utf-8"))
         files = [self.folder / BASE / f"{place}.png" for place in range(len(self.sampler.chosen))]
-        if kept["of"] != self._identity() or not all(file.is_file() for file in files):
-            return None
-        return Base([float(loss) for loss in kept["losses"]], [Image.open(file).convert("RGB") for file in files])
+        try:
+            kept = read_json(self.folder / f"{BASE}.json")
+            if kept["of"] != self._identity():
+                return None
+            return Base([float(loss) for loss in kept["losses"]], [open_upright(file) for file in files])
+        except (Unreadable, OSError, KeyError, TypeError, ValueError):  # DataError is a ValueError
+            return None  # it is found out again
 
     def _identity(self) -> str:
         """Changes with whatever decides what the base draws and loses."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qwen_image_finetune.disk import runs
+from qwen_image_finetune.disk import history, runs
 from qwen_image_finetune.disk.files import write_atomic
 from qwen_image_finetune.judging.intervals import Interval, t_interval
 
@@ -53,9 +53,8 @@ class Best:
     def __init__(self, run: runs.Run) -> None:
         self.run = run
         self.measured: Measured | None = None
-        folder = runs.best_checkpoint(run.path)
-        if folder is not None and folder.is_dir():
-            kept = json.loads((run.path / runs.BEST).read_text(encoding="utf-8"))
+        kept = history.read_best(run.path)
+        if kept is not None and (run.path / kept["checkpoint"]).is_dir():
             self.measured = Measured(int(kept["step"]), [float(loss) for loss in kept["losses"]])
 
     def offer(self, now: Measured, base: Measured | None, checkpoint: Path | None) -> None:
@@ -74,7 +73,7 @@ class Best:
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in about.items()
         }
-        write_atomic(self.run.path / runs.BEST, json.dumps(finite) + "\n")
+        write_atomic(self.run.path / history.BEST, json.dumps(finite) + "\n")
 
 
 def verdict(now: Measured, base: Measured | None, last: Measured | None, best: Measured | None) -> Iterator[str]:

@@ -32,7 +32,8 @@ from qwen_image_finetune.disk.checkpoint import (
     save_state,
     snapshot,
 )
-from qwen_image_finetune.disk.files import DiskFull, verify_folder
+from qwen_image_finetune.disk.files import DiskFull
+from qwen_image_finetune.disk.manifest import verify_folder
 
 # `QIF_FAULTS=full` runs the counts that the documentation quotes; otherwise a sample that fits CI.
 FULL = os.environ.get("QIF_FAULTS") == "full"

@@ -16,16 +16,15 @@ from pathlib import Path
 import pytest
 
 from qwen_image_finetune.disk.files import (
-    MANIFEST,
     DiskFull,
     clean_leftovers,
     open_to_umask,
     remove_folder,
     staged_file,
     staged_folder,
-    verify_folder,
     write_atomic,
 )
+from qwen_image_finetune.disk.manifest import MANIFEST, verify_folder
 
 # `QIF_FAULTS=full` runs the counts that the documentation quotes; otherwise a sample that fits CI.
 FULL = os.environ.get("QIF_FAULTS") == "full"

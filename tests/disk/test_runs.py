@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -18,18 +19,12 @@ from pathlib import Path
 
 import pytest
 
-from qwen_image_finetune.disk import files, runs
-from qwen_image_finetune.disk.files import DiskFull, staged_folder, verify_folder
-from qwen_image_finetune.disk.runs import (
-    Run,
-    RunError,
-    claim_version,
-    find_checkpoint,
-    outcome,
-    reopen_version,
-    retention,
-    unfinished,
-)
+from qwen_image_finetune.disk import files, history, manifest, runs, versions
+from qwen_image_finetune.disk.events import event_steps
+from qwen_image_finetune.disk.files import DiskFull, staged_folder
+from qwen_image_finetune.disk.manifest import verify_folder
+from qwen_image_finetune.disk.runs import Run, claim_version, outcome, reopen_version, retention, unfinished
+from qwen_image_finetune.disk.versions import RunError, find_checkpoint
 
 # `QIF_FAULTS=full` runs the counts that the documentation quotes; otherwise a sample that fits CI.
 FULL = os.environ.get("QIF_FAULTS") == "full"
@@ -39,7 +34,7 @@ PATHS = [str(Path(__file__).parents[2])]
 def spawn(code: str, *arguments: object) -> subprocess.Popen[str]:
     """A real process that runs `code` with `arguments` as sys.argv[1:]."""
     prelude = f"import os, sys, time\nfrom pathlib import Path\nsys.path[:0] = {PATHS!r}\n"
-    imports = "from qwen_image_finetune.disk import files, runs\n"
+    imports = "from qwen_image_finetune.disk import files, history, runs, versions\n"
     script = prelude + imports + textwrap.dedent(code)
     command = [sys.executable, "-c", script, *map(str, arguments)]
     pipe = subprocess.PIPE  # whoever reads stdin to its end waits until it is killed, however slow this machine is
@@ -169,7 +164,7 @@ def test_steps_are_read_from_event_files(project: Path, last: int) -> None:
         for step in range(last + 1):
             writer.add_scalar("loss", 1.0, step)
     (events,) = (project / "v0").glob("events.out.tfevents.*")
-    assert max(runs._event_steps(events)) == last
+    assert max(event_steps(events)) == last
     claim_version(project).close()
     assert names(project) == ({"v0"} if last < 5 else {"v0", "v1"})
 
@@ -279,7 +274,7 @@ def test_claiming_killed_at_any_moment(project: Path) -> None:
         run.close()
         assert run.name in ("v2", "v3")
         assert {path.name for path in project.iterdir()} == {"v0", "v1", run.name, ".lock"}
-        assert runs.steps_of(kept[0]) == 9
+        assert history.steps_of(kept[0]) == 9
         assert verify_folder(kept[1] / "checkpoint-0-2") is None
 
 
@@ -320,10 +315,179 @@ def test_reopen_of_nothing(project: Path) -> None:
         reopen_version(project / "v3")
 
 
-def test_version_of_a_checkpoint(run: Run, tmp_path: Path) -> None:
-    assert runs.version_of(run.path / "checkpoint-0-5") == run.path
-    assert runs.version_of(run.path / "superseded" / "checkpoint-0-5.1") == run.path
-    assert runs.version_of(tmp_path / "copies" / "checkpoint-0-5") is None
+def test_version_of_a_checkpoint(run: Run, project: Path, tmp_path: Path) -> None:
+    for place in ("v0/checkpoint-0-5", "v0/superseded/checkpoint-0-5.1"):
+        (project / place).mkdir(parents=True)
+        assert versions.version_of(project, project / place) == run.path
+    elsewhere = tmp_path / "copies" / "v0" / "checkpoint-0-5"
+    elsewhere.mkdir(parents=True)
+    assert versions.version_of(project, elsewhere) is None
+
+
+# Links
+
+LEVELS = ["output", "project", "version", "checkpoint"]
+
+
+def moved_away(project: Path, level: str) -> Path:
+    """Move a folder of the run to another disk and link it back; returns the new place."""
+    place = {"output": project.parent, "project": project, "version": project / "v0",
+             "checkpoint": project / "v0" / "checkpoint-0-3"}[level]  # fmt: skip
+    away = project.parent.parent / "large disk" / f"{place.name} kept"
+    away.parent.mkdir(exist_ok=True)
+    os.rename(place, away)
+    place.symlink_to(away if level != "checkpoint" else os.path.relpath(away, place.parent))
+    return away
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_what_was_moved_away_and_linked_back_is_the_same_version(level: str, project: Path) -> None:
+    """However it is named, it is found, reopened in its place, and neither tidied nor thinned out."""
+    path = end(project, 3, "finished")
+    add_checkpoint(path, 1)
+    newest = add_checkpoint(path, 3)
+    away = moved_away(project, level)
+    specs = ["latest", str(newest), str(newest.resolve()), str(path)]
+    for spec in specs:
+        found = find_checkpoint(project, spec, pytest.fail)
+        assert found == newest, spec
+        assert versions.version_of(project, found) == path
+    run = reopen_version(path)
+    run.record(4, {"loss": 1.0})
+    add_checkpoint(path, 4)
+    retention(run, 1)
+    assert steps(run) == ([3, 4] if level == "checkpoint" else [4])
+    run.rewind(2)
+    assert verify_folder(path / "superseded" / "checkpoint-0-4.1") is None
+    if level == "checkpoint":
+        assert verify_folder(path / "superseded" / "checkpoint-0-3.1") is None and verify_folder(away) is None
+    run.finish("finished", 2)
+    run.close()
+    claim_version(project).close()
+    held = level in ("version", "checkpoint")
+    assert (path / "metrics.jsonl").exists() == held, "what is short, finished and no link makes way"
+    assert away.exists()
+
+
+@pytest.mark.parametrize("holder", ["output", "project", "other version", "needed"])
+def test_what_a_link_leads_to_is_not_tidied_away(holder: str, project: Path) -> None:
+    other = end(project, 9)
+    path = end(project, 3, "finished")
+    kept = add_checkpoint(path, 3)
+    place = {"output": project.parent, "project": project, "other version": other, "needed": None}[holder]
+    if place is not None:
+        (place / "best").symlink_to(os.path.relpath(kept, place))
+    claim_version(project, kept / "state" if place is None else None).close()
+    assert verify_folder(kept) is None
+    if holder == "project":
+        run = reopen_version(path)
+        add_checkpoint(path, 4)
+        add_checkpoint(path, 5)
+        retention(run, 1)
+        run.close()
+        assert steps(run) == [3, 5]
+
+
+def test_a_link_that_stays_inside_its_version_holds_nothing(project: Path) -> None:
+    """Trackers make such: wandb/latest-run."""
+    path = end(project, 2)
+    (path / "latest").symlink_to("metrics.jsonl")
+    claim_version(project).close()
+    assert not (path / "latest").is_symlink()
+
+
+def test_a_checkpoint_is_replaced_where_its_link_stands(run: Run, project: Path) -> None:
+    old = add_checkpoint(run.path, 3)
+    away = moved_away(project, "checkpoint")
+    with staged_folder(old) as folder:
+        (folder / "state").write_bytes(b"new")
+    assert not old.is_symlink() and (old / "state").read_bytes() == b"new"
+    assert verify_folder(away) is None and (away / "state").read_bytes() != b"new"
+    assert {path.name for path in run.path.iterdir()} == {"checkpoint-0-3", "run.json", "run.lock"}
+
+
+def test_a_file_is_written_where_its_link_leads(tmp_path: Path) -> None:
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "link").symlink_to("real")
+    files.write_atomic(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_text() == "new"
+
+
+# What a checkpoint calls itself
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_not_believed(run: Run, project: Path, tmp_path: Path) -> None:
+    sound = add_checkpoint(run.path, 2)
+    false = Path(shutil.copytree(sound, run.path / "checkpoint-0-50"))
+    said: list[str] = []
+    assert find_checkpoint(project, "latest", said.append) == sound
+    assert len(said) == 1 and "checkpoint-0-50 was written as checkpoint-0-2" in said[0]
+    with pytest.raises(RunError, match="was written as checkpoint-0-2"):
+        find_checkpoint(project, str(false), pytest.fail)
+    assert steps(run) == [2]
+    own = Path(shutil.copytree(sound, tmp_path / "my best one"))  # a name that says no step
+    assert find_checkpoint(project, str(own), pytest.fail) == own
+    # The name stands inside what the checksum covers.
+    table = false / "manifest.json"
+    table.write_text(table.read_text().replace("checkpoint-0-2", "checkpoint-0-50"))
+    with pytest.raises(RunError, match=r"manifest\.json is damaged"):
+        find_checkpoint(project, str(false), pytest.fail)
+
+
+def test_checkpoints_of_before_names_were_kept_are_read(run: Run, project: Path) -> None:
+    folder = add_checkpoint(run.path, 2)
+    found = json.loads((folder / "manifest.json").read_text())
+    own = hashlib.sha256(json.dumps(found["files"], sort_keys=True).encode()).hexdigest()
+    old = json.dumps({"files": found["files"], "sha256": own}, indent=1, sort_keys=True) + "\n"
+    (folder / "manifest.json").write_text(old)
+    assert find_checkpoint(project, "latest", pytest.fail) == folder
+
+
+# Files that are none of ours
+
+
+@pytest.mark.timeout(60)
+def test_pipes_are_not_waited_for(run: Run, project: Path) -> None:
+    folder = add_checkpoint(run.path, 2)
+    (folder / "manifest.json").unlink()
+    os.mkfifo(folder / "manifest.json")
+    said: list[str] = []
+    assert find_checkpoint(project, "latest", said.append) is None
+    assert "manifest.json is no regular file" in said[0]
+    run.close()
+    os.mkfifo(run.path / "metrics.jsonl")
+    with pytest.raises(RunError, match=r"metrics\.jsonl is no regular file"):
+        reopen_version(run.path)
+    claim_version(project).close()
+    assert (run.path / "metrics.jsonl").exists(), "nobody can say what it is worth"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[" * 100_000, "[]", '{"step": "3"}', '{"step": 3, "checkpoint": 7, "losses": []}', "1" * 6000]
+)
+def test_a_damaged_best_is_one_clear_error(run: Run, text: str) -> None:
+    (run.path / "best.json").write_text(text)
+    run.close()
+    with pytest.raises(RunError, match=r"best\.json is damaged.*put best\.json back from a copy, or remove it"):
+        reopen_version(run.path)
+    (run.path / "best.json").unlink()
+    reopen_version(run.path).close()
+
+
+def test_metrics_that_are_no_numbers(run: Run) -> None:
+    path = run.path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 1.0}\n' + "[" * 100_000 + '\n{"step": true}\n{"step": 2, "loss": "much"}\n')
+    with pytest.raises(RunError, match=r"metrics\.jsonl is damaged: a value of step 2 is no number"):
+        history.read_metrics(run.path)
+    run.truncate_metrics(1)
+    assert history.read_metrics(run.path) == [{"step": 1, "loss": 1.0}]
+
+
+def test_a_damaged_state_is_no_reason_to_remove_what_can_be_resumed(project: Path) -> None:
+    path = end(project, 3, "interrupted", 3)
+    (path / "run.json").write_text('{"state"')
+    claim_version(project).close()
+    assert outcome(path) == "unknown" and verify_folder(path / "checkpoint-0-3") is None
 
 
 # Metrics and state
@@ -332,7 +496,7 @@ def test_version_of_a_checkpoint(run: Run, tmp_path: Path) -> None:
 def test_metrics_come_back(run: Run) -> None:
     run.record(1, {"loss": 0.1, "grad_norm": 1e-30})
     run.record(2, {"loss": math.nan, "grad_norm": -math.inf})
-    first, second = runs.read_metrics(run.path)
+    first, second = history.read_metrics(run.path)
     assert first == {"step": 1, "loss": 0.1, "grad_norm": 1e-30}
     assert math.isnan(second["loss"])
     assert second["grad_norm"] == -math.inf
@@ -353,7 +517,7 @@ def test_truncating_metrics_equals_never_having_logged_more(run: Run) -> None:
     run.truncate_metrics(5)
     assert path.read_bytes() == expected
     run.record(6, {"loss": 1 / 6})
-    assert [line["step"] for line in runs.read_metrics(run.path)] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in history.read_metrics(run.path)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_line_that_does_not_fit_leaves_no_part_of_itself(run: Run) -> None:
@@ -377,7 +541,7 @@ def test_a_line_that_does_not_fit_leaves_no_part_of_itself(run: Run) -> None:
 def test_finish_says_how_it_stands(run: Run) -> None:
     run.finish("interrupted", 7)
     assert json.loads((run.path / "run.json").read_text()) == {"state": "interrupted", "step": 7}
-    assert runs.steps_of(run.path) == 7
+    assert history.steps_of(run.path) == 7
 
 
 # Checkpoints
@@ -480,7 +644,7 @@ def test_rewind_sets_later_checkpoints_and_samples_aside(run: Run, project: Path
         assert sorted(os.listdir(run.path / "samples")) == ["base", "step-4"]
         assert (run.path / "superseded" / "step-5.1").is_dir()
         assert [folder.name for folder in run.checkpoints()] == ["checkpoint-0-4"]
-        assert [line["step"] for line in runs.read_metrics(run.path)] == [1, 2, 3, 4]
+        assert [line["step"] for line in history.read_metrics(run.path)] == [1, 2, 3, 4]
         assert (run.path / "superseded" / f"checkpoint-0-6.{count}").is_dir()
         add_checkpoint(run.path, 6)
     assert verify_folder(run.path / "superseded" / "checkpoint-0-8.1") is None
@@ -519,7 +683,7 @@ def test_retention_reads_unchanged_checkpoints_once(run: Run, monkeypatch: pytes
     for step in (1, 2, 3):
         add_checkpoint(run.path, step)
     retention(run, 3)
-    monkeypatch.setattr(files, "_checksum", lambda path: pytest.fail(f"{path} is read again"))
+    monkeypatch.setattr(manifest, "_checksum", lambda path: pytest.fail(f"{path} is read again"))
     retention(run, 3)
 
 

@@ -13,7 +13,7 @@ import torch
 from launching import HERE, ended, free_port, one_machine
 from outcomes import losses, weights
 
-from qwen_image_finetune.disk import runs
+from qwen_image_finetune.disk import versions
 
 OPTIONS = ("train.max_train_steps=6", "train.checkpointing_steps=2", "train.resume_from_checkpoint=latest")
 
@@ -70,14 +70,14 @@ def test_a_machine_is_lost(configure: Callable[..., Any], start: Callable[..., A
     run = ["-m", "qwen_image_finetune.cli", "train", str(tmp_path / "config.yaml"), *overrides]
     first, second = (start(*command, *run) for command in layouts()["static"])
     project = tmp_path / "output/project"
-    while runs.find_checkpoint(project, "latest", lambda message: None) is None:
+    while versions.find_checkpoint(project, "latest", lambda message: None) is None:
         assert first.poll() is None, ended(first)
         time.sleep(0.1)
     second.kill()  # and the server all that it had started
     done = ended(first)
     assert done.returncode != 0
     assert re.search(r"[Cc]onnection (closed|reset)|Broken pipe", done.stderr), done.stdout + done.stderr
-    found = runs.find_checkpoint(project, "latest", pytest.fail)
+    found = versions.find_checkpoint(project, "latest", pytest.fail)
     assert found is not None
 
 
@@ -91,5 +91,5 @@ def test_a_hung_process_is_named(fault: str, attempt: Callable[..., Any], tmp_pa
     if fault == "hung":
         assert "process 1 holds the others up" in hung.stdout and "threading.py" in hung.stderr
     project = tmp_path / "output" / fault
-    found = runs.find_checkpoint(project, "latest", pytest.fail)
+    found = versions.find_checkpoint(project, "latest", pytest.fail)
     assert found is not None and found.name.endswith("-2")

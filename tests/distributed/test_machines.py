@@ -16,7 +16,7 @@ import yaml
 from launching import ROOT, accelerated, clean_environment, ended, free_port, one_machine
 from outcomes import losses, weights
 
-from qwen_image_finetune.disk.runs import ENVIRONMENT
+from qwen_image_finetune.disk.history import ENVIRONMENT
 
 Run = subprocess.Popen[str]
 

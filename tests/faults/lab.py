@@ -271,18 +271,20 @@ def state_of(checkpoint: Path) -> dict[str, bytes]:
 
 
 def curve(version: Path) -> list[dict[str, Any]]:
-    """The logged values of every step, without the time and the memory it took.
-
-    Measures of samples have lines of their own; a round of samples that a signal cuts short is not drawn again.
-    """
+    """The logged values of every step and of every round of validation, without the time and the memory it took."""
     lines = [json.loads(line) for line in (version / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if "loss" in line]
-    return [{name: value for name, value in line.items() if name not in MEASURED} for line in steps]
+    return [{name: value for name, value in line.items() if name not in MEASURED} for line in lines]
 
 
 def outcome(version: Path) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
-    """Final state and whole curve."""
-    return state_of(list(checkpoints(version).values())[-1]), curve(version)
+    """Final state, samples and the best checkpoint, byte for byte, and whole curve."""
+    found = state_of(list(checkpoints(version).values())[-1])
+    samples = [path for path in sorted((version / "samples").rglob("*")) if path.is_file()]
+    found |= {str(path.relative_to(version)): path.read_bytes() for path in samples}
+    if (version / "best.json").exists():
+        found["best.json"] = (version / "best.json").read_bytes()
+        found["best checkpoint"] = b"".join(state_of(version / json.loads(found["best.json"])["checkpoint"]).values())
+    return found, curve(version)
 
 
 def difference(expected: tuple[dict[str, bytes], Any], found: tuple[dict[str, bytes], Any]) -> str | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import signal
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -68,6 +70,46 @@ def slow_steps(seconds: str) -> None:
             yield each
 
     flow.set_timesteps = slow_sampling
+
+
+def die_in_a_round(where: str) -> None:
+    """SIGKILL in a round of validation: "number of the round,round|loss|best|samples|line"; ahead of the first, then
+    behind one of its losses, behind best.json, behind the samples, and behind its line in metrics.jsonl."""
+    from qwen_image_finetune.disk import runs
+    from qwen_image_finetune.training import held_out_loss, validate, verdict
+
+    number, place = where.split(",")
+    rounds = [0]
+
+    def die(*_: Any) -> None:
+        if rounds[0] == int(number):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def then_die(call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **options: Any) -> Any:
+            result = call(*arguments, **options)
+            die()
+            return result
+
+        return run
+
+    begin = validate.Validation.__call__
+
+    def counted(self: validate.Validation, *arguments: Any) -> bool:
+        rounds[0] += 1
+        if place == "round":
+            die()
+        return begin(self, *arguments)
+
+    validate.Validation.__call__ = counted  # type: ignore[method-assign]
+    if place == "loss":
+        held_out_loss.HeldOutLoss.__call__ = then_die(held_out_loss.HeldOutLoss.__call__)  # type: ignore[method-assign]
+    elif place == "best":
+        verdict.Best.offer = then_die(verdict.Best.offer)  # type: ignore[method-assign]
+    elif place == "samples":
+        validate.samples.save = then_die(validate.samples.save)
+    elif place == "line":
+        runs.Run.record = then_die(runs.Run.record)  # type: ignore[method-assign]
 
 
 def slow_save(seconds: str) -> None:

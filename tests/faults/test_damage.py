@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from lab import FAMILIES, Lab, checkpoints, difference, full_or, outcome, record, versions
 
-from qwen_image_finetune.disk.runs import find_checkpoint
+from qwen_image_finetune.disk.versions import find_checkpoint
 from qwen_image_finetune.encoding.store import DamagedEntry, Store
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from lab import FAMILIES, Lab, checkpoints, difference, full_or, half_written, outcome, record, versions
 
-from qwen_image_finetune.disk.files import verify_folder
+from qwen_image_finetune.disk.manifest import verify_folder
 from qwen_image_finetune.encoding.store import Store
 
 SIZE = 4 << 20  # of the disk, bytes

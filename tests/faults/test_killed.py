@@ -8,12 +8,30 @@ import time
 from pathlib import Path
 
 import pytest
-from lab import FAMILIES, KILLED, Lab, checkpoints, difference, full_or, half_written, outcome, record, versions
+from lab import (
+    FAMILIES,
+    KILLED,
+    Lab,
+    checkpoints,
+    difference,
+    full_or,
+    half_written,
+    outcome,
+    record,
+    versions,
+    write_pairs,
+)
 
-from qwen_image_finetune.disk.files import verify_folder
+from qwen_image_finetune.disk.manifest import verify_folder
 
-LIMIT, EVERY = 2, 2
+LIMIT, EVERY = 1, 2
 SETTINGS = {"checkpointing_steps": EVERY, "checkpoints_total_limit": LIMIT}
+# A round of validation after every checkpoint, and samples at other steps as well; the rate is so high that the best
+# checkpoint is not the last.
+ROUNDS = {"enabled": True, "share": 0.3, "steps": 3, "num_validation_samples": 1, "num_inference_steps": 1}
+
+
+AIMS = {"caching": 10, "saving": 4, "drawing": 6, "removing": 3}  # and how often each comes, or nearly
 
 
 def problem_of_what_is_left(config: Path) -> str | None:
@@ -30,31 +48,33 @@ def problem_of_what_is_left(config: Path) -> str | None:
 
 
 @pytest.mark.timeout(3600)
-def test_killed_at_any_moment(lab: Lab) -> None:
+def test_killed_at_any_moment(lab: Lab, tmp_path: Path) -> None:
     """The restarted run ends exactly as the one that was never interrupted."""
     chance = random.Random(0)
+    pairs = write_pairs(tmp_path / "pairs", 6)
+    rest = {"validation": ROUNDS, "data": {"init_args": {"dataset_path": str(pairs)}}}
     expected, seconds = {}, {}
     for family in FAMILIES:
-        config = lab.config(f"whole-{family}", family, train=SETTINGS)
+        config = lab.config(f"whole-{family}", family, train=SETTINGS, **rest)
         began = time.monotonic()
         lab.run(config)
         seconds[family] = time.monotonic() - began
         (version,) = versions(config)
         expected[family] = outcome(version)
 
-    tried, lost, moments = full_or(200, 6), [], {"anywhere": 0, "caching": 0, "saving": 0, "removing": 0, "ended": 0}
+    tried, lost, moments = full_or(200, 8), [], dict.fromkeys(["anywhere", *AIMS, "ended"], 0)
     for number in range(tried):
         family = FAMILIES[number % 2]
-        config = lab.config(f"killed-{number}", family, train={**SETTINGS, "resume_from_checkpoint": "latest"})
+        config = lab.config(f"killed-{number}", family, train={**SETTINGS, "resume_from_checkpoint": "latest"}, **rest)
         # Half of the kills are aimed; every third trial is killed twice.
         for again in range(2 if number % 3 == 0 else 1):
-            aim = chance.choice(["caching", "saving", "saving", "removing"]) if number % 4 < 2 else "anywhere"
+            aim = chance.choice([*AIMS, "drawing"]) if number % 4 < 2 else "anywhere"
             aim = "saving" if again and aim == "caching" else aim  # the cache is complete by then
             trial = lab.start(config, phases=True)
             if aim == "anywhere":
                 time.sleep(chance.uniform(0, seconds[family]))
             else:
-                trial.await_phase(aim, chance.randint(1, {"caching": 10, "saving": 4, "removing": 3}[aim]))
+                trial.await_phase(aim, chance.randint(1, AIMS[aim]))
                 time.sleep(chance.uniform(0, 0.03))
             trial.kill()
             moments[aim if trial.process.exitcode == KILLED else "ended"] += 1

@@ -11,7 +11,7 @@ import pytest
 from lab import FAMILIES, Lab, checkpoints, curve, difference, full_or, outcome, record, versions
 
 from qwen_image_finetune.disk import runs
-from qwen_image_finetune.disk.files import verify_folder
+from qwen_image_finetune.disk.manifest import verify_folder
 
 
 def _claim(project: str, together: Barrier, number: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from lab import FAMILIES, FULL, Lab, checkpoints, difference, half_written, outcome, record, versions
 
-from qwen_image_finetune.disk.files import verify_folder
+from qwen_image_finetune.disk.manifest import verify_folder
 
 PACKAGE = "qwen_image_finetune"
 # What is called in a phase, the number of the call that fails, the words for the phase, the steps saved by then.

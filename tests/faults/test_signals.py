@@ -10,10 +10,10 @@ import time
 import pytest
 from lab import FAMILIES, Lab, checkpoints, curve, difference, full_or, half_written, outcome, record, versions
 
-from qwen_image_finetune.disk.files import verify_folder
+from qwen_image_finetune.disk.manifest import verify_folder
 
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 143, signal.SIGHUP: 143}
-DRAWING = {"enabled": True, "steps": 3, "num_validation_samples": 2, "num_inference_steps": 3}
+DRAWING = {"enabled": True, "share": 0.3, "steps": 3, "num_validation_samples": 2, "num_inference_steps": 3}
 PHASES = {"begun": 1, "filling": 1, "caching": 10, "loading": 1, "step": 10, "saving": 3, "drawing": 3}
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from qwen_image_finetune.config import Config, ConfigError, LoraConfig
 from qwen_image_finetune.disk.files import clean_leftovers
-from qwen_image_finetune.disk.runs import LORA_WEIGHTS
+from qwen_image_finetune.disk.versions import LORA_WEIGHTS
 from qwen_image_finetune.families import get_family
 from qwen_image_finetune.lora import adapters
 from qwen_image_finetune.lora import files as lora_files

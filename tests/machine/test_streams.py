@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen_image_finetune.disk import runs
+from qwen_image_finetune.disk import history, runs, versions
 from qwen_image_finetune.machine import console, journal
 from qwen_image_finetune.machine.signals import StopSignals
 from qwen_image_finetune.machine.streams import Unfailing
@@ -95,17 +95,17 @@ def test_a_terminal_that_was_closed_takes_no_bar(monkeypatch: pytest.MonkeyPatch
 
 def test_the_log_has_every_line_with_its_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Also those from before there was a version, and what ended the run."""
-    with pytest.raises(runs.RunError), journal.recording():
+    with pytest.raises(versions.RunError), journal.recording():
         console.note("before there is a version", sys.stderr)
         with journal.recording():
             console.say("two\nlines é")
             run = runs.claim_version(tmp_path / "project")
             journal.keep_in(run.log)
         console.say("more")
-        raise runs.RunError("the end")
+        raise versions.RunError("the end")
     run.close()
     console.say("nobody keeps this")
-    lines = (run.path / runs.LOG).read_text().splitlines()
+    lines = (run.path / history.LOG).read_text().splitlines()
     assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line) for line in lines)
     said = ["note: before there is a version", "two", "lines é", "more", "error: the end"]
     assert [line[20:] for line in lines] == said
@@ -114,7 +114,7 @@ def test_the_log_has_every_line_with_its_time(tmp_path: Path, capsys: pytest.Cap
 
 def test_a_log_that_cannot_be_written_is_no_reason_to_stop(tmp_path: Path) -> None:
     run = runs.claim_version(tmp_path / "project")
-    (run.path / runs.LOG).symlink_to("/dev/full")
+    (run.path / history.LOG).symlink_to("/dev/full")
     run.log("a line\n")
     run.close()
 

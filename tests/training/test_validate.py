@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qwen_image_finetune.config import Config, ConfigError
 from qwen_image_finetune.data.images import DataError
-from qwen_image_finetune.disk import runs
+from qwen_image_finetune.disk import history
 from qwen_image_finetune.encoding.pairs import open_pairs
 from qwen_image_finetune.families import FAMILIES, get_family
 from qwen_image_finetune.training.state import State
@@ -151,8 +151,8 @@ def test_a_resumed_run_goes_on_with_its_base_and_its_best(configure: Configure, 
     assert stopped == resumed and resumed is not None and whole is not None
     same = [line for line in lines(resumed, "held_out_loss") if line["step"] != 5]  # its last step was saved as well
     assert same == lines(whole, "held_out_loss")
-    assert (resumed / runs.BEST).read_text() == (whole / runs.BEST).read_text()
-    best = json.loads((whole / runs.BEST).read_text())
+    assert (resumed / history.BEST).read_text() == (whole / history.BEST).read_text()
+    best = json.loads((whole / history.BEST).read_text())
     assert best["held_out_loss"] == min(line["held_out_loss"] for line in lines(whole, "held_out_loss"))
     assert (whole / best["checkpoint"]).is_dir()
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from qwen_image_finetune.disk import runs
+from qwen_image_finetune.disk import history, runs
 from qwen_image_finetune.judging.intervals import bootstrap, t_interval, t_quantile
 from qwen_image_finetune.training.verdict import Best, Measured, constant, verdict
 
@@ -97,10 +97,10 @@ def test_the_best_saved_one_is_pointed_to_and_outlives_the_limit(tmp_path: Path)
     best.offer(Measured(3, [0.1, 0.1]), None, None)  # not saved
     best.offer(Measured(4, [0.6, 0.6]), None, saved(4))
     best.offer(Measured(5, [math.nan, 0.1]), None, saved(5))  # a run that has collapsed
-    assert json.loads((run.path / runs.BEST).read_text())["checkpoint"] == "checkpoint-0-2"
-    assert runs.best_checkpoint(run.path) == run.checkpoint_path(0, 2)
+    assert json.loads((run.path / history.BEST).read_text())["checkpoint"] == "checkpoint-0-2"
+    assert history.best_checkpoint(run.path) == run.checkpoint_path(0, 2)
     assert [folder.name for folder in run.checkpoints()] == ["checkpoint-0-2", "checkpoint-0-5"]
     assert Best(run).measured == Measured(2, [0.4, 0.3])
     run.rewind(1)
-    assert runs.best_checkpoint(run.path) is None and Best(run).measured is None
+    assert history.best_checkpoint(run.path) is None and Best(run).measured is None
     run.close()

@@ -13,7 +13,7 @@ from PIL import Image
 
 from qwen_image_finetune.data.listing import Row
 from qwen_image_finetune.data.sources import read_folder
-from qwen_image_finetune.disk import runs
+from qwen_image_finetune.disk import history, runs, versions
 
 
 class ReportError(ValueError):
@@ -41,9 +41,9 @@ class Version:
         self.name = f"{path.resolve().parent.name}/{path.resolve().name}"
         self.yaml = (path / "config.yaml").read_text(encoding="utf-8")
         self.settings: dict[str, Any] = flat(yaml.safe_load(self.yaml))
-        self.metrics = runs.read_metrics(path)
-        self.environment: dict[str, Any] = self._json(runs.ENVIRONMENT)
-        self.best: dict[str, Any] = self._json(runs.BEST)
+        self.metrics = history.read_metrics(path)
+        self.environment: dict[str, Any] = self._json(history.ENVIRONMENT)
+        self.best: dict[str, Any] = self._json(history.BEST)
         self.evaluation: dict[str, Any] = self._json("evaluation/evaluation.json")
         self.state = runs.outcome(path)
 
@@ -62,7 +62,7 @@ class Version:
     @cached_property
     def checkpoints(self) -> list[Path]:
         """Checkpoint folders by step."""
-        return runs.checkpoint_folders(self.path)
+        return versions.checkpoint_folders(self.path)
 
     @cached_property
     def rows(self) -> list[Row]:

@@ -7,6 +7,7 @@ their timesteps come in that precision and go the way of the pipelines.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,28 +19,31 @@ from torch import Tensor
 def keep_timestep_exact(transformer: ModelMixin) -> None:
     """Hand a float32 timestep that `transformer` is called with to the sinusoids of its embedding as it is.
 
-    The embedding is the module with diffusers' `Timesteps`; what they are asked for first is the timestep, a guidance
-    scale comes after it. They compute in float32 whatever they are given, so only what goes in is exchanged.
+    The sinusoids are diffusers' `Timesteps`; what each is asked for first is the timestep, a guidance scale comes after
+    it. They compute in float32 whatever they are given, so only what goes in is exchanged.
 
     Raises:
         ValueError: the transformer has no such module.
     """
-    sinusoids = next((module for module in transformer.modules() if isinstance(module, Timesteps)), None)
-    if sinusoids is None:
+    sinusoids = [module for module in transformer.modules() if isinstance(module, Timesteps)]
+    if not sinusoids:
         raise ValueError(f"{type(transformer).__name__} has no sinusoidal timestep embedding of diffusers")
-    unit = 1000 / sinusoids.scale  # what the sinusoids expect for a noise level of 1
-    told: list[Tensor] = []
+    told: dict[int, Tensor] = {}  # by the number of the module that has not been asked yet
 
     def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        told[:] = [kwargs["timestep"] * unit] if kwargs["timestep"].dtype == torch.float32 else []
+        told.clear()
+        if kwargs["timestep"].dtype == torch.float32:  # 1000 is what sinusoids of scale 1 expect for a noise level of 1
+            told.update((number, kwargs["timestep"] * (1000 / one.scale)) for number, one in enumerate(sinusoids))
 
-    def replace(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if not told:
+    def exchange(number: int, module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        timestep = told.pop(number, None)
+        if timestep is None:
             return None
-        timestep, (rounded, *rest) = told.pop(), args
+        rounded, *rest = args
         if len(rounded) == 2 * len(timestep):  # zero_cond_t: the references are modulated at timestep 0
             timestep = torch.cat([timestep, timestep * 0])
         return (timestep, *rest)
 
     transformer.register_forward_pre_hook(note, with_kwargs=True)
-    sinusoids.register_forward_pre_hook(replace)
+    for number, module in enumerate(sinusoids):
+        module.register_forward_pre_hook(partial(exchange, number))

@@ -186,19 +186,29 @@ def test_without_references_the_prompt_alone_decides(
     assert np.array_equal(np.asarray(drawn[0]), np.asarray(expected))
 
 
-def test_tokens_of_a_prompt_are_told_beforehand(family: Family, pipe: DiffusionPipeline) -> None:
-    """All but the words of the prompt; the tiny processors see small pictures as the real ones do."""
-    lengths, told = [], []
-    for size in ((112, 112), (224, 160)):
-        text = family.encode_text(pipe, "remove the hat", [Reference(picture(*size, seed=1), size)])
-        lengths.append(len(text["prompt_embeds"]))
-        told.append(family.text_tokens([size]))
-    if family.name == "QwenImageEdit":
-        assert told[1] - told[0] == lengths[1] - lengths[0] == 48 - 16
-    elif family.name == "QwenImageEditPlus":
-        assert told[0] - family.text_tokens([]) == 14 * 14  # of 384 x 384 pixels, more than the tiny processor takes
-    else:
-        assert told == [512, 512]
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+def test_tokens_of_a_prompt_are_told_beforehand(name: str, tiny_checkpoints: dict[str, Path]) -> None:
+    """All but the words of the prompt, where the tiny processors see small pictures as the real ones do."""
+    family = get_family(name)
+    if not family.text_sees_references:
+        assert family.text_tokens([(112, 112)]) == family.text_tokens([(224, 160)]) > 0
+        return
+    pipe = family.pipeline.from_pretrained(tiny_checkpoints[name])
+    stream, seen = family.text_embeddings[0], [(112, 112), (224, 160)]
+    lengths = [
+        len(family.encode_text(pipe, "remove the hat", [Reference(picture(*size, seed=1), size)])[stream])
+        for size in seen
+    ]
+    told = [family.text_tokens([size]) for size in seen]
+    assert told[0] > family.text_tokens([])
+    if name != "QwenImageEditPlus":  # shows 384 x 384 pixels of each, more than the tiny processor takes
+        assert told[1] - told[0] == lengths[1] - lengths[0] > 0
+
+
+@pytest.mark.parametrize("name,tokens", [("QwenImageEdit", 16), ("QwenImageEditPlus", 14 * 14), ("FluxKontext", 0)])
+def test_a_reference_has_so_many_tokens_of_text(name: str, tokens: int) -> None:
+    family = get_family(name)
+    assert family.text_tokens([(112, 112)]) - family.text_tokens([]) == tokens
 
 
 def test_padding_is_masked_and_changes_nothing(family: Family, pipe: DiffusionPipeline) -> None:
@@ -225,10 +235,9 @@ def test_padding_is_masked_and_changes_nothing(family: Family, pipe: DiffusionPi
             one = slice(place, place + 1)
             alone = family.velocity(pipe.transformer, noisy[one], timestep[one], collate([row]), guidance)
             assert torch.allclose(together[one], alone, atol=2e-5)
-    if family.text_sees_references:
-        assert both.text_masks["prompt_embeds"].sum(dim=1).tolist() == [len(r.text["prompt_embeds"]) for r in rows]
-    else:
-        assert not both.text_masks
+    lengths = {stream: [len(row.text[stream]) for row in rows] for stream in family.text_embeddings}
+    padded = {stream: counts for stream, counts in lengths.items() if len(set(counts)) > 1}
+    assert {stream: mask.sum(dim=1).tolist() for stream, mask in both.text_masks.items()} == padded
 
 
 def test_two_references_equal_the_pipeline(tiny_checkpoints: dict[str, Path]) -> None:

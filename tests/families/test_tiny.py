@@ -7,11 +7,9 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import diffusers
 import numpy as np
 import pytest
 import torch
@@ -23,48 +21,38 @@ from diffusers import (
     QwenImageEditPlusPipeline,
     QwenImagePipeline,
 )
-from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 from PIL import Image
 
+from qwen_image_finetune.drawing.predict import Conditions, Predictor
 from qwen_image_finetune.families import FAMILIES, get_family, tiny
+from qwen_image_finetune.families.base import Family, Reference
 from qwen_image_finetune.families.tiny_tokenizers import (
     QWEN_SPECIAL_TOKENS,
     clip_tokenizer,
     qwen_tokenizer,
     t5_tokenizer,
 )
+from qwen_image_finetune.records import Batch, collate
 
 WIDTH, HEIGHT = 128, 96
 KONTEXT = get_family("FluxKontext")
 
 
-WRITERS: dict[type[DiffusionPipeline], Callable[[Path], None]] = {
-    get_family(name).pipeline: get_family(name).tiny for name in FAMILIES
-}
+@pytest.fixture(scope="module", params=sorted(FAMILIES))
+def family(request: pytest.FixtureRequest) -> Family:
+    return get_family(request.param)
 
 
-@pytest.fixture(scope="module", params=WRITERS, ids=lambda cls: cls.__name__)
-def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoints") / request.param.__name__
-    WRITERS[request.param](folder)
+@pytest.fixture(scope="module")
+def checkpoint(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoints") / family.name
+    family.tiny(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def pipe(checkpoint: Path) -> DiffusionPipeline:
-    pipe = getattr(diffusers, checkpoint.name).from_pretrained(checkpoint)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-@pytest.fixture(autouse=True)
-def small_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the Qwen pipelines see references at 128 x 96 instead of a megapixel."""
-    for module in (pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus):
-        original = module.calculate_dimensions
-        monkeypatch.setattr(
-            module, "calculate_dimensions", lambda _, ratio, original=original: original(WIDTH * HEIGHT, ratio)
-        )
+def pipe(family: Family, checkpoint: Path) -> DiffusionPipeline:
+    return family.pipeline.from_pretrained(checkpoint)
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -78,23 +66,21 @@ def picture(seed: int) -> Image.Image:
     return Image.fromarray(blocks).resize((WIDTH, HEIGHT), Image.Resampling.NEAREST)
 
 
-def sample(pipe: DiffusionPipeline, prompt: str = "draw the mask", seed: int = 0, **changes: Any) -> torch.Tensor:
-    """Latents after two steps."""
-    arguments: dict[str, Any] = {
-        "image": picture(seed),
-        "prompt": prompt,
-        "width": WIDTH,
-        "height": HEIGHT,
-        "num_inference_steps": 2,
-        "generator": torch.Generator().manual_seed(0),
-        "output_type": "latent",
-    }
-    if isinstance(pipe, FluxKontextPipeline):
-        arguments |= {"_auto_resize": False, "max_area": WIDTH * HEIGHT}
-    else:
-        arguments |= {"true_cfg_scale": 4.0, "negative_prompt": " "}
-    latents: torch.Tensor = pipe(**(arguments | changes)).images
-    return latents
+def predictor_of(family: Family, pipe: DiffusionPipeline) -> Predictor:
+    return Predictor(family, pipe, pipe.transformer, pipe.scheduler, WIDTH * HEIGHT)
+
+
+def batch_of(family: Family, pipe: DiffusionPipeline, prompt: str, seed: int) -> Batch:
+    """What the transformer gets for a prompt and a picture; from the prompt alone where the family sees none."""
+    pictures = [picture(seed)][: family.max_references]
+    return collate([predictor_of(family, pipe).encode(prompt, pictures, (WIDTH, HEIGHT))])
+
+
+def sample(family: Family, pipe: DiffusionPipeline, prompt: str = "draw the mask", seed: int = 0) -> torch.Tensor:
+    """Latents after two steps, drawn as the pipeline draws (test_conditioning compares them to the bit)."""
+    predictor = predictor_of(family, pipe)
+    conditions = Conditions(batch_of(family, pipe, prompt, seed), batch_of(family, pipe, family.negative_prompt, seed))
+    return predictor.sample(conditions, predictor.guidance(4.0), [0], 2)
 
 
 def difference(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -117,10 +103,10 @@ def test_another_process_writes_the_same_bytes(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "2", "RAYON_NUM_THREADS": "1", "PYTHONHASHSEED": "7"}
     environment["PYTHONPATH"] = str(Path(tiny.__file__).parents[2])
     subprocess.run([sys.executable, "-c", script, tmp_path / "there"], check=True, env=environment)
-    for cls, write in WRITERS.items():
-        write(tmp_path / "here" / cls.__name__)
+    for one in map(get_family, FAMILIES):
+        one.tiny(tmp_path / "here" / one.pipeline.__name__)
     here = digests(tmp_path / "here")
-    assert sum(name.endswith(".safetensors") for name in here) == 10
+    assert sum(name.endswith(".safetensors") for name in here) >= 3 * len(FAMILIES)  # transformer, text encoder, VAE
     assert digests(tmp_path / "there") == here
 
 
@@ -130,9 +116,9 @@ def test_the_global_random_state_stays(tmp_path: Path) -> None:
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_a_complete_checkpoint_is_left_alone(checkpoint: Path) -> None:
+def test_a_complete_checkpoint_is_left_alone(family: Family, checkpoint: Path) -> None:
     before = {file: file.stat().st_mtime_ns for file in checkpoint.rglob("*")}
-    WRITERS[getattr(diffusers, checkpoint.name)](checkpoint)
+    family.tiny(checkpoint)
     assert {file: file.stat().st_mtime_ns for file in checkpoint.rglob("*")} == before
 
 
@@ -232,67 +218,76 @@ def test_qwen_special_tokens_are_in_order() -> None:
 @pytest.mark.parametrize("text", ["Größe: 12 pixels!", "a café, 日本", "<draw> it's  here"])
 def test_tokenizers_survive_the_disk(pipe: DiffusionPipeline, text: str) -> None:
     """Any text can be written; the loaded Qwen tokenizer gives it back unchanged."""
-    if isinstance(pipe, FluxKontextPipeline):
-        assert pipe.tokenizer(text).input_ids == clip_tokenizer()(text).input_ids
-        assert pipe.tokenizer_2(text).input_ids == t5_tokenizer()(text).input_ids
-        assert pipe.tokenizer.unk_token_id not in pipe.tokenizer(text).input_ids[1:-1]
-    else:
-        assert pipe.tokenizer(text).input_ids == qwen_tokenizer()(text).input_ids
-        assert pipe.tokenizer.decode(pipe.tokenizer(text).input_ids) == text
+    built = [build() for build in (clip_tokenizer, t5_tokenizer, qwen_tokenizer)]
+    loaded = [part for part in pipe.components.values() if isinstance(part, transformers.PreTrainedTokenizerBase)]
+    assert loaded
+    for tokenizer in loaded:
+        ids = tokenizer(text).input_ids
+        (same,) = (one for one in built if type(one) is type(tokenizer))
+        assert ids == same(text).input_ids
+        if isinstance(tokenizer, transformers.CLIPTokenizer):
+            assert tokenizer.unk_token_id not in ids[1:-1]
+        if isinstance(tokenizer, transformers.Qwen2Tokenizer):
+            assert tokenizer.decode(ids) == text
 
 
 # Behaviour
 
 
-def test_sampling_is_finite_and_repeatable(pipe: DiffusionPipeline) -> None:
-    latents = sample(pipe)
+def test_sampling_is_finite_and_repeatable(family: Family, pipe: DiffusionPipeline) -> None:
+    latents = sample(family, pipe)
     assert 0.3 < latents.std() < 5
-    assert torch.equal(latents, sample(pipe))
+    assert torch.equal(latents, sample(family, pipe))
 
 
-def test_decoded_pictures_use_the_range(pipe: DiffusionPipeline) -> None:
-    pixels = np.asarray(sample(pipe, output_type="pil")[0])
+def test_decoded_pictures_use_the_range(family: Family, pipe: DiffusionPipeline) -> None:
+    pixels = np.asarray(family.decode(pipe, sample(family, pipe))[0])
     assert pixels.shape == (HEIGHT, WIDTH, 3)
     assert pixels.std() > 30
     assert ((pixels == 0) | (pixels == 255)).mean() < 0.5
 
 
-def test_prompt_and_reference_reach_the_latents(pipe: DiffusionPipeline) -> None:
-    latents = sample(pipe)
-    assert difference(latents, sample(pipe, prompt="remove the hat")) > 0.05
-    assert difference(latents, sample(pipe, seed=1)) > 0.05
+def test_prompt_and_reference_reach_the_latents(family: Family, pipe: DiffusionPipeline) -> None:
+    latents = sample(family, pipe)
+    assert difference(latents, sample(family, pipe, prompt="remove the hat")) > 0.05
+    if family.max_references:
+        assert difference(latents, sample(family, pipe, seed=1)) > 0.05
 
 
-def test_every_input_of_the_transformer_reaches_its_output(pipe: DiffusionPipeline) -> None:
-    """Inputs are caught on their way from a pipeline, then exchanged one at a time."""
-    caught: list[dict[str, Any]] = []
-    hook = pipe.transformer.register_forward_pre_hook(
-        lambda module, args, kwargs: caught.append(kwargs), with_kwargs=True
-    )
-    sample(pipe)
-    sample(pipe, prompt="remove the hat", seed=1)
-    hook.remove()
-    given, other = caught[0], caught[len(caught) // 2]
-    target = (HEIGHT // 16) * (WIDTH // 16)
-    mixed = torch.cat([given["hidden_states"][:, :target], other["hidden_states"][:, target:]], dim=1)
-    changes: list[dict[str, Any]] = [{"hidden_states": mixed}, {"timestep": given["timestep"] * 0.5}]
-    if isinstance(pipe, FluxKontextPipeline):
-        changes += [{name: other[name]} for name in ("encoder_hidden_states", "pooled_projections")]
-        changes += [{"guidance": given["guidance"] * 0 + 1}]
-    else:
-        names = ("encoder_hidden_states", "encoder_hidden_states_mask")
-        changes += [{name: other[name] for name in names}]
-    with torch.no_grad():
-        velocity = pipe.transformer(**given)[0][:, :target]
-        assert 0.3 < velocity.std() < 5
-        for change in changes:
-            share = difference(velocity, pipe.transformer(**(given | change))[0][:, :target])
-            assert share > 0.03, (list(change), share)
+def test_every_input_of_the_transformer_reaches_its_output(family: Family, pipe: DiffusionPipeline) -> None:
+    """What it gets for one prompt and picture, with one thing at a time exchanged for that of another."""
+    given, other = batch_of(family, pipe, "draw the mask", 0), batch_of(family, pipe, "remove the hat", 1)
+    noisy = torch.randn(given.target.shape, generator=torch.Generator().manual_seed(0))
+    embedded = family.distilled_guidance(pipe.transformer.config)
+
+    def velocity(batch: Batch, sigma: float = 0.8, guidance: float = 3.5) -> torch.Tensor:
+        with torch.no_grad():
+            timestep, scale = torch.tensor([sigma]), guidance if embedded else None
+            return family.velocity(pipe.transformer, noisy, timestep, batch, scale)
+
+    expected = velocity(given)
+    assert 0.3 < expected.std() < 5
+    changed = {"timestep": velocity(given, sigma=0.4)}
+    changed |= {
+        name: velocity(replace(given, text={**given.text, name: other.text[name]})) for name in family.text_embeddings
+    }
+    if family.max_references:
+        changed["references"] = velocity(replace(given, references=other.references))
+    if embedded:
+        changed["guidance"] = velocity(given, guidance=1.0)
+    for name, text in given.text.items():
+        if given.text[name].shape != other.text[name].shape:  # of any length, so padded in batches, and masked there
+            mask = (torch.arange(text.shape[1]) < text.shape[1] // 2).long()[None]
+            changed[f"mask of {name}"] = velocity(replace(given, text_masks={name: mask}))
+    for name, result in changed.items():
+        assert difference(expected, result) > 0.03, name
 
 
-def test_the_picture_reaches_the_text_embeddings(pipe: DiffusionPipeline) -> None:
-    if isinstance(pipe, FluxKontextPipeline):
+def test_the_picture_reaches_the_text_embeddings(family: Family, pipe: DiffusionPipeline) -> None:
+    if not family.text_sees_references:
         pytest.skip("its text encoders see no pictures")
-    with torch.no_grad():
-        one, other = (pipe.encode_prompt(prompt="draw", image=picture(seed))[0] for seed in (0, 1))
-    assert difference(one[:, -5:], other[:, -5:]) > 0.01  # tokens after the picture's own
+    one, other = (
+        family.encode_text(pipe, "draw", [Reference(picture(seed), (WIDTH, HEIGHT))])[family.text_embeddings[0]]
+        for seed in (0, 1)
+    )
+    assert difference(one[-5:], other[-5:]) > 0.01  # tokens after the picture's own

@@ -18,10 +18,12 @@ from qwen_image_finetune.data.geometry import (
     Extent,
     Picture,
     Plan,
+    Scaled,
     Size,
     fit,
     generator,
     same_aspect,
+    stretched,
     transfer,
 )
 from qwen_image_finetune.data.images import DataError, fitted, open_upright, size_upright
@@ -59,7 +61,7 @@ class ImageDataset:
         side_multiple: int,
         max_references: int,
         seed: int = 0,
-        crops: bool = False,
+        scaled: Scaled = stretched,
     ) -> None:
         """List the folders. Opens no picture, and leaves what is wrong with them to `check`.
 
@@ -68,14 +70,14 @@ class ImageDataset:
             side_multiple: sides of pictures are multiples of this, in pixels.
             max_references: most references of one row.
             seed: of random crops and flips.
-            crops: `Family.crops`.
+            scaled: `Family.scaled`.
 
         Raises:
             DataError: options that no data could fulfil.
         """
         self.notes: list[str] = []
         self.rows: Sequence[Row]
-        self._size, self._max_references, self._seed, self._crops = size, max_references, seed, crops
+        self._size, self._scaled, self._max_references, self._seed = size, scaled, max_references, seed
         self._image_size, self._area = self._final(arguments, side_multiple)
         self._crop, self._random_flip = _crop(arguments), arguments.random_flip
         self._problems: list[str] = []
@@ -155,6 +157,14 @@ class ImageDataset:
         plan = self.plan(index)
         return (plan.target.size, *(picture.size for picture in plan.references if with_references))
 
+    def scaled(self, picture: Extent, size: Extent) -> Extent:
+        """Size to which a picture is resized before `size` is cut out of its middle."""
+        return self._scaled(picture, size, self._area)
+
+    def fitted(self, image: Image, size: Extent) -> Image:
+        """A picture at its final size, as the family's pipeline brings it there."""
+        return fitted(image, self.scaled(image.size, size), size)
+
     def prompt(self, index: int) -> str:
         """The caption of a row, without byte order mark and surrounding white space, lines ended by a line feed.
 
@@ -182,11 +192,11 @@ class ImageDataset:
         """
         plan = self.plan(index, visit)
         extents = self._read_extents(index)
-        target = fitted(cropped(plan.target, extent=extents[0]), plan.target.size, self._crops)
+        target = self.fitted(cropped(plan.target, extent=extents[0]), plan.target.size)
         mask = None
         if plan.mask is not None:
             whole = cropped(plan.mask, "black", extents[-1]).convert("L")
-            mask = fitted(whole, plan.mask.size, self._crops)
+            mask = self.fitted(whole, plan.mask.size)
         return Example(
             key=self.rows[index].key,
             prompt=self.prompt(index),

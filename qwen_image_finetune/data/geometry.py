@@ -18,6 +18,7 @@ from qwen_image_finetune.data.images import DataError
 Extent = tuple[int, int]  # (width, height) in pixels
 Box = tuple[int, int, int, int]  # (left, upper, right, lower) in pixels, as in Pillow
 Size = Callable[[int, int, int | None], Extent]  # Family.size: (width, height, area) -> (width, height)
+Scaled = Callable[[Extent, Extent, int | None], Extent]  # Family.scaled: (picture, size, area) -> (width, height)
 
 SAME_ASPECT = 0.01  # relative difference up to which two pictures count as the same frame
 
@@ -112,6 +113,11 @@ def _transfer(start: int, end: int, source: int, target: int) -> Extent:
         first = start * target // source
         last = first + 1
     return first, last
+
+
+def stretched(picture: Extent, size: Extent, area: int | None) -> Extent:
+    """As most families have it (`Scaled`): pictures are resized to their final size, and nothing is cut off."""
+    return size
 
 
 def same_aspect(first: Extent, second: Extent) -> bool:

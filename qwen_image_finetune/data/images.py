@@ -98,19 +98,12 @@ def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image.resize(size, resample=Image.Resampling.LANCZOS)
 
 
-def fitted(image: Image.Image, size: tuple[int, int], crops: bool) -> Image.Image:
-    """A picture at (width, height): stretched, or scaled to cover them with what stands over cut off.
-
-    Source: `resize` and `_resize_and_crop` of diffusers' `VaeImageProcessor`.
-    """
-    if not crops:
-        return resize(image, size)
-    width, height = size
-    wider = width * image.height > height * image.width
-    covering = (width, image.height * width // image.width) if wider else (image.width * height // image.height, height)
-    result = Image.new(image.mode, size)
-    result.paste(resize(image, covering), (width // 2 - covering[0] // 2, height // 2 - covering[1] // 2))
-    return result
+def fitted(image: Image.Image, scaled: tuple[int, int], size: tuple[int, int]) -> Image.Image:
+    """A picture resized to `scaled`, of which the middle, `size` large, is cut out; both are (width, height)."""
+    (width, height), (scaled_width, scaled_height) = size, scaled
+    left, upper = (scaled_width - width) // 2, (scaled_height - height) // 2
+    whole = resize(image, scaled)
+    return whole if scaled == size else whole.crop((left, upper, left + width, upper + height))
 
 
 def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:

@@ -35,6 +35,9 @@ class Part(ImageDataset):
     def geometry(self, index: int, with_references: bool = True) -> tuple[Extent, ...]:
         return self.whole.geometry(self.indices[index], with_references)
 
+    def scaled(self, picture: Extent, size: Extent) -> Extent:
+        return self.whole.scaled(picture, size)
+
     def prompt(self, index: int) -> str:
         return self.whole.prompt(self.indices[index])
 

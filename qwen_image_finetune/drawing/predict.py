@@ -129,13 +129,15 @@ class Predictor:
         """(width, height) at which the model sees a reference."""
         return self.family.size(*image.size, self.area)
 
+    def fitted(self, image: Image, size: tuple[int, int]) -> Image:
+        """A reference as the VAE sees it."""
+        return fitted(image, self.family.scaled(image.size, size, self.area), size)
+
     def encode(self, prompt: str, images: Sequence[Image], size: tuple[int, int]) -> Encoded:
         """Conditions of one picture of `size`; the target latent only carries the shape of what is to be drawn."""
         vae = self.pipe.vae
         seen = [Reference(image, self.size(image)) for image in images]
-        references = [
-            self.family.encode_image(self.pipe, fitted(one.picture, one.size, self.family.crops)) for one in seen
-        ]
+        references = [self.family.encode_image(self.pipe, self.fitted(*one)) for one in seen]
         shape = self.family.latent_shape(*size, self.transformer.config, self.pipe.vae_scale_factor)
         return Encoded(
             key=prompt,

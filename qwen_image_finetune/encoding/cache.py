@@ -22,7 +22,6 @@ from qwen_image_finetune import loading
 from qwen_image_finetune.config import Config
 from qwen_image_finetune.data.dataset import ImageDataset, cropped
 from qwen_image_finetune.data.geometry import Picture
-from qwen_image_finetune.data.images import fitted
 from qwen_image_finetune.encoding.store import Fingerprints, Store, entry_key
 from qwen_image_finetune.families.base import Family, Reference
 from qwen_image_finetune.machine import console
@@ -180,9 +179,11 @@ class EncodedDataset:
         plan, own_prompt = self.dataset.plan(index, visit), self.dataset.prompt(index)
 
         def identity(picture: Picture) -> list[Any]:
-            mirrored = ["mirrored"] if picture.mirrored else []
-            cut = ["cut"] if self.family.crops else []
-            return [self.fingerprints.file(picture.path), list(picture.box), list(picture.size), *mirrored, *cut]
+            left, upper, right, lower = picture.box
+            scaled = self.dataset.scaled((right - left, lower - upper), picture.size)
+            extra = ["mirrored"] if picture.mirrored else []
+            extra += [f"cut out of {scaled}"] if scaled != picture.size else []
+            return [self.fingerprints.file(picture.path), list(picture.box), list(picture.size), *extra]
 
         def image(picture: Picture, mask: Picture | None = None) -> str:
             extra = {} if mask is None else {"mask": identity(mask)}
@@ -236,13 +237,13 @@ class EncodedDataset:
         """Encode and store pictures; yields each key when its entry is written."""
 
         def load(item: tuple[str, PictureSource]) -> Image:
-            return fitted(cropped(item[1].picture), item[1].picture.size, self.family.crops)
+            return self.dataset.fitted(cropped(item[1].picture), item[1].picture.size)
 
         for (key, source), picture in ahead(images.items(), load):
             entry = {"latent": self.family.encode_image(pipe, picture)}
             if source.mask is not None:
                 whole = cropped(source.mask, background="black").convert("L")
-                mask = fitted(whole, source.mask.size, self.family.crops)
+                mask = self.dataset.fitted(whole, source.mask.size)
                 entry["mask"] = latent_mask(mask, entry["latent"])
             self.store.write(key, entry)
             yield key
@@ -291,9 +292,7 @@ class EncodedDataset:
         return Encoded(
             key=example.key,
             target=target,
-            references=tuple(
-                self.family.encode_image(pipe, fitted(*one, self.family.crops)).cpu() for one in references
-            ),
+            references=tuple(self.family.encode_image(pipe, self.dataset.fitted(*one)).cpu() for one in references),
             text=self._text(variant, embed),
             mask=None if example.mask is None else latent_mask(example.mask, target),
         )

@@ -55,7 +55,6 @@ class Family(ABC):
     max_references: ClassVar[int]
     sizing_reference: ClassVar[int] = 0  # which of several references gives the picture its size
     side_multiple: ClassVar[int]  # sides of target and references are multiples of this, in pixels
-    crops: ClassVar[bool] = False  # the pipeline cuts off what stands over its size, where others stretch
     num_inference_steps: ClassVar[int]  # of prediction, with a checkpoint that is not distilled
     guidance_scale: ClassVar[float]
     negative_prompt: ClassVar[str] = " "  # the pipelines' own word for "no prompt" in classifier-free guidance
@@ -75,6 +74,18 @@ class Family(ABC):
         Args:
             area: pixel area to scale to; None is the model's own.
         """
+
+    def scaled(self, picture: tuple[int, int], size: tuple[int, int], area: int | None = None) -> tuple[int, int]:
+        """Size to which a picture is resized before the middle of it, `size` large, is cut out.
+
+        Most pipelines cut nothing off: they resize to `size` itself.
+
+        Args:
+            picture: (width, height) as it is.
+            size: at which the VAE sees it, such as `size` of the same area.
+            area: as in `size`.
+        """
+        return size
 
     @abstractmethod
     def encode_image(self, pipe: DiffusionPipeline, image: Image) -> Tensor:
@@ -193,6 +204,17 @@ class Family(ABC):
             guidance: as `guidance_scale` of our prediction.
             area: of the references in place of the pipeline's own, which may be written into its code.
         """
+
+
+def covering(picture: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """The least (width, height) of the aspect ratio of `picture` in which `size` fits.
+
+    Source: `_resize_and_crop` of diffusers' `VaeImageProcessor`.
+    """
+    (own_width, own_height), (width, height) = picture, size
+    if width * own_height > height * own_width:
+        return width, own_height * width // own_width
+    return own_width * height // own_height, height
 
 
 def pack(latents: Tensor) -> Tensor:

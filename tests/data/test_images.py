@@ -16,7 +16,7 @@ from diffusers.image_processor import VaeImageProcessor
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from qwen_image_finetune.data.images import DataError, open_upright, resize, size_upright, to_rgb, upright
+from qwen_image_finetune.data.images import DataError, fitted, open_upright, resize, size_upright, to_rgb, upright
 
 WIDTH, HEIGHT = 12, 7
 SUFFIXES = (".jpg", ".png", ".webp")
@@ -237,6 +237,15 @@ def test_the_resize_is_the_pipelines_own(size: tuple[int, int], mode: str) -> No
     copy = resize(image, image.size)
     assert copy is not image
     assert np.array_equal(copy, image)
+
+
+def test_what_stands_over_is_cut_off_on_both_sides() -> None:
+    """The resize first, then the middle; the odd pixel goes to the right and below, as in diffusers."""
+    image = Image.fromarray(pixels(30, 50, 3))
+    assert np.array_equal(fitted(image, (50, 30), (45, 30)), image.crop((2, 0, 47, 30)))
+    smaller = resize(image, (25, 15))
+    assert np.array_equal(fitted(image, (25, 15), (16, 14)), smaller.crop((4, 0, 20, 14)))
+    assert np.array_equal(fitted(image, (64, 16), (64, 16)), resize(image, (64, 16)))
 
 
 def test_data_errors_survive_a_pipe_and_list_every_problem() -> None:

@@ -29,7 +29,7 @@ from torch.nn.functional import pad
 
 from qwen_image_finetune.config.registry import FAMILIES, Entry
 from qwen_image_finetune.families import tiny
-from qwen_image_finetune.families.base import Family, Published, Reference
+from qwen_image_finetune.families.base import Family, Published, Reference, covering
 from qwen_image_finetune.lora.names import Native
 from qwen_image_finetune.records import Batch
 
@@ -121,7 +121,6 @@ class MadeUp(Family):
     text_sees_references = False
     max_references = 3
     side_multiple = 8
-    crops = True
     num_inference_steps = 6
     guidance_scale = 3.0
     negative_prompt = ""
@@ -135,6 +134,9 @@ class MadeUp(Family):
     def size(self, width: int, height: int, area: int | None = None) -> tuple[int, int]:
         scale = ((area or 128 * 128) / (width * height)) ** 0.5
         return max(int(width * scale) // 8 * 8, 8), max(int(height * scale) // 8 * 8, 8)
+
+    def scaled(self, picture: tuple[int, int], size: tuple[int, int], area: int | None = None) -> tuple[int, int]:
+        return covering(picture, size)
 
     @torch.no_grad()
     def encode_image(self, pipe: DiffusionPipeline, image: Image) -> Tensor:

@@ -16,7 +16,6 @@ from PIL import Image
 from qwen_image_finetune import loading
 from qwen_image_finetune.config import Config
 from qwen_image_finetune.data.dataset import ImageDataset
-from qwen_image_finetune.data.images import fitted
 from qwen_image_finetune.drawing.predict import Predictor, draw_noise
 from qwen_image_finetune.encoding.cache import EncodedDataset, fill
 from qwen_image_finetune.families import FAMILIES, get_family
@@ -130,7 +129,7 @@ def test_training_feeds_what_the_pipeline_feeds(
     # An area that no side of resolution**2 gives: the pipeline of the test is set to it.
     dataset = ImageDataset(
         config.data.init_args, lambda w, h, area: family.size(w, h, AREA), family.side_multiple, family.max_references,
-        crops=family.crops,
+        scaled=family.scaled,
     )  # fmt: skip
     rows = EncodedDataset(config, family, dataset, Path(pipe.config._name_or_path), torch.float32)
     fill(rows, rows.missing(), {"default": torch.device("cpu")}, shown=False)
@@ -145,7 +144,7 @@ def test_training_feeds_what_the_pipeline_feeds(
         family.velocity(pipe.transformer, noise, torch.ones(1), batch, guidance)
     assert_same_calls(ours, theirs[:1])
 
-    own_latent = family.encode_image(pipe, fitted(picture(*image_size, seed=2), (width, height), family.crops))
+    own_latent = family.encode_image(pipe, dataset.fitted(picture(*image_size, seed=2), (width, height)))
     assert torch.equal(batch.target[0], own_latent)
     shape = family.latent_shape(width, height, pipe.transformer.config)
     assert batch.target.shape[1:] == shape

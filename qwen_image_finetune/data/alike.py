@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
 
 from qwen_image_finetune.data.dataset import ImageDataset
+from qwen_image_finetune.data.hashes import Hashes, both_ways, groups
 from qwen_image_finetune.data.images import open_upright
 from qwen_image_finetune.data.listing import Row
-
-Hashes = NDArray[np.uint64]
-
-# Bits, of 64, in which near-duplicates may differ. Measured on the forty portraits of data/ and four photographs:
-# copies at half the size, as JPEG of quality 40, 15 % brighter or of 20 % less contrast differ in 6 at most, different
-# pictures in 10 at least. A crop of 2 % at each side differs in up to 9 and may pass; one of 5 % mostly does.
-DISTANCE = 6
 
 
 def input_of(row: Row) -> str:
@@ -32,13 +23,6 @@ def input_of(row: Row) -> str:
     return str(row.references[0] if row.reference_names else row.target)
 
 
-def difference_hash(picture: Image.Image) -> int:
-    """64 bits: whether brightness rises to the right, in a grid of 8 x 8 (Krawetz 2013, "dHash")."""
-    grey = picture.convert("L").resize((9, 8), Image.Resampling.BOX)
-    pixels = np.asarray(grey, dtype=np.int16)  # (8, 9)
-    return int.from_bytes(np.packbits(pixels[:, 1:] > pixels[:, :-1]).tobytes(), "big")
-
-
 def input_hashes(dataset: ImageDataset) -> Hashes:
     """Hashes of every row's input, (rows, 2): as it is, and mirrored.
 
@@ -47,53 +31,10 @@ def input_hashes(dataset: ImageDataset) -> Hashes:
     """
 
     def both(row: Row) -> tuple[int, int]:
-        picture = open_upright(input_of(row))
-        return difference_hash(picture), difference_hash(picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
+        return both_ways(open_upright(input_of(row)))
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return np.array(list(pool.map(both, dataset.rows)), dtype=np.uint64).reshape(-1, 2)
-
-
-def groups(hashes: Hashes, distance: int = DISTANCE) -> NDArray[np.int64]:
-    """The group of each row, (rows,): rows alike, also through others between them, are in one.
-
-    Bits are cut into distance + 1 bands: hashes that differ in no more bits than `distance` agree in one band at least,
-    so only rows with a band in common are compared.
-
-    Args:
-        hashes: (rows, 2), as `input_hashes` gives them.
-    """
-    parent = np.arange(len(hashes))
-
-    def root(row: int) -> int:
-        while parent[row] != row:
-            parent[row] = parent[parent[row]]
-            row = int(parent[row])
-        return row
-
-    unique, inverse = np.unique(hashes.T.ravel(), return_inverse=True)  # every row first, then every row mirrored
-    owners = np.arange(2 * len(hashes)) % max(len(hashes), 1)
-    first = np.full(len(unique), -1)
-    for place, owner in zip(inverse.tolist(), owners.tolist(), strict=True):
-        if first[place] < 0:
-            first[place] = owner
-        parent[root(owner)] = root(int(first[place]))
-    for one, other in _close_pairs(unique, distance):
-        parent[root(int(first[one]))] = root(int(first[other]))
-    return np.array([root(row) for row in range(len(hashes))], dtype=np.int64)
-
-
-def _close_pairs(hashes: Hashes, distance: int) -> Iterable[tuple[int, int]]:
-    """Places of different hashes that differ in at most `distance` bits; a pair may come more than once."""
-    edges = np.linspace(0, 64, distance + 2).astype(int)
-    for low, high in itertools.pairwise(edges.tolist()):
-        band = (hashes >> np.uint64(low)) & np.uint64((1 << (high - low)) - 1)
-        order = np.argsort(band, kind="stable")
-        for bucket in np.split(order, np.flatnonzero(np.diff(band[order])) + 1):
-            for place, one in enumerate(bucket[:-1]):
-                others = bucket[place + 1 :]
-                near = others[np.bitwise_count(hashes[others] ^ hashes[one]) <= distance]
-                yield from ((int(one), int(other)) for other in near)
 
 
 def choose(dataset: ImageDataset, share: float) -> list[int]:

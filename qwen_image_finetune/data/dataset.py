@@ -43,7 +43,8 @@ class _Checked(NamedTuple):
     problems: list[str]
     empty: bool = False  # its prompt
     enlargement: float = 0.0  # of its target, where the headers can be read
-    look: looks.Look | None = None  # where its pictures were decoded
+    decoded: looks.Decoded | None = None  # where its pictures were read to their end
+    prompt: str = ""
 
 
 class ImageDataset:
@@ -195,7 +196,7 @@ class ImageDataset:
         target = self.fitted(cropped(plan.target, extent=extents[0]), plan.target.size)
         mask = None
         if plan.mask is not None:
-            whole = cropped(plan.mask, "black", extents[-1]).convert("L")
+            whole = cropped(plan.mask, True, extents[-1]).convert("L")
             mask = self.fitted(whole, plan.mask.size)
         return Example(
             key=self.rows[index].key,
@@ -266,8 +267,12 @@ class ImageDataset:
             found += suspects.enlarged_note(self.rows, {index: row.enlargement for index, row in checked.items()})
             if self._image_size is not None and self._crop == Crop():
                 found += suspects.cut_off_note(self._extents[self._first[:-1]], self._image_size)
-        seen = {index: row.look for index, row in checked.items() if row.look is not None}
-        found += suspects.look_notes(self.rows, seen)
+        decoded = {index: row.decoded for index, row in checked.items() if row.decoded is not None}
+        looked = {index: each.look for index, each in decoded.items() if each.look is not None}
+        found += suspects.look_notes(self.rows, looked)
+        found += suspects.remark_notes(self.rows, decoded)
+        prompts = {index: checked[index].prompt for index in decoded}
+        found += suspects.near_copies_note(self.rows, decoded, prompts)
         self.notes += [note for note in found if note not in self.notes]
 
     def _read_extents(self, index: int) -> list[Extent]:
@@ -310,8 +315,8 @@ class ImageDataset:
         checked = _Checked(problems, not prompt, suspects.enlargement(plan))
         if not decode:
             return checked
-        behind, look = looks.decode(_files(row), row.mask_name is not None, prompt)
-        return checked._replace(problems=problems + behind, look=look)
+        decoded = looks.decode(_files(row), row.mask_name is not None, prompt)
+        return checked._replace(problems=problems + decoded.problems, decoded=decoded, prompt=prompt)
 
 
 def _crop(arguments: DatasetArguments) -> Crop:
@@ -330,7 +335,7 @@ def _files(row: Row) -> list[str]:
     return [os.path.join(row.folder, name) for name in names]
 
 
-def cropped(picture: Picture, background: str = "white", extent: Extent | None = None) -> Image:
+def cropped(picture: Picture, mask: bool = False, extent: Extent | None = None) -> Image:
     """The part of a picture that is used, upright or mirrored, at its own size.
 
     Args:
@@ -339,7 +344,7 @@ def cropped(picture: Picture, background: str = "white", extent: Extent | None =
     Raises:
         DataError: the file cannot be read, or has another size now.
     """
-    image = open_upright(picture.path, background)
+    image = open_upright(picture.path, mask)
     if extent is not None and image.size != extent:
         raise DataError(f"{picture.path}: changed while it was used; it had {extent} pixels, now {image.size}")
     if picture.box != (0, 0, *image.size):

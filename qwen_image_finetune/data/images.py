@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from qwen_image_finetune.data import png
+from qwen_image_finetune.data.colours import ProfileError, to_srgb
+from qwen_image_finetune.data.kinds import kind_of
+
 # What a file may contain, whatever its name says.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+
+LARGEST_FILE = 1 << 30  # bytes of a picture; as many pixels as are safe to open have less, even 16 bits deep
+READING = 2  # part of what names an encoded picture: raise it when the same bytes are read as other pixels
 
 # EXIF orientation -> what turns the stored pixels upright (TIFF 6.0, tag 274). 1 and unknown values need nothing.
 _TURNS = {
@@ -50,23 +61,27 @@ class DataError(ValueError):
         return f"{len(self.problems)} problems in the data:\n" + "\n".join(f"  {line}" for line in self.problems)
 
 
-def open_upright(path: str | Path, background: str = "white") -> Image.Image:
-    """The picture in a file: RGB, turned as its EXIF orientation says, transparency laid over `background`.
+def open_upright(path: str | Path, mask: bool = False, remarks: list[str] | None = None) -> Image.Image:
+    """The picture in a file: RGB in the colours of sRGB, turned as its EXIF orientation says, transparency on white.
+
+    Pixels decide whether a file can be read; orientation or colour profile that cannot be read are passed over.
+
+    Args:
+        mask: its values are no colours, so its profile is left alone, and transparency is laid over black.
+        remarks: what was passed over is added to it, in words.
 
     Raises:
-        DataError: missing, empty, truncated, animated, not a picture, or more pixels than Pillow thinks safe.
+        DataError: missing, no plain file, empty, truncated, animated, not a picture, or more pixels than Pillow thinks
+            safe.
     """
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            _check_header(image, path)
-            turn = _TURNS.get(_orientation(image, path))
-            image.load()  # here, so that a truncated file is found out inside this block
-            rgb = to_rgb(image, background)
-            return rgb if turn is None else rgb.transpose(turn)
-    except DataError as error:
-        raise DataError([line if str(path) in line else f"{path}: {line}" for line in error.problems]) from None
-    except _UNREADABLE as error:
-        raise DataError(f"{path}: {_reason(path, error)}") from error
+    said: list[str] = []
+    with _opened(path, True, said) as image:
+        turn = _TURNS.get(_orientation(image, said))
+        image.load()  # here, so that a truncated file is found out inside this block
+        result = _turned(to_rgb(image, mask, said), turn)
+    if remarks is not None:
+        remarks += said
+    return result
 
 
 def size_upright(path: str | Path) -> tuple[int, int]:
@@ -75,22 +90,15 @@ def size_upright(path: str | Path) -> tuple[int, int]:
     Raises:
         DataError: as `open_upright`, except for damage behind the header.
     """
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            _check_header(image, path)
-            width, height = image.size
-            return (height, width) if _orientation(image, path) in _SWAPS_SIDES else (width, height)
-    except DataError:
-        raise
-    except _UNREADABLE as error:
-        raise DataError(f"{path}: {_reason(path, error)}") from error
+    with _opened(path, False, []) as image:
+        width, height = image.size
+        return (height, width) if _orientation(image, []) in _SWAPS_SIDES else (width, height)
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The same for a picture that is already open: RGB, EXIF orientation applied, transparency on white."""
-    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    rgb = to_rgb(image)
-    return rgb if turn is None else rgb.transpose(turn)
+    """The same for a picture that is already open: sRGB, EXIF orientation applied, transparency on white."""
+    turn = _TURNS.get(_orientation(image, []))
+    return _turned(to_rgb(image), turn)
 
 
 def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -106,21 +114,40 @@ def fitted(image: Image.Image, scaled: tuple[int, int], size: tuple[int, int]) -
     return whole if scaled == size else whole.crop((left, upper, left + width, upper + height))
 
 
-def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
-    """Any mode to RGB: 16 bits are scaled to 8, floats count from 0 to 1, transparency is laid over `background`.
+def to_rgb(image: Image.Image, mask: bool = False, remarks: list[str] | None = None) -> Image.Image:
+    """Any mode to RGB: 16 bits are scaled to 8, floats count from 0 to 1; see `open_upright`.
 
     Raises:
         DataError: values outside the range of the mode, or a mode Pillow cannot turn into RGB.
     """
+    colours, alpha = _colours_and_alpha(image)
+    profile = None if mask else image.info.get("icc_profile")
+    rgb = colours.convert("RGB")
+    if profile:
+        try:
+            rgb, converted = to_srgb(colours, profile)
+            if converted and remarks is not None:
+                remarks.append("its colours are converted to sRGB from those of its colour profile")
+        except ProfileError as error:
+            if remarks is not None:
+                remarks.append(f"its colour profile cannot be applied, so its numbers are taken as sRGB ({error})")
+    if alpha is None:
+        return rgb
+    rgb.putalpha(alpha)
+    return Image.alpha_composite(Image.new("RGBA", rgb.size, "black" if mask else "white"), rgb).convert("RGB")
+
+
+def _colours_and_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """A picture as L, RGB or CMYK of 8 bits, and its opacity (L) where some of it is transparent."""
     if image.mode.startswith("I") or image.mode == "F":
-        return _deep_to_rgb(image, background)
+        return _deep(image)
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, background), rgba).convert("RGB")
-    return image.convert("RGB")
+        return rgba.convert("RGB"), rgba.getchannel("A")
+    return (image if image.mode in ("L", "CMYK") else image.convert("RGB")), None
 
 
-def _deep_to_rgb(image: Image.Image, background: str) -> Image.Image:
+def _deep(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     """One channel of more than 8 bits. Pillow's own conversion clips at 255, which turns such pictures white."""
     values = np.asarray(image)  # (H, W) uint16, int32 or float32
     top = 1.0 if image.mode == "F" else 65535
@@ -129,13 +156,48 @@ def _deep_to_rgb(image: Image.Image, background: str) -> Image.Image:
             f"a picture of mode {image.mode} has values from {values.min()} to {values.max()}; 0 to {top} is read. "
             "Save it with 8 or 16 bits per channel"
         )
-    grey = np.rint(values * (255.0 / top)).astype(np.uint8)
-    rgb = Image.fromarray(grey).convert("RGB")
+    grey = Image.fromarray(np.rint(values * (255.0 / top)).astype(np.uint8))
     transparent = image.info.get("transparency")  # a PNG may declare one grey value transparent
-    if transparent is not None:
-        cover = Image.fromarray((values == transparent).astype(np.uint8) * np.uint8(255))
-        rgb.paste(Image.new("RGB", rgb.size, background), mask=cover)
-    return rgb
+    if transparent is None:
+        return grey, None
+    return grey, Image.fromarray((values != transparent).astype(np.uint8) * np.uint8(255))
+
+
+def _turned(image: Image.Image, turn: Image.Transpose | None) -> Image.Image:
+    """A picture of its own, which no longer says that it is to be turned, or of what colours its numbers are."""
+    result = image.copy() if turn is None else image.transpose(turn)
+    result.info = {}
+    return result
+
+
+@contextmanager
+def _opened(path: str | Path, pixels: bool, remarks: list[str]) -> Iterator[Image.Image]:
+    """The file of a picture, its header read and found to be sound. Every fault inside becomes a DataError."""
+    try:
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode):
+            raise DataError(f"{path}: {'a folder' if stat.S_ISDIR(found.st_mode) else 'no plain file'}, not a picture")
+        if found.st_size > LARGEST_FILE:
+            raise DataError(f"{path}: {found.st_size} bytes, more than the {LARGEST_FILE} that are read of a picture")
+        with open(path, "rb") as file, _parsed(file, pixels, remarks) as image:
+            _check_header(image, path)
+            yield image
+    except DataError as error:
+        raise DataError([line if str(path) in line else f"{path}: {line}" for line in error.problems]) from None
+    except _UNREADABLE as error:
+        raise DataError(f"{path}: {_reason(path, error)}") from error
+
+
+def _parsed(file: BinaryIO, pixels: bool, remarks: list[str]) -> Image.Image:
+    """What Pillow reads of the header; of a PNG only what makes the picture is given to it."""
+    if file.read(len(png.SIGNATURE)) != png.SIGNATURE:
+        file.seek(0)
+        return Image.open(file, formats=FORMATS)
+    found = png.essence(file, pixels)
+    image = Image.open(found.file, formats=("PNG",))
+    image.info.update(found.info)
+    remarks += found.remarks
+    return image
 
 
 def _check_header(image: Image.Image, path: str | Path) -> None:
@@ -147,27 +209,15 @@ def _check_header(image: Image.Image, path: str | Path) -> None:
         raise DataError(f"{path}: {pixels} pixels, more than the {limit} that are safe to open; scale it down")
 
 
-def _orientation(image: Image.Image, path: str | Path) -> int:
-    """EXIF (or XMP) orientation, before the pixels are decoded."""
-    if image.format == "PNG" and "exif" not in image.info:
-        exif = _exif_behind_pixels(path)
-        if exif is not None:
-            image.info["exif"] = exif
-    # The base class's reading: the one of PNG decodes the whole picture when no EXIF came before the pixels.
-    orientation: int = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
-    return orientation
-
-
-def _exif_behind_pixels(path: str | Path) -> bytes | None:
-    """The eXIf chunk of a PNG, which may come anywhere before the end (PNG third edition, 11.3.4.5)."""
-    with open(path, "rb") as file:
-        file.seek(8)  # signature
-        while len(head := file.read(8)) == 8:
-            length, kind = struct.unpack(">I4s", head)
-            if kind == b"eXIf":
-                return file.read(length)
-            file.seek(length + 4, 1)  # data and checksum
-    return None
+def _orientation(image: Image.Image, remarks: list[str]) -> int:
+    """EXIF (or XMP) orientation, before the pixels are decoded; 1, which turns nothing, where it cannot be read."""
+    try:
+        # The base class's reading: the one of PNG decodes the whole picture when no EXIF came before the pixels.
+        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+    except (*_UNREADABLE, KeyError, TypeError, OverflowError):
+        remarks.append("its EXIF data cannot be read, so it is taken as upright")
+        return 1
+    return orientation if isinstance(orientation, int) else 1
 
 
 def _reason(path: str | Path, error: BaseException) -> str:
@@ -177,7 +227,11 @@ def _reason(path: str | Path, error: BaseException) -> str:
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
         return f"more than the {Image.MAX_IMAGE_PIXELS} pixels that are safe to open; scale it down"
     if isinstance(error, UnidentifiedImageError):
-        if Path(path).stat().st_size == 0:
+        with open(path, "rb") as file:
+            beginning = file.read(64)
+        if not beginning:
             return "an empty file"
+        if kind := kind_of(beginning):
+            return f"{kind}, whatever its name says; JPEG, PNG and WEBP are read: save it as one of them"
         return "not a picture, or damaged at its beginning; JPEG, PNG and WEBP are read"
     return f"cannot be read as a picture ({error})"

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL.Image import Image, Resampling
 
 from qwen_image_finetune.data.geometry import same_aspect
+from qwen_image_finetune.data.hashes import both_ways
 from qwen_image_finetune.data.images import DataError, open_upright
 
 Grey = NDArray[np.float32]  # (H, W)
@@ -43,19 +44,36 @@ class Look(NamedTuple):
     content: bytes  # equal for rows that are copies of each other, whatever their files are called
 
 
-def decode(paths: Sequence[str], masked: bool, prompt: str) -> tuple[list[str], Look | None]:
-    """(problems behind the headers, what the pictures tell where there are none). Every file is read once.
+class Stamp(NamedTuple):
+    """A picture in little, to find pictures that look alike."""
+
+    hashes: tuple[int, int]  # `both_ways`
+    colours: bytes  # 8 x 8 pixels of RGB
+
+
+class Decoded(NamedTuple):
+    """What reading a row's pictures to their end shows."""
+
+    problems: list[str]
+    remarks: list[str]  # what was converted or passed over beside the pixels
+    look: Look | None = None  # where there are no problems
+    stamps: tuple[Stamp, ...] = ()  # of the target and the first reference
+
+
+def decode(paths: Sequence[str], masked: bool, prompt: str) -> Decoded:
+    """Read the pictures of a row, every file once.
 
     Args:
         paths: files of the target, the references, and the mask if the row is `masked`.
     """
     problems: list[str] = []
+    remarks: list[str] = []
     pair: list[Image] = []  # target and first reference; no more pictures are kept in memory
     content = xxhash.xxh3_128(prompt.encode("utf-8", "surrogatepass"))
     for place, path in enumerate(paths):
         is_mask = masked and place == len(paths) - 1
         try:
-            picture = open_upright(path, "black" if is_mask else "white")
+            picture = open_upright(path, is_mask, remarks)
         except DataError as error:
             problems += error.problems
             continue
@@ -64,7 +82,14 @@ def decode(paths: Sequence[str], masked: bool, prompt: str) -> tuple[list[str], 
         content.update(f"{picture.size}".encode() + picture.tobytes())
         if place <= 1 and not is_mask:
             pair.append(picture)
-    return problems, None if problems else look(*pair, content=content.digest())
+    if problems:
+        return Decoded(problems, remarks)
+    return Decoded([], remarks, look(*pair, content=content.digest()), tuple(map(stamp, pair)))
+
+
+def stamp(picture: Image) -> Stamp:
+    """In little, to be kept while all pictures of a data set are looked at."""
+    return Stamp(both_ways(picture), picture.resize((8, 8), Resampling.BOX).tobytes())
 
 
 def look(target: Image, source: Image | None = None, *, content: bytes) -> Look:

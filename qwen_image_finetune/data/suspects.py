@@ -10,11 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen_image_finetune.data.geometry import Extent, Plan, same_aspect
+from qwen_image_finetune.data.hashes import groups
 from qwen_image_finetune.data.listing import Row
-from qwen_image_finetune.data.looks import Look
+from qwen_image_finetune.data.looks import Decoded, Look, Stamp
 
 CUT_OFF = 0.1  # share of a target's area above which a crop that nobody asked for is mentioned
 ENLARGED = 2.0  # factor of a side above which a target is too small for what it is trained at
+NEAR_COLOURS = 16.0  # of 255: a copy that is 15 % brighter differs by no more on average
+FEW = 10  # pairs below which a note is worth it
 _NAMED = 3  # keys in a line
 
 
@@ -33,6 +36,16 @@ def unchanged_problem(rows: Sequence[Row]) -> list[str]:
     return [
         f"every one of {len(rows)} pairs has the same picture as source and target: nothing to learn from them; "
         "control_images is before the edit, training_images after it"
+    ]
+
+
+def few_note(count: int) -> list[str]:
+    """That a data set is small enough to be learnt by heart."""
+    if not 0 < count < FEW:
+        return []
+    return [
+        f"{count} {'pair' if count == 1 else 'pairs'}: so few are learnt by heart rather than understood; most edits "
+        "need ten to fifty, and train.max_train_steps should be small"
     ]
 
 
@@ -140,6 +153,49 @@ def look_notes(rows: Sequence[Row], looks: Mapping[int, Look]) -> Iterator[str]:
             f"({_listed(f'{rows[index].key} of {rows[one].key}' for index, one in copies.items())}): they count more "
             "than the others"
         )
+
+
+def remark_notes(rows: Sequence[Row], decoded: Mapping[int, Decoded]) -> Iterator[str]:
+    """Profiles that were applied, profiles and orientations that cannot be read: each kind once."""
+    found: dict[str, list[int]] = {}
+    for index, row in decoded.items():
+        for remark in dict.fromkeys(row.remarks):
+            found.setdefault(remark, []).append(index)
+    for remark, indices in found.items():
+        yield f"{len(indices)} of {len(decoded)} pairs have a picture of this kind ({_keys(rows, indices)}): {remark}"
+
+
+def near_copies_note(rows: Sequence[Row], decoded: Mapping[int, Decoded], prompts: Mapping[int, str]) -> list[str]:
+    """How many pairs look like another, with the same prompt, and are not equal to it to the pixel.
+
+    One picture may be the source of several edits: both source and target must look alike.
+    """
+    indices = [index for index, row in decoded.items() if row.look is not None and not row.look.unchanged]
+    stamps = [decoded[index].stamps for index in indices]
+    firsts, lasts = (np.array([each[place].hashes for each in stamps], dtype=np.uint64) for place in (0, -1))
+    labels = zip(*(groups(hashes.reshape(-1, 2)).tolist() for hashes in (firsts, lasts)), strict=True)
+    alike: dict[tuple[int, int, str], list[int]] = {}
+    for index, label in zip(indices, labels, strict=True):
+        alike.setdefault((*label, prompts[index]), []).append(index)
+    pairs = []
+    for first, *others in alike.values():
+        for other in others:
+            one, two = decoded[first], decoded[other]
+            assert one.look is not None and two.look is not None
+            if one.look.content != two.look.content and all(map(_same_colours, one.stamps, two.stamps)):
+                pairs.append(f"{rows[other].key} and {rows[first].key}")
+    if not pairs:
+        return []
+    return [
+        f"{len(pairs)} of {len(decoded)} pairs look like another with the same prompt ({_listed(pairs)}): near-copies "
+        "count more than the others"
+    ]
+
+
+def _same_colours(one: Stamp, other: Stamp) -> bool:
+    """Flat pictures have the same hash whatever their colour."""
+    ours, theirs = (np.frombuffer(each.colours, dtype=np.uint8).reshape(8, 8, 3).astype(int) for each in (one, other))
+    return min(float(np.abs(ours - each).mean()) for each in (theirs, theirs[:, ::-1])) <= NEAR_COLOURS
 
 
 def _keys(rows: Sequence[Row], indices: Iterable[int]) -> str:

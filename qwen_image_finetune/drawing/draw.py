@@ -133,7 +133,10 @@ def plan(request: Request) -> list[Drawing]:
         drawings = [Drawing((path,), _files(request, path.stem)) for path in _pictures(request.folder)]
     for drawing in drawings:
         for path in drawing.references:
-            open_upright(path)
+            remarks: list[str] = []
+            open_upright(path, remarks=remarks)
+            for remark in remarks:
+                console.note(f"{path}: {remark}")
     _check_kept(drawings)
     return drawings
 

@@ -22,6 +22,7 @@ from qwen_image_finetune import loading
 from qwen_image_finetune.config import Config
 from qwen_image_finetune.data.dataset import ImageDataset, cropped
 from qwen_image_finetune.data.geometry import Picture
+from qwen_image_finetune.data.images import READING
 from qwen_image_finetune.encoding.store import Fingerprints, Store, entry_key
 from qwen_image_finetune.families.base import Family, Reference
 from qwen_image_finetune.machine import console
@@ -183,7 +184,7 @@ class EncodedDataset:
             scaled = self.dataset.scaled((right - left, lower - upper), picture.size)
             extra = ["mirrored"] if picture.mirrored else []
             extra += [f"cut out of {scaled}"] if scaled != picture.size else []
-            return [self.fingerprints.file(picture.path), list(picture.box), list(picture.size), *extra]
+            return [self.fingerprints.file(picture.path), READING, list(picture.box), list(picture.size), *extra]
 
         def image(picture: Picture, mask: Picture | None = None) -> str:
             extra = {} if mask is None else {"mask": identity(mask)}
@@ -242,7 +243,7 @@ class EncodedDataset:
         for (key, source), picture in ahead(images.items(), load):
             entry = {"latent": self.family.encode_image(pipe, picture)}
             if source.mask is not None:
-                whole = cropped(source.mask, background="black").convert("L")
+                whole = cropped(source.mask, mask=True).convert("L")
                 mask = self.dataset.fitted(whole, source.mask.size)
                 entry["mask"] = latent_mask(mask, entry["latent"])
             self.store.write(key, entry)

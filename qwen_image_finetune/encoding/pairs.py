@@ -12,6 +12,7 @@ from qwen_image_finetune.data import alike
 from qwen_image_finetune.data.dataset import ImageDataset
 from qwen_image_finetune.data.images import DataError
 from qwen_image_finetune.data.part import Part, spread
+from qwen_image_finetune.data.suspects import few_note
 from qwen_image_finetune.encoding.cache import EncodedDataset
 from qwen_image_finetune.families.base import Family
 from qwen_image_finetune.machine import console
@@ -61,6 +62,8 @@ def open_pairs(config: Config, family: Family, decode: bool = False) -> Pairs:
         ConfigError: validation.share cannot be held out.
     """
     dataset, settings = open_dataset(config, family, decode), config.validation
+    for line in few_note(len(dataset)):
+        console.note(line)
     if not settings.enabled or (settings.dataset_path is None and settings.share == 0):
         return Pairs(dataset, None)
     if settings.dataset_path is None:

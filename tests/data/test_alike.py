@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageEnhance
 
 from qwen_image_finetune.config import DatasetArguments
-from qwen_image_finetune.data import alike
+from qwen_image_finetune.data import alike, hashes
 from qwen_image_finetune.data.dataset import ImageDataset
 from qwen_image_finetune.data.part import Part, spread
 
@@ -54,11 +54,11 @@ def write(folder: Path, pictures: dict[str, Image.Image]) -> Path:
 
 def test_the_hash_is_the_sign_of_horizontal_steps() -> None:
     rising = Image.fromarray(np.tile(np.arange(9, dtype=np.uint8) * 20, (8, 1)))
-    assert alike.difference_hash(rising) == 2**64 - 1
-    assert alike.difference_hash(rising.transpose(Image.Transpose.FLIP_LEFT_RIGHT)) == 0
+    assert hashes.difference_hash(rising) == 2**64 - 1
+    assert hashes.difference_hash(rising.transpose(Image.Transpose.FLIP_LEFT_RIGHT)) == 0
     step = np.zeros((8, 9), dtype=np.uint8)
     step[0, 1:] = 50  # one step up: the first bit of the first row
-    assert alike.difference_hash(Image.fromarray(step)) == 1 << 63
+    assert hashes.difference_hash(Image.fromarray(step)) == 1 << 63
 
 
 @pytest.mark.parametrize("change", NEARLY)

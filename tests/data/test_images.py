@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import struct
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 from diffusers.image_processor import VaeImageProcessor
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from qwen_image_finetune.data.images import DataError, fitted, open_upright, resize, size_upright, to_rgb, upright
 
@@ -80,6 +82,81 @@ def test_exif_behind_the_pixels_of_a_png(tmp_path: Path) -> None:
     assert np.array_equal(open_upright(path), pixels(HEIGHT, WIDTH, 3))
 
 
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def test_a_picture_is_turned_once(tmp_path: Path) -> None:
+    """What was read is handed on to places that take open pictures of any origin."""
+    for name in ("a.png", "a.jpg", "a.webp"):
+        Image.fromarray(stored(pixels(HEIGHT, WIDTH, 3), 6)).save(tmp_path / name, exif=exif(6))
+        once = open_upright(tmp_path / name)
+        assert upright(once).size == once.size == (WIDTH, HEIGHT)
+        assert np.array_equal(upright(once), once)
+
+
+def test_texts_and_broken_orientation_do_not_decide_whether_pixels_can_be_read(tmp_path: Path) -> None:
+    shown = Image.fromarray(pixels(HEIGHT, WIDTH, 3))
+    texts = PngInfo()
+    texts.add_text("workflow", '{"node": "' + "x" * 2_000_000 + '"}', zip=True)
+    shown.save(tmp_path / "text.png", pnginfo=texts)
+    shown.save(tmp_path / "a.png", exif=b"Exif\0\0no TIFF header")
+    shown.save(tmp_path / "a.jpg", exif=b"Exif\0\0no TIFF header")
+    shown.save(tmp_path / "plain.jpg")
+    for name, same, said in (
+        ("text.png", shown, 0),
+        ("a.png", shown, 1),
+        ("a.jpg", Image.open(tmp_path / "plain.jpg"), 0),  # Pillow passes over it by itself
+    ):
+        remarks: list[str] = []
+        assert size_upright(tmp_path / name) == (WIDTH, HEIGHT)
+        assert np.array_equal(open_upright(tmp_path / name, remarks=remarks), same)
+        assert len(remarks) == said and all("EXIF" in line for line in remarks)
+
+
+def test_only_what_stands_before_the_end_of_a_png_counts(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    Image.fromarray(pixels(HEIGHT, WIDTH, 3)).save(path)
+    with open(path, "ab") as file:
+        file.write(chunk(b"eXIf", exif(6).tobytes().removeprefix(b"Exif\0\0")))
+        file.truncate(2**29)  # a hole: read on, it would be millions of empty chunks
+    assert size_upright(path) == open_upright(path).size == (WIDTH, HEIGHT)
+    with open(path, "ab") as file:
+        file.truncate(2**30 + 1)
+    with pytest.raises(DataError, match="more than the 1073741824 that are read of a picture"):
+        open_upright(path)
+
+
+def test_a_png_with_more_data_than_its_size_can_have(tmp_path: Path) -> None:
+    Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    at = content.index(b"IDAT") - 4
+    (tmp_path / "a.png").write_bytes(content[:at] + chunk(b"IDAT", bytes(5_000_000)) + content[at:])
+    with pytest.raises(DataError, match=r"a\.png: .*more data than a picture of its size"):
+        open_upright(tmp_path / "a.png")
+
+
+def test_an_animation_of_one_frame_is_a_picture(tmp_path: Path) -> None:
+    shown = Image.fromarray(pixels(HEIGHT, WIDTH, 3))
+    shown.save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    at = content.index(b"IDAT") - 4
+    frame = struct.pack(">IIIIIHHBB", 0, WIDTH, HEIGHT, 0, 0, 1, 10, 0, 0)
+    one = chunk(b"acTL", struct.pack(">II", 1, 0)) + chunk(b"fcTL", frame)
+    (tmp_path / "a.png").write_bytes(content[:at] + one + content[at:])
+    assert np.array_equal(open_upright(tmp_path / "a.png"), shown)
+
+
+def test_exif_as_a_text_of_a_png(tmp_path: Path) -> None:
+    """As ImageMagick wrote it before PNG had a chunk for it."""
+    raw = exif(6).tobytes()
+    texts = PngInfo()
+    texts.add_text("Raw profile type exif", f"\nexif\n{len(raw):8}\n{raw.hex()}\n", zip=True)
+    Image.fromarray(stored(pixels(HEIGHT, WIDTH, 3), 6)).save(tmp_path / "a.png", pnginfo=texts)
+    assert size_upright(tmp_path / "a.png") == (WIDTH, HEIGHT)
+    assert np.array_equal(open_upright(tmp_path / "a.png"), pixels(HEIGHT, WIDTH, 3))
+
+
 def test_an_open_picture_is_turned_too(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     Image.fromarray(stored(pixels(HEIGHT, WIDTH, 3), 8)).save(path, exif=exif(8))
@@ -98,7 +175,7 @@ def test_alpha_is_laid_over_white(tmp_path: Path, mode: str) -> None:
     assert np.abs(image - expected).max() <= 1  # Pillow rounds once for alpha, once for colour
     assert (image[0] == 255).all()
     assert np.array_equal(image[1], expected[1])
-    black = np.asarray(open_upright(tmp_path / "a.png", background="black"))
+    black = np.asarray(open_upright(tmp_path / "a.png", mask=True))
     assert (black[0] == 0).all()
 
 
@@ -152,7 +229,7 @@ def test_sixteen_bits_with_a_transparent_grey(tmp_path: Path) -> None:
     at = content.index(b"IDAT") - 4
     (tmp_path / "a.png").write_bytes(content[:at] + chunk + content[at:])
     assert np.asarray(open_upright(tmp_path / "a.png"))[0, :, 0].tolist() == [255, 100]
-    assert np.asarray(open_upright(tmp_path / "a.png", "black"))[0, :, 0].tolist() == [0, 100]
+    assert np.asarray(open_upright(tmp_path / "a.png", mask=True))[0, :, 0].tolist() == [0, 100]
 
 
 def test_floats_and_long_integers() -> None:
@@ -198,12 +275,24 @@ def test_truncated_files(tmp_path: Path, suffix: str) -> None:
 @pytest.mark.parametrize("read", [open_upright, size_upright])
 def test_what_is_no_picture(tmp_path: Path, read: Read) -> None:
     (tmp_path / "empty.png").touch()
-    (tmp_path / "text.png").write_text("<html>404 not found</html>")
+    (tmp_path / "text.png").write_text("404 not found")
+    (tmp_path / "page.png").write_text("<!DOCTYPE html><html>404 not found</html>")
+    (tmp_path / "phone.jpg").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    Image.new("RGB", (8, 8)).save(tmp_path / "web.png", format="AVIF")
+    Image.new("RGB", (8, 8)).save(tmp_path / "scan.png", format="TIFF")
+    (tmp_path / "lfs.png").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "folder.png").mkdir()
     for name, words in {
         "empty.png": "an empty file",
         "text.png": "not a picture",
-        "folder.png": "cannot be read",
+        "page.png": "a web page, whatever its name says",
+        "phone.jpg": "a HEIC picture, whatever its name says",
+        "web.png": "an AVIF picture, whatever its name says",
+        "scan.png": "a TIFF picture",
+        "lfs.png": "a pointer of Git LFS",
+        "pipe.png": "no plain file",
+        "folder.png": "a folder",
         "none.png": "no such file",
     }.items():
         with pytest.raises(DataError, match=f"{name}: {words}"):

@@ -12,6 +12,7 @@ from PIL import Image
 from qwen_image_finetune.config import DatasetArguments
 from qwen_image_finetune.data.dataset import ImageDataset
 from qwen_image_finetune.data.part import Part
+from qwen_image_finetune.data.suspects import few_note
 
 DATA = Path(__file__).parents[2] / "data"
 Extent = tuple[int, int]
@@ -162,6 +163,38 @@ def test_copies_under_another_name(tmp_path: Path) -> None:
     assert notes(tmp_path, decode=False) == []
     (note,) = notes(tmp_path)
     assert note.startswith("1 of 5 pairs are copies of another, with the same pictures and prompt (e of a): ")
+
+
+def test_near_copies_by_look(tmp_path: Path) -> None:
+    """Smaller, mirrored, saved with loss, brighter: the same pair again, where target, source and prompt are."""
+    pairs(tmp_path, "abcdef")
+    target, source = Image.open(tmp_path / "training_images/a.png"), Image.open(tmp_path / "control_images/a.png")
+    pair(tmp_path, "smaller", target.resize((100, 75)), source.resize((100, 75)), end="jpg")
+    flip = Image.Transpose.FLIP_LEFT_RIGHT
+    pair(tmp_path, "turned", target.transpose(flip), source.transpose(flip))
+    pair(tmp_path, "words", target.resize((100, 75)), source.resize((100, 75)), caption="another hat")
+    pair(tmp_path, "edit", picture(99, (120, 90)), source.resize((100, 75)))
+    for name, colour in (("red", "red"), ("blue", "blue")):  # flat pictures have one hash
+        pair(tmp_path, name, Image.new("RGB", (120, 90), colour), Image.new("RGB", (120, 90), "grey"))
+    assert [line for line in notes(tmp_path) if "look like" in line] == [
+        "2 of 12 pairs look like another with the same prompt (smaller and a, turned and a): near-copies count more "
+        "than the others"
+    ]
+
+
+def test_what_was_converted_or_passed_over_is_counted(tmp_path: Path) -> None:
+    pairs(tmp_path, "abc")
+    for stem in "ab":
+        target = Image.open(tmp_path / f"training_images/{stem}.png")
+        target.load()
+        target.save(tmp_path / f"training_images/{stem}.png", icc_profile=b"none")
+    (note,) = notes(tmp_path)
+    assert note.startswith("2 of 3 pairs have a picture of this kind (a, b): its colour profile cannot be applied")
+
+
+def test_few_pairs_are_said() -> None:
+    assert few_note(0) == few_note(10) == []
+    assert few_note(9)[0].startswith("9 pairs: so few are learnt by heart")
 
 
 def test_a_part_says_what_decoding_its_rows_shows(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from qwen_image_finetune.data.geometry import (
     transfer,
 )
 from qwen_image_finetune.data.images import DataError, fitted, open_upright, size_upright
-from qwen_image_finetune.data.listing import Row
+from qwen_image_finetune.data.listing import LONGEST_CAPTION, Row
 from qwen_image_finetune.data.sources import read_folder
 from qwen_image_finetune.records import Example
 
@@ -178,6 +178,8 @@ class ImageDataset:
             text = row.prompt
         else:
             try:
+                if (size := row.caption.stat().st_size) > LONGEST_CAPTION:
+                    raise DataError(f"{row.caption}: {size} bytes; a caption has at most {LONGEST_CAPTION}")
                 text = row.caption.read_bytes().decode("utf-8-sig")
             except UnicodeDecodeError as error:
                 raise DataError(f"{row.caption}: not UTF-8 ({error}); save it as UTF-8") from error

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 NOT_UTF8 = "its name is not UTF-8, and names go into hashes and files; rename it"
+LONGEST_CAPTION = 1_000_000  # bytes, or characters in a table; models read a few hundred words
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")  # endings of picture files, in any case
 
 
@@ -59,6 +61,17 @@ class Tree:
                 }
         return self._listed[directory]
 
+    def named(self, name: str) -> str:
+        """The path `name` as the disk spells it: letters with accents may be written as one character or as two."""
+        done = ""
+        for part in PurePosixPath(name).parts:
+            spelt = part
+            if self.folder_fault(done) is None if done else True:
+                listed = self.list(done)
+                spelt = part if part in listed else next((each for each in listed if same(each) == same(part)), part)
+            done = f"{done}/{spelt}" if done else spelt
+        return done
+
     def folder_fault(self, directory: str) -> str | None:
         """Why `directory` cannot be listed, or None. Looks at every folder above it, which may be a link as well."""
         above, _, name = directory.rpartition("/")
@@ -98,6 +111,20 @@ class Tree:
         if entry.is_dir():
             return "folder"
         return "file" if entry.is_file() else "neither a file nor a folder"
+
+
+def unwritable(text: str) -> str | None:
+    """Why a text cannot be written as UTF-8, or None: JSON and bad bytes of a command line bring half characters."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return f"has half a character ({text[error.start : error.end]!a}) at place {error.start}: no text in UTF-8"
+    return None
+
+
+def same(name: str) -> str:
+    """Equal for names that a reader takes for equal, however their accents are composed (Unicode's NFC)."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _shown(name: str) -> str:

@@ -6,12 +6,12 @@ import csv
 import difflib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
 
-from qwen_image_finetune.data.listing import Row, Tree
+from qwen_image_finetune.data.listing import LONGEST_CAPTION, Row, Tree, unwritable
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 TARGET = ("image", "file_name", "image_path")
@@ -20,6 +20,10 @@ PROMPT = ("prompt", "caption", "text")
 MASK = ("mask",)
 
 _NUMBERED = re.compile(r"control_path_(\d+)")
+
+
+LONGEST_LINE = 16_000_000  # characters of one line of JSON; captions and paths have a few hundred
+_WHOLE = 20  # digits of a whole number that is read as one
 
 
 class _Fault(ValueError):
@@ -56,18 +60,40 @@ def _lines(tree: Tree, name: str) -> Iterator[tuple[int, Mapping[str, Any] | _Fa
     with open(tree.folder / name, encoding="utf-8-sig", newline="") as file:
         if name.endswith(".csv"):
             reader = csv.DictReader(file, strict=True)
+            _refuse_other_separators(reader.fieldnames or ())
             for fields in reader:
                 yield reader.line_num, _cells(fields)
             return
-        for line, text in enumerate(file, start=1):
-            if not text.strip():
-                continue
-            try:
-                fields = json.loads(text)
-            except json.JSONDecodeError as error:
-                yield line, _Fault(f"not JSON ({error})")
-            else:
-                yield line, fields if isinstance(fields, dict) else _Fault("not an object {...}")
+        line = 0
+        while text := file.readline(LONGEST_LINE):
+            line += 1
+            if len(text) == LONGEST_LINE:
+                yield line, _Fault(f"longer than {LONGEST_LINE} characters")
+                return
+            if text.strip():
+                try:
+                    fields = _parsed(text)
+                except _Fault as fault:
+                    yield line, fault
+                else:
+                    yield line, fields if isinstance(fields, dict) else _Fault("not an object {...}")
+
+
+def _parsed(text: str) -> Any:
+    """JSON, in which numbers of any length are welcome: columns of other tools are not ours to judge."""
+    try:
+        return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) <= _WHOLE else float(digits))
+    except json.JSONDecodeError as error:
+        raise _Fault(f"not JSON ({error})") from error
+    except RecursionError as error:
+        raise _Fault("brackets nested too deep to be read") from error
+
+
+def _refuse_other_separators(header: Sequence[str]) -> None:
+    for separator, word in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
+        names = [name.strip() for name in header[0].split(separator)] if len(header) == 1 else []
+        if any(name in (*TARGET, *PROMPT) for name in names[1:]) or (len(names) > 1 and names[0] in TARGET):
+            raise csv.Error(f"its cells are separated by {word}; save it with commas between them")
 
 
 def _cells(fields: Mapping[str | None, Any]) -> Mapping[str, Any] | _Fault:
@@ -80,9 +106,9 @@ def _cells(fields: Mapping[str | None, Any]) -> Mapping[str, Any] | _Fault:
         cells[column] = cell if column in PROMPT else cell.strip() or None
         if column in REFERENCES and cell.strip().startswith("["):
             try:
-                cells[column] = json.loads(cell)
-            except json.JSONDecodeError as error:
-                return _Fault(f"{column} begins like a list but is not one ({error})")
+                cells[column] = _parsed(cell)
+            except _Fault as fault:
+                return _Fault(f"{column} begins like a list but is not one: {fault}")
     return cells
 
 
@@ -99,6 +125,10 @@ def _row(tree: Tree, fields: Mapping[str, Any], masks: bool) -> Row:
     column, prompt = _one(fields, PROMPT)
     if not isinstance(prompt, str):
         raise _Fault(f'{column} is {prompt!r}, not a text; the empty prompt is written ""')
+    if broken := unwritable(prompt):
+        raise _Fault(f"{column} {broken}")
+    if len(prompt) > LONGEST_CAPTION:
+        raise _Fault(f"{column} has {len(prompt)} characters; a caption has at most {LONGEST_CAPTION}")
     mask = fields.get("mask") if masks else None
     return Row(
         key=target,
@@ -123,9 +153,11 @@ def _path(tree: Tree, column: str, value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
         raise _Fault(f"{column} is {value!r}, not the path of a file")
     fault = tree.file_fault(value)
-    if fault is not None:
+    if fault is None:
+        return str(PurePosixPath(value))
+    if ".." in PurePosixPath(value).parts or tree.file_fault(spelt := tree.named(value)) is not None:
         raise _Fault(f"{column} {value!r}: {fault}")
-    return str(PurePosixPath(value))
+    return spelt
 
 
 def _refuse_typos(fields: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from qwen_image_finetune.config import no_folder
-from qwen_image_finetune.data.listing import PICTURES, Row, Tree
+from qwen_image_finetune.data.listing import PICTURES, Row, Tree, same
 from qwen_image_finetune.data.metadata import METADATA, read_metadata
 
 TARGETS, REFERENCES = "training_images", "control_images"
@@ -29,9 +29,11 @@ def read_folder(folder: Path, *, masks: bool) -> tuple[list[Row], list[str]]:
     if not folder.is_dir():
         return [], [f"{folder}: not a folder; name the folder it lies in" if folder.exists() else no_folder(folder)]
     tree = Tree(folder)
-    tables = [name for name in METADATA if tree.file_fault(name) is None]
+    tables = [name for name in METADATA if name in tree.list()]
     if len(tables) > 1:
         return [], [f"{folder}: has {' and '.join(tables)}; keep one"]
+    if tables and (fault := tree.file_fault(tables[0])) is not None:
+        return [], [f"{folder / tables[0]}: {fault}; the samples would be read from it"]
     rows, problems = read_metadata(tree, tables[0], masks=masks) if tables else _read_pairs(tree, masks)
     if not rows and not problems:
         problems = [f"{folder}: no samples in {tables[0] if tables else TARGETS}"]
@@ -56,7 +58,7 @@ def _read_pairs(tree: Tree, masks: bool) -> tuple[list[Row], list[str]]:
         own = references.get(stem, {})
         missing = []
         if stem not in captions:
-            missing.append(f"no caption; {stem}.txt is missing beside it (it may be empty)")
+            missing.append(f"no caption; {stem}.txt is missing beside it (it may be empty){_near(tree, target)}")
         if has_references and 0 not in own:
             missing.append(f"no reference; {REFERENCES} has no picture {stem}")
         elif sorted(own) != list(range(len(own))):
@@ -74,6 +76,17 @@ def _read_pairs(tree: Tree, masks: bool) -> tuple[list[Row], list[str]]:
     return rows, problems
 
 
+def _near(tree: Tree, target: str) -> str:
+    """A file beside a target that may be its caption, under another ending."""
+    directory, _, name = target.rpartition("/")
+    stem = name.rpartition(".")[0]
+    others = [
+        other for other in sorted(tree.list(directory)) if other != name and other.rpartition(".")[0] in (stem, name)
+    ]
+    found = [other for other in others if Path(other).suffix.lower() not in (*PICTURES, *_OTHER_PICTURES)]
+    return f"; there is {found[0]}: rename it if it is the caption" if found else ""
+
+
 def _pictures(tree: Tree, directory: str, problems: list[str]) -> tuple[Names, Names]:
     """Pictures and text files directly in `directory`, sorted by name."""
     pictures: Names = {}
@@ -81,7 +94,7 @@ def _pictures(tree: Tree, directory: str, problems: list[str]) -> tuple[Names, N
     names = tree.list(directory)
     for name in sorted(names):
         path, kind = f"{directory}/{name}", names[name]
-        stem, dot, ending = name.rpartition(".")
+        stem, dot, ending = same(name).rpartition(".")
         ending = (dot + ending).lower()
         if kind != "file":
             words = f"a folder; only what lies directly in {directory} is read" if kind == "folder" else kind
@@ -89,12 +102,20 @@ def _pictures(tree: Tree, directory: str, problems: list[str]) -> tuple[Names, N
         elif ending in PICTURES or ending == ".txt":
             group = texts if ending == ".txt" else pictures
             if stem in group:
-                problems.append(f"{tree.folder / path}: {group[stem]} has the same stem; keep one")
+                problems.append(
+                    f"{tree.folder / path}: {group[stem]} has the same stem{_spelt(group[stem], path)}; keep one"
+                )
             else:
                 group[stem] = path
         elif ending in _OTHER_PICTURES:
             problems.append(f"{tree.folder / path}: {ending} is not read; save it as {', '.join(PICTURES)}")
     return pictures, texts
+
+
+def _spelt(one: str, other: str) -> str:
+    """Why two names that look equal are not."""
+    stems = [Path(name).name.rpartition(".")[0] for name in (one, other)]
+    return "" if stems[0] == stems[1] else " (accents composed in another way)"
 
 
 def _take_masks(targets: Names) -> Names:

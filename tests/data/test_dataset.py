@@ -245,6 +245,13 @@ def test_prompts_in_other_encodings(tmp_path: Path, content: bytes) -> None:
         data.prompt(0)
 
 
+def test_a_caption_of_any_length_is_not_read(tmp_path: Path) -> None:
+    data = dataset(pair(tmp_path))
+    with open(tmp_path / "training_images/a.txt", "w") as file:
+        file.truncate(2**40)
+    assert data.check() == [f"{tmp_path / 'training_images/a.txt'}: {2**40} bytes; a caption has at most 1000000"]
+
+
 def test_prompts_of_a_table(tmp_path: Path) -> None:
     draw(tmp_path / "t.png", (32, 32))
     (tmp_path / "metadata.jsonl").write_text('{"image": "t.png", "prompt": " red\\r\\nhat "}')

@@ -330,3 +330,78 @@ def test_damaged_tables(tmp_path: Path, name: str, content: bytes, problem: str)
 def test_two_tables_are_one_too_many(tmp_path: Path) -> None:
     lay(tmp_path, "metadata.csv", "metadata.jsonl")
     assert complaints(tmp_path) == [f"{tmp_path}: has metadata.jsonl and metadata.csv; keep one"]
+
+
+def test_a_table_that_cannot_be_read_is_the_refusal(tmp_path: Path) -> None:
+    """The sub-folders beside it hold other samples, perhaps older ones."""
+    folder, away = lay(tmp_path / "set", *pair("a")), lay(tmp_path / "away", "metadata.jsonl")
+    os.mkfifo(folder / "metadata.jsonl")
+    assert complaints(folder) == ["metadata.jsonl: neither a file nor a folder; the samples would be read from it"]
+    (folder / "metadata.jsonl").unlink()
+    (folder / "metadata.csv").symlink_to(away / "metadata.jsonl")
+    assert complaints(folder)[0].startswith("metadata.csv: a link that leaves the data set's folder")
+
+
+@pytest.mark.parametrize("column", ["width", "prompt"])
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        ("1" * 6000, ""),
+        ("-1e" + "9" * 400, ""),
+        ("[" * 200_000 + "]" * 200_000, "brackets nested too deep"),
+        (r'"\ud83d"', r"prompt has half a character ('\ud83d') at place 0"),
+        ('"' + "x" * 1_000_001 + '"', "prompt has 1000001 characters; a caption has at most 1000000"),
+    ],
+    ids=["whole number", "number", "nesting", "half a character", "long"],
+)
+def test_values_without_limits(tmp_path: Path, column: str, value: str, problem: str) -> None:
+    lay(tmp_path, "a.png")
+    fields = '"image": "a.png"' + ("" if column == "prompt" else ', "prompt": ""')
+    (tmp_path / "metadata.jsonl").write_text(f'{{{fields}, "{column}": {value}}}')
+    found = complaints(tmp_path)
+    if column == "prompt":
+        assert (problem or "not a text") in found[0]
+    else:
+        assert found == [] or ("nested" in found[0] and "nested" in problem)
+
+
+def test_a_line_without_an_end(tmp_path: Path) -> None:
+    with open(tmp_path / "metadata.jsonl", "w") as file:
+        file.truncate(20_000_000)
+    assert complaints(tmp_path) == ["metadata.jsonl, line 1: longer than 16000000 characters"]
+
+
+@pytest.mark.parametrize(("separator", "word"), [(";", "semicolons"), ("\t", "tabs")])
+def test_tables_of_other_separators(tmp_path: Path, separator: str, word: str) -> None:
+    lay(tmp_path, "a.png", "b.png")
+    lines = [["image", "control", "prompt"], ["a.png", "b.png", "a hat, red"]]
+    (tmp_path / "metadata.csv").write_text("\n".join(separator.join(line) for line in lines))
+    assert f"its cells are separated by {word}; save it with commas" in complaints(tmp_path)[0]
+
+
+def test_names_that_read_the_same_are_the_same(tmp_path: Path) -> None:
+    """A Mac may write an accent as a character of its own; Windows and most programs do not."""
+    one, two = "Caf\u00e9", "Cafe\u0301"
+    lay(tmp_path, f"control_images/{two}.jpg", f"training_images/{one}.png", f"training_images/{two}.txt")
+    (row,) = read(tmp_path)
+    assert (row.key, row.reference_names) == (one, (f"control_images/{two}.jpg",))
+    assert row.caption is not None and row.caption.is_file() and row.target.is_file()
+    lay(tmp_path, f"training_images/{two}.png")
+    assert "has the same stem (accents composed in another way); keep one" in complaints(tmp_path)[0]
+
+
+def test_a_table_may_spell_a_name_otherwise(tmp_path: Path) -> None:
+    one, two = "Caf\u00e9", "Cafe\u0301"
+    lay(tmp_path, f"{two}/{one}.png")
+    write_table(tmp_path, "jsonl", [{"image": f"{one}/{two}.png", "prompt": ""}])
+    assert read(tmp_path)[0].target_name == f"{two}/{one}.png"
+
+
+def test_a_caption_under_another_ending_is_mentioned(tmp_path: Path) -> None:
+    lay(tmp_path, *pair("a"), "training_images/a.caption", "training_images/b.png", "control_images/b.png")
+    (tmp_path / "training_images/a.txt").unlink()
+    first, second = complaints(tmp_path)
+    assert first.endswith(
+        "a.txt is missing beside it (it may be empty); there is a.caption: rename it if it is the caption"
+    )
+    assert second.endswith("b.txt is missing beside it (it may be empty)")

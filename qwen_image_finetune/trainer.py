@@ -25,9 +25,15 @@ class Trainer(TunedPredictor):
         super().__init__(config)
 
     def cache(self) -> None:
-        """Compute the embeddings of the dataset and keep them."""
-        from qwen_image_finetune.encoding.embeddings import encode_dataset
+        """Compute the embeddings of the dataset and keep them.
 
+        Raises:
+            ConfigError: what this run would lack on this machine, its training included: better now than afterwards.
+        """
+        from qwen_image_finetune.encoding.embeddings import encode_dataset
+        from qwen_image_finetune.training.check import check_run
+
+        check_run(self.config, download=True)
         encode_dataset(self.config)
 
     def fit(self) -> Path | None:

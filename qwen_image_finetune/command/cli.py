@@ -93,9 +93,9 @@ def run_training(config_file: Path, overrides: Sequence[str], dry_run: bool = Fa
             return
         check_folders(config, only_cache)
         if only_cache:
-            from qwen_image_finetune.encoding.embeddings import encode_dataset
+            from qwen_image_finetune.trainer import Trainer
 
-            encode_dataset(config)
+            Trainer(config).cache()
         else:
             from qwen_image_finetune.training.train import train
 

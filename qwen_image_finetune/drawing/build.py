@@ -15,6 +15,7 @@ from qwen_image_finetune.drawing.predict import Predictor
 from qwen_image_finetune.families import get_family
 from qwen_image_finetune.families.base import Family
 from qwen_image_finetune.levers.attention import use_attention
+from qwen_image_finetune.levers.stored_precision import check_installed
 from qwen_image_finetune.lora import files as lora_files
 from qwen_image_finetune.machine import console, launch
 from qwen_image_finetune.machine.accelerator import resolve_device
@@ -36,6 +37,7 @@ def build_predictor(config: Config, tuned: Path | None = None) -> Predictor:
     """
     family = get_family(resolve_family(config, download=True)[0])
     folder = loading.checkpoint_folder(config, family)
+    check_installed(config.model, folder)
     home = resolve_device(None, "predict.devices")
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if local > 1 and home.type != "cpu":  # each process draws for itself, on its own card

@@ -21,6 +21,7 @@ from qwen_image_finetune.families import get_family
 from qwen_image_finetune.families.base import Family
 from qwen_image_finetune.fitting import out_of_memory
 from qwen_image_finetune.levers import parallel
+from qwen_image_finetune.levers.stored_precision import check_installed
 from qwen_image_finetune.machine import console
 from qwen_image_finetune.machine.accelerator import build_accelerator, build_team, encoder_homes
 from qwen_image_finetune.machine.launch import LaunchError
@@ -129,6 +130,7 @@ def encode_dataset(config: Config) -> None:
     check_drop_keys(config, family)
     pairs = open_pairs(config, family)
     folder = loading.checkpoint_folder(config, family)
+    check_installed(config.model, folder)
     with out_of_memory.explained(config, "encoding the data set"):
         for rows in encoded(config, family, pairs, folder, loading.encoder_dtype(config.train.mixed_precision)):
             if rows is not None:

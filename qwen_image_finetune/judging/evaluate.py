@@ -14,7 +14,6 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -151,8 +150,6 @@ def open_request(request: Request) -> tuple[Path | None, Config]:
     Raises:
         EvaluationError: the folder is no run, or a number means nothing.
     """
-    if find_spec("skimage") is None:
-        raise EvaluationError("measures need scikit-image: pip install 'qwen-image-finetune[evaluate]'")
     run = request.config if request.config.is_dir() else None
     if run is not None and not (run / "config.yaml").is_file():
         raise EvaluationError(f"{run} holds no config.yaml: give a configuration, or the version folder of a run")

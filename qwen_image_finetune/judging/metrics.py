@@ -1,7 +1,6 @@
 """How close an edit is to its truth, and what it did to the rest of the picture.
 
-Pictures are float arrays (H, W, 3), sRGB in [0, 1], of one size. The measures themselves are scikit-image's; it comes
-with `pip install qwen-image-finetune[evaluate]`.
+Pictures are float arrays (H, W, 3), sRGB in [0, 1], of one size. The measures themselves are scikit-image's.
 """
 
 from __future__ import annotations

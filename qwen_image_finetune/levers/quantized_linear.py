@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qwen_image_finetune.config import ConfigError
+from qwen_image_finetune.levers.stored_precision import FOUR_BITS
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = {"fp8": 448.0, "int8": 127.0}  # finite values of e4m3, and of a symmetric int8
-FOUR_BITS = ("nf4", "fp4")
 BLOCK = 64  # weights that share a scale in a layer quantised here; checkpoints may bring their own
 SCALE_BLOCK = 256  # scales that share a scale: fixed in bitsandbytes
 TINY = torch.finfo(torch.float32).tiny

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,15 @@ from qwen_image_finetune.config.tree import shown
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' name; with ".index.json" the list of its shards
 FP8_SCALES = ("weight_scale", "scale_weight")  # one number, or one a row; the weight is what is stored, times this
 SIDE_NOTES = ("scaled_fp8", "input_scale", "scale_input", "weight_format")  # nothing that weights are computed from
+FOUR_BITS = ("nf4", "fp4")
 PACKED = "weight.quant_state.bitsandbytes__"  # followed by nf4 or fp4
+
+
+# What to do without it
+BITSANDBYTES = (
+    "bitsandbytes, not installed here: pip install 'qwen-image-finetune[bitsandbytes]', or use a checkpoint in full "
+    "precision with model.quantize=fp8 or int8"
+)
 
 
 @dataclass(frozen=True)
@@ -97,6 +106,33 @@ def stored_format(folder: Path) -> tuple[str, str] | None:
     if found is None:
         return None
     return found, "quantization_config of its config.json" if declared else "dtypes of its safetensors files"
+
+
+def check_installed(model: ModelConfig, checkpoint: Path | None) -> None:
+    """Refuse weights that are, or are to be, in a format of bitsandbytes where that is not installed: the transformer's
+    in 4 bits, and any of its formats in the encoders, which transformers loads.
+
+    Args:
+        checkpoint: its folder; None where it is not on this machine yet.
+
+    Raises:
+        ConfigError: names what asks for it.
+    """
+    if find_spec("bitsandbytes") is not None:
+        return
+    wanted_by = None
+    if checkpoint is not None:
+        format = base_precision(checkpoint / "transformer", model).format
+        for file in sorted(checkpoint.glob("*/config.json")):
+            declared = _read_json(file).get("quantization_config") or {}
+            if file.parent.name != "transformer" and declared.get("quant_method") == "bitsandbytes":
+                wanted_by = f"{file.parent}, stored in one of its formats,"
+    else:
+        format = model.asked_format
+    if format in FOUR_BITS:
+        wanted_by = f"model.quantize={shown(model.quantize)}" if model.asked_format else f"a checkpoint in {format}"
+    if wanted_by is not None:
+        raise ConfigError(f"{wanted_by} needs {BITSANDBYTES}")
 
 
 def tensor_index(folder: Path) -> dict[str, StoredTensor]:

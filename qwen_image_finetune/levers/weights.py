@@ -18,13 +18,13 @@ from qwen_image_finetune.config import ConfigError
 from qwen_image_finetune.levers.model_files import Checkpoint, opened, skeleton
 from qwen_image_finetune.levers.quantize import Report, candidates, quantised_within_bound, replace, report
 from qwen_image_finetune.levers.quantized_linear import (
-    FOUR_BITS,
     LARGEST,
     SCALE_BLOCK,
     QuantizedLinear,
     bitsandbytes_functional,
 )
 from qwen_image_finetune.levers.stored_precision import (
+    FOUR_BITS,
     FP8_SCALES,
     PACKED,
     SIDE_NOTES,

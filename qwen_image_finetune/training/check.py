@@ -18,7 +18,7 @@ from qwen_image_finetune.config import (
     resolve_family,
 )
 from qwen_image_finetune.families import get_family, with_targets
-from qwen_image_finetune.levers.stored_precision import base_precision, local_checkpoint
+from qwen_image_finetune.levers.stored_precision import base_precision, check_installed, local_checkpoint
 from qwen_image_finetune.lora.header import LoraFileError, read_metadata
 from qwen_image_finetune.lora.sources import find_lora
 from qwen_image_finetune.training.trackers import unavailable
@@ -48,13 +48,21 @@ def refusal(problems: Sequence[str]) -> ConfigError:
 
 
 def run_problems(config: Config, download: bool = False) -> list[str]:
-    """One line for each: a folder, a checkpoint or a LoRA that is not there; a tracker that is not installed; an
+    """One line for each: a folder, a checkpoint or a LoRA that is not there; a package that is not installed; an
     optimizer or schedule that cannot be built; text embeddings the family does not have; an adapter that does not fit a
     checkpoint of this machine (with `download`, `check_transformer` is for when it is here)."""
     problems = [*_folders(config), *_resume(config)]
     if absent := unavailable(config.logging.trackers):
         problems.append(f"logging.report_to names {absent}, not installed here: pip install {' '.join(absent)}")
-    checks: list[Callable[[], None]] = [lambda: _check_lora(config, download)]
+    if config.train.attention == "flash4" and find_spec("flash_attn") is None:
+        problems.append(
+            "train.attention='flash4' needs flash-attn-4, not installed here: pip install "
+            "'qwen-image-finetune[flash4]', or use train.attention=auto"
+        )
+    checks: list[Callable[[], None]] = [
+        lambda: check_installed(config.model, local_checkpoint(config.model)),
+        lambda: _check_lora(config, download),
+    ]
     if find_spec("torch") is not None:  # a dry run goes without
         checks += [lambda: _check_optimizer(config), lambda: _check_drop_keys(config, download)]
         if not download and (checkpoint := local_checkpoint(config.model)) is not None:

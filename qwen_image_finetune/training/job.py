@@ -17,9 +17,9 @@ from qwen_image_finetune.encoding.pairs import encoded, open_pairs
 from qwen_image_finetune.families import get_family, with_targets
 from qwen_image_finetune.families.base import Family
 from qwen_image_finetune.fitting.plan import card_memory, settled
-from qwen_image_finetune.levers import parallel
+from qwen_image_finetune.levers import attention, parallel
 from qwen_image_finetune.levers.parallel import Sharding
-from qwen_image_finetune.levers.stored_precision import base_precision
+from qwen_image_finetune.levers.stored_precision import base_precision, check_installed
 from qwen_image_finetune.machine import console
 from qwen_image_finetune.machine.accelerator import build_accelerator, build_team
 from qwen_image_finetune.machine.processes import Team
@@ -95,7 +95,9 @@ def open_job(config: Config) -> Job:
     folder = loading.checkpoint_folder(config, family)
     place = folder / "transformer"
     precision = base_precision(place, config.model)  # a contradiction is refused before embeddings are computed
+    check_installed(config.model, folder)
     check_transformer(config, family, folder)
+    attention.choose(config.train.attention, accelerator.device, loading.weight_dtype(config.train.mixed_precision))
     parallel.check_base(sharding, place, precision)
     card = least(accelerator, card_memory() if accelerator.device.type == "cuda" else None)
     config, expectation = settled(config, family, folder, largest_sample(pairs.training), card, team.local_size)

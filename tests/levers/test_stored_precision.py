@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qwen_image_finetune.config import ConfigError, ModelConfig
+from qwen_image_finetune.levers import stored_precision
 from qwen_image_finetune.levers.stored_precision import WEIGHTS, Precision, base_precision, stored_format, tensor_index
 
 E4M3 = torch.float8_e4m3fn
@@ -156,3 +157,26 @@ def test_recognition_needs_no_torch(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["fp8", "False"]
+
+
+@pytest.mark.parametrize("stored", [NF4, INT8, None])
+def test_what_bitsandbytes_wrote_is_refused_without_it(
+    stored: dict[str, Any] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Encoders in any of its formats, which transformers loads with it; the transformer in four bits."""
+    write(tmp_path / "transformer", PLAIN)
+    write(tmp_path / "text_encoder", PLAIN, stored)
+    model = ModelConfig(pretrained_model_name_or_path=str(tmp_path))
+    stored_precision.check_installed(model, tmp_path)  # it is installed where the tests run
+    monkeypatch.setattr(stored_precision, "find_spec", lambda name: None)
+    if stored is None:
+        stored_precision.check_installed(model, tmp_path)
+    else:
+        with pytest.raises(ConfigError, match=r"text_encoder, stored in .* needs bitsandbytes.*pip install"):
+            stored_precision.check_installed(model, tmp_path)
+    write(tmp_path / "text_encoder", PLAIN)
+    write(tmp_path / "transformer", packed("nf4"), NF4)
+    with pytest.raises(ConfigError, match="a checkpoint in nf4 needs bitsandbytes"):
+        stored_precision.check_installed(model, tmp_path)
+    with pytest.raises(ConfigError, match="quantize='fp4' needs bitsandbytes"):
+        stored_precision.check_installed(model.model_copy(update={"quantize": "fp4"}), None)

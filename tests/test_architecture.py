@@ -276,6 +276,129 @@ def test_allowed_is_left_alone(source: str) -> None:
     assert not list(forbidden_in(source))
 
 
+# What writes to a path, and where the path stands among the arguments; None is what the method is called on.
+WRITERS: dict[str, int | None] = {
+    "write_text": None, "write_bytes": None, "touch": None, "save_pretrained": 0, "save_config": 0, "save_file": 1,
+    "save_torch_state_dict": 1, "copy": 1, "copy2": 1, "copyfile": 1, "copytree": 1, "move": 1, "replace": 1,
+    "rename": 1, "symlink": 1, "link": 1, "symlink_to": None, "hardlink_to": None, "savez": 0, "tofile": 0,
+}  # fmt: skip
+ON_MODULES = {"copy": "shutil", "copy2": "shutil", "copyfile": "shutil", "copytree": "shutil", "move": "shutil",
+              "replace": "os", "rename": "os", "symlink": "os", "link": "os"}  # fmt: skip
+# `save` of these is another one's: they write through the door themselves.
+SAVERS = frozenset({"samples", "trained", "book", "fingerprints"})
+DOORS = frozenset({"disk.files", "disk.locks", "disk.runs"})  # what stages, locks, and moves what is whole
+APART = frozenset({"studio"})  # uploads and jobs of its own; nothing of a run
+
+
+def unstaged_writes(source: str) -> Iterator[tuple[int, str]]:
+    """(line, what) for every write that is neither to a name that `staged_file` or `staged_folder` gave nor to memory.
+
+    A function may be handed such a name: a parameter annotated `Staged`, which mypy follows to where it came from.
+    """
+    tree = ast.parse(source)
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    inside = {id(node): function for function in functions for node in ast.walk(function)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and (target := written_by(node)) is not None:
+            function = inside.get(id(node))
+            if ast.unparse(target) != "os.devnull" and root_of(target) not in (
+                set() if function is None else staged_in(function)
+            ):
+                yield node.lineno, ast.unparse(node)
+
+
+def written_by(call: ast.Call) -> ast.expr | None:
+    """The path that a call writes to; None where it writes to none."""
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    owner = call.func.value if isinstance(call.func, ast.Attribute) else None
+    words = [*call.args, *(keyword.value for keyword in call.keywords)]
+    if name == "open":
+        modes = [word.value for word in words if isinstance(word, ast.Constant) and isinstance(word.value, str)]
+        flags = [word for word in words if re.search(r"O_(WRONLY|RDWR|CREAT|APPEND)", ast.unparse(word))]
+        if not flags and not any(re.fullmatch(r"[rwaxbt+]*[wax+][rwaxbt+]*", mode) for mode in modes):
+            return None
+        return words[0] if owner is None or ast.unparse(owner) in ("os", "io") else owner
+    if name == "save" and words and (owner is None or root_of(owner) not in SAVERS):
+        return None if owner is None else words[0]  # safetensors' function of that name returns bytes
+    if name not in WRITERS or (name in ON_MODULES and ast.unparse(owner or call.func) != ON_MODULES[name]):
+        return None
+    place = WRITERS[name]
+    return owner if place is None else words[place]
+
+
+def root_of(path: ast.expr) -> str:
+    """`folder` of `folder / name` and of `folder.path`."""
+    while not isinstance(path, ast.Name):
+        inner = next((child for child in ast.iter_child_nodes(path) if isinstance(child, ast.expr)), None)
+        if inner is None:
+            return ""
+        path = inner
+    return path.id
+
+
+def staged_in(function: ast.FunctionDef | ast.AsyncFunctionDef) -> set[str]:
+    """Names in a function that may be written to."""
+    found = {
+        argument.arg
+        for argument in ast.walk(function.args)
+        if isinstance(argument, ast.arg) and argument.annotation and ast.unparse(argument.annotation) == "Staged"
+    }
+    for node in ast.walk(function):
+        if isinstance(node, ast.withitem) and isinstance(node.optional_vars, ast.Name):
+            if re.match(r"(\w+\.)?staged_(file|folder)\(", ast.unparse(node.context_expr)):
+                found.add(node.optional_vars.id)
+        elif isinstance(node, ast.Assign) and "io.BytesIO()" in ast.unparse(node.value):
+            targets = [each for target in node.targets for each in ast.walk(target)]
+            found |= {each.id for each in targets if isinstance(each, ast.Name)}
+    return found
+
+
+def test_every_writer_goes_through_one_door() -> None:
+    """A write that is killed, or finds the disk full, leaves what was there: only staged names are written to."""
+    broken = [
+        f"{where(name, line)}: {what}: write through disk.files"
+        for name, path in modules().items()
+        if name.removeprefix(f"{PACKAGE}.") not in DOORS
+        and not APART & set(name.split("."))
+        and name.startswith(PACKAGE)
+        for line, what in unstaged_writes(path.read_text(encoding="utf-8"))
+    ]
+    assert not broken, "\n".join(broken)
+
+
+@pytest.mark.parametrize(
+    ("line", "is_seen"),
+    [
+        ("open(path, 'w')", True),
+        ("open(path, mode='ab')", True),
+        ("path.open('x')", True),
+        ("os.open(path, os.O_WRONLY)", True),
+        ("path.write_text(text)", True),
+        ("picture.save(path)", True),
+        ("picture.save(path, 'PNG')", True),
+        ("save_file(tensors, folder / 'a')", True),
+        ("pipe.save_pretrained(folder)", True),
+        ("shutil.copy(one, other)", True),
+        ("os.replace(one, other)", True),
+        ("open(path, 'rb')", False),
+        ("open(path)", False),
+        ("path.open(encoding='utf-8')", False),
+        ("text.replace('a', 'w')", False),
+        ("save_file(tensors, staged / 'a')", False),
+        ("(given / 'a').write_text(text)", False),
+        ("picture.save(content, 'PNG')", False),
+        ("book.save(state)", False),
+        ("memory.copy()", False),
+    ],
+)
+def test_unstaged_writes_are_seen(line: str, is_seen: bool) -> None:
+    source = (
+        f"def write(path, given: Staged):\n    content, kind = io.BytesIO(), 'PNG'\n"
+        f"    with staged_folder(path) as staged:\n        {line}\n"
+    )
+    assert bool(list(unstaged_writes(source))) == is_seen
+
+
 def test_light_modules_say_nothing_heavy() -> None:
     """Their own lines, and those of every module of ours that loads with them."""
     waiting = [f"{PACKAGE}.{name}" for name in LIGHT]

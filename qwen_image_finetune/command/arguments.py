@@ -105,6 +105,12 @@ def _overrides(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="instead of what the file says")
 
 
+def _overwritten(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--overwrite", action="store_true", help="replace an output that is there; never a run's own file"
+    )
+
+
 def _sampler(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--steps", type=_of(Count), help="sampler steps; default: the model's own")
     verb.add_argument("--guidance", type=_of(NotNegative), help="guidance scale; default: the model's own")
@@ -144,6 +150,7 @@ def _predict(verb: argparse.ArgumentParser) -> None:
         "--width", type=_of(Count), help="of the picture; default: that of the reference as the model sees it"
     )
     verb.add_argument("--height", type=_of(Count), help="the same for its height")
+    _overwritten(verb)
 
 
 def _evaluate(verb: argparse.ArgumentParser) -> None:
@@ -164,16 +171,19 @@ def _evaluate(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--count", type=_of(Count), help="pairs, spread over the folder; default: all")
     verb.add_argument("--seed", type=_of(Seed), default=0, help="of the noise of the first pair; the next has the next")
     _sampler(verb)
+    _overwritten(verb)
 
 
 def _report(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("version", type=Path, help="version folder of a run")
     verb.add_argument("--output", type=Path, help="file; default: report.html in the run")
+    _overwritten(verb)
 
 
 def _compare(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("versions", type=Path, nargs="+", help="version folders of runs, the first the one compared with")
     verb.add_argument("--output", type=Path, default=Path("compare.html"), help="file")
+    _overwritten(verb)
 
 
 def _plan(verb: argparse.ArgumentParser) -> None:
@@ -200,6 +210,7 @@ def _bench(verb: argparse.ArgumentParser) -> None:
         "--text-tokens", type=int, metavar="N", help="of the prompt; default: what the family has of them"
     )
     verb.add_argument("--tiny", action="store_true", help="a tiny model, to see that it runs, on a CPU say")
+    _overwritten(verb)
 
 
 def _export(verb: argparse.ArgumentParser) -> None:
@@ -207,6 +218,7 @@ def _export(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("output", type=Path, help="file to write")
     verb.add_argument("--format", choices=("diffusers", "comfy", "kohya"), default="comfy", help="key dialect")
     verb.add_argument("--family", choices=sorted(FAMILIES), required=True, help="whose LoRA it is")
+    _overwritten(verb)
 
 
 def _studio(verb: argparse.ArgumentParser) -> None:

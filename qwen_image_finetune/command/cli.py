@@ -156,14 +156,14 @@ def report(options: argparse.Namespace) -> None:
     """Write one page about a run: data, settings, curves, samples, metrics, files."""
     from qwen_image_finetune.judging.report import report
 
-    print(report(options.version, options.output))
+    print(report(options.version, options.output, options.overwrite))
 
 
 def compare(options: argparse.Namespace) -> None:
     """Write one page that shows runs side by side, with the difference of their settings."""
     from qwen_image_finetune.judging.compare import compare
 
-    print(compare(options.versions, options.output))
+    print(compare(options.versions, options.output, options.overwrite))
 
 
 def plan(options: argparse.Namespace) -> None:
@@ -196,7 +196,8 @@ def export(options: argparse.Namespace) -> None:
     from qwen_image_finetune.lora.files import export_lora
     from qwen_image_finetune.lora.sources import checkpoint_notes
 
-    export_lora(options.lora, options.output, options.format, get_family(options.family).naming)
+    naming = get_family(options.family).naming
+    export_lora(options.lora, options.output, options.format, naming, options.overwrite)
     tell(checkpoint_notes(options.lora))
     print(options.output)
 

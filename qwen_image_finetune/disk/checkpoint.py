@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qwen_image_finetune.disk.files import staged_folder
+from qwen_image_finetune.disk.files import Staged, staged_folder
 
 Memo = dict[int, Any]  # id of a tensor -> its copy, so that a tensor that occurs twice is kept once
 
@@ -65,7 +65,7 @@ def num_bytes(state: Any) -> int:
     return sum(num_bytes(value) for value in state) if isinstance(state, list | tuple) else 0
 
 
-def save_state(folder: Path, parts: Mapping[str, Any]) -> None:
+def save_state(folder: Staged, parts: Mapping[str, Any]) -> None:
     """Write every part to `folder` as NAME.json and, where it holds tensors, NAME.safetensors.
 
     Subclasses of dict, int, float and str come back as the plain type; everything else comes back as it was.
@@ -118,7 +118,7 @@ class CheckpointWriter:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
 
-    def submit(self, final: Path, write: Callable[[Path], None], then: Callable[[], None], needed: int = 0) -> None:
+    def submit(self, final: Path, write: Callable[[Staged], None], then: Callable[[], None], needed: int = 0) -> None:
         """Begin to write the folder `final`: `write` fills it under a hidden name, `then` runs once it is complete.
 
         Waits for the previous one first. What `write` saves must be a snapshot.

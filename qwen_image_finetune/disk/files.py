@@ -16,6 +16,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NewType
 
 from qwen_image_finetune.disk import manifest
 from qwen_image_finetune.disk.locks import FileLock
@@ -41,6 +42,9 @@ class DiskFull(OSError):
             "choose a folder on a larger disk",
         )
         self.path, self.needed = path, needed
+
+
+Staged = NewType("Staged", Path)  # a hidden name that becomes the final one: the only place that others may write to
 
 
 class FolderError(ValueError):
@@ -86,7 +90,7 @@ def flush_file(path: Path) -> None:
 
 
 @contextmanager
-def staged_file(final: Path, needed: int | None = None) -> Iterator[Path]:
+def staged_file(final: Path, needed: int | None = None) -> Iterator[Staged]:
     """Yield a hidden name beside `final` to write a file under; it becomes `final` when the block ends.
 
     If the block raises, the hidden file is removed and `final` is as it was. Where `final` is a link, the file that it
@@ -104,7 +108,7 @@ def staged_file(final: Path, needed: int | None = None) -> Iterator[Path]:
     try:
         partial.touch()
         mode = _mode(partial)  # what the umask gives; a writer may put a file of its own in its place
-        yield partial
+        yield Staged(partial)
         partial.chmod(mode)
         flush_file(partial)
         os.replace(partial, final)
@@ -118,7 +122,7 @@ def staged_file(final: Path, needed: int | None = None) -> Iterator[Path]:
 
 
 @contextmanager
-def staged_folder(final: Path, needed: int = 0) -> Iterator[Path]:
+def staged_folder(final: Path, needed: int = 0, sealed: bool = True) -> Iterator[Staged]:
     """Yield a hidden folder beside `final` to write into; it becomes `final`, with a manifest, when the block ends.
 
     An older folder of that name stays in place until the new one is complete. If the block raises, the hidden
@@ -127,6 +131,7 @@ def staged_folder(final: Path, needed: int = 0) -> Iterator[Path]:
     Args:
         final: the folder to be; its parent exists.
         needed: bytes that will be written, if known: a disk too small for them is refused before the first one.
+        sealed: off, there is no manifest: for folders whose content is laid down by others.
 
     Raises:
         DiskFull: no space is left.
@@ -136,8 +141,8 @@ def staged_folder(final: Path, needed: int = 0) -> Iterator[Path]:
     stage, replaced = hidden(final, "partial"), hidden(final, "replaced")
     try:
         stage.mkdir()
-        yield stage
-        _seal(stage, final.name)
+        yield Staged(stage)
+        _finish(stage, final.name if sealed else None)
         if final.is_dir():
             os.rename(final, replaced)  # a crash right here is undone by clean_leftovers
         os.rename(stage, final)
@@ -174,16 +179,6 @@ def check_writable(folder: Path, key: str) -> None:
             f"{key}={folder}: {error.strerror or error}; it must name a folder that can be made and written, on a "
             "file system with locks"
         ) from error
-
-
-def open_to_umask(folder: Path) -> None:
-    """Give every file in a folder the mode that the umask gives: safetensors writes files for their owner alone."""
-    probe = hidden(folder / "probe", "partial")
-    probe.touch()
-    try:
-        _give_mode(folder, _mode(probe))
-    finally:
-        probe.unlink()
 
 
 def remove_folder(folder: Path) -> None:
@@ -233,16 +228,14 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _seal(stage: Path, name: str) -> None:
-    """Flush every file of a stage and write the manifest last: a folder with a manifest is a complete folder."""
-    about = manifest.of_folder(stage, name)
+def _finish(stage: Path, name: str | None) -> None:
+    """Flush every file of a stage; with a `name`, write the manifest last: a folder with a manifest is complete."""
+    if name is not None:
+        text = manifest.of_folder(stage, name).text()
+        (stage / manifest.MANIFEST).write_bytes(text)
+    _open_to_umask(stage)
     for path in stage.rglob("*"):
         flush_file(path)
-    with open(stage / manifest.MANIFEST, "xb") as file:
-        file.write(about.text())
-        file.flush()
-        os.fsync(file.fileno())
-    _give_mode(stage, _mode(stage / manifest.MANIFEST))
     sync_folder(stage)
 
 
@@ -250,7 +243,12 @@ def _mode(file: Path) -> int:
     return stat.S_IMODE(file.stat().st_mode)
 
 
-def _give_mode(folder: Path, mode: int) -> None:
+def _open_to_umask(folder: Path) -> None:
+    """Give every file in a folder the mode that the umask gives: safetensors writes files for their owner alone."""
+    probe = hidden(folder / "probe", "partial")
+    probe.touch()
+    mode = _mode(probe)
+    probe.unlink()
     for path in folder.rglob("*"):
         if path.is_file():
             path.chmod(mode)

@@ -13,6 +13,7 @@ from qwen_image_finetune.disk.versions import RunError, checkpoint_folders, step
 STATE, METRICS = "run.json", "metrics.jsonl"
 LOG = "log.txt"  # every line that was said while the version was written
 ENVIRONMENT = "environment.json"  # versions and device
+DATA = "data.json"  # the content of its pairs
 BEST = "best.json"  # which checkpoint is best on held-out pairs
 LONGEST = 1024 * MEBIBYTE  # of metrics: millions of steps
 

@@ -82,6 +82,17 @@ def written_as(folder: Path) -> str | None:
     return None if manifest is None else manifest.name
 
 
+def holds(folder: Path, path: Path) -> bool:
+    """Whether a file is one of those that the manifest of a folder names, or the manifest itself.
+
+    Raises:
+        OSError, Unreadable: there is no manifest.
+    """
+    found = _parsed(read_regular(folder / MANIFEST, LIMIT))
+    name = path.relative_to(folder).as_posix()
+    return found is not None and (name == MANIFEST or name in found.files)
+
+
 def _parsed(text: bytes) -> Manifest | None:
     """None where a byte is not as `Manifest.text` writes it."""
     try:

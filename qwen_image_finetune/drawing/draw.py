@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import errno
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from qwen_image_finetune.config import Config
 from qwen_image_finetune.data.images import open_upright
+from qwen_image_finetune.data.writing import WRITTEN, is_drawn, write_picture
+from qwen_image_finetune.disk.outputs import check_output
 from qwen_image_finetune.machine import console
 
 READ = (".jpg", ".jpeg", ".png", ".webp")
-WRITTEN = (".png", ".jpg", ".jpeg", ".webp")
 
 
 class DrawingError(ValueError):
@@ -36,6 +35,7 @@ class Request:
     images: tuple[Path, ...] = ()  # references of one picture
     folder: Path | None = None  # or a folder, each of whose pictures is edited on its own
     output: Path = Path("output.png")  # a file, or a folder where it has no ending
+    overwrite: bool = False  # files that are there
     count: int = 1  # pictures of each, with the seeds seed, seed + 1, ...
     seed: int = 0
     steps: int | None = None
@@ -57,12 +57,13 @@ def draw(config: Config, request: Request) -> list[Path]:
 
     Raises:
         DataError: a reference cannot be read.
-        DrawingError: no references to be had, or an output that cannot be written or would replace a reference.
+        DrawingError: no references to be had, or an output that would replace a reference.
+        OutputError: an output that cannot be written, or would replace something else.
         PredictionError: references or sizes that the family does not take.
     """
     drawings = plan(request)
-    for folder in {file.parent for drawing in drawings for file in drawing.files}:
-        _writable(folder)
+    for file in (file for drawing in drawings for file in drawing.files):
+        check_output(file, request.overwrite, is_drawn)
 
     from qwen_image_finetune.config import resolve_family
     from qwen_image_finetune.drawing.predict import check_request
@@ -87,7 +88,7 @@ def draw(config: Config, request: Request) -> list[Path]:
             width=request.width, height=request.height, seed=request.seeds,
         )  # fmt: skip
         for picture, file in zip(pictures, drawing.files, strict=True):
-            picture.save(file)
+            write_picture(file, picture)
             console.say(str(file))
             written.append(file)
     return written
@@ -183,17 +184,3 @@ def _files(request: Request, stem: str | None) -> tuple[Path, ...]:
     if request.count == 1:
         return (folder / f"{name}{ending}",)
     return tuple(folder / f"{name}-{seed}{ending}" for seed in request.seeds)
-
-
-def _writable(folder: Path) -> None:
-    """Make the folder of an output.
-
-    Raises:
-        DrawingError: that is not possible.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(errno.EACCES, "not writable")
-    except OSError as error:
-        raise DrawingError(f"--output: {folder} cannot be written to ({error.strerror}); choose another") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from qwen_image_finetune import loading
 from qwen_image_finetune.config import Config
 from qwen_image_finetune.data.images import resize
 from qwen_image_finetune.data.part import spread
+from qwen_image_finetune.data.writing import write_picture
 from qwen_image_finetune.disk.files import write_atomic
 from qwen_image_finetune.drawing.predict import Conditions, Predictor
 from qwen_image_finetune.encoding.cache import EncodedDataset, TextVariant
@@ -144,9 +144,7 @@ def save(folder: Path, pictures: Sequence[Image.Image]) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{place}.png" for place in range(len(pictures))]
     for picture, file in zip(pictures, files, strict=True):
-        content = io.BytesIO()
-        picture.save(content, "PNG")
-        write_atomic(file, content.getvalue())
+        write_picture(file, picture)
     return files
 
 

@@ -10,9 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,7 +30,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from qwen_image_finetune.disk.files import open_to_umask
+from qwen_image_finetune.disk.files import staged_folder
 from qwen_image_finetune.families.tiny_tokenizers import (
     MAX_T5_TOKENS,
     SENTENCES,
@@ -194,21 +191,14 @@ def write_once(folder: Path, identity: dict[str, Any], build: Callable[[], Diffu
     if found is None and folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} holds files that are no tiny checkpoint: give an empty or a new folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        with torch.random.fork_rng(devices=[]):  # constructors draw weights that are thrown away
-            build().save_pretrained(temporary / "new", safe_serialization=True)
-        (temporary / "new" / MARKER).write_text(json.dumps(marker, indent=2) + "\n")
-        open_to_umask(temporary / "new")
-        if found is not None:
-            os.rename(folder, temporary / "old")
-        try:
-            os.rename(temporary / "new", folder)
-        except OSError:
-            if _read_marker(folder) != marker:  # otherwise another process was faster and wrote the same
-                raise
-    finally:
-        shutil.rmtree(temporary)
+        with staged_folder(folder, sealed=False) as stage:
+            with torch.random.fork_rng(devices=[]):  # constructors draw weights that are thrown away
+                build().save_pretrained(stage, safe_serialization=True)
+            (stage / MARKER).write_text(json.dumps(marker, indent=2) + "\n")
+    except OSError:
+        if _read_marker(folder) != marker:  # otherwise another process was faster and wrote the same
+            raise
 
 
 def _read_marker(folder: Path) -> dict[str, Any] | None:

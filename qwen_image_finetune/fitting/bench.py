@@ -31,6 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from qwen_image_finetune import levers
 from qwen_image_finetune.config import Config, ConfigError
 from qwen_image_finetune.disk.files import write_atomic
+from qwen_image_finetune.disk.outputs import check_output
 from qwen_image_finetune.families import get_family, with_targets
 from qwen_image_finetune.families.base import Family
 from qwen_image_finetune.fitting.estimate import GIB, OUTSIDE, Estimator, transformer_config
@@ -90,6 +91,7 @@ class Options:
     cards: tuple[str, ...] = ()  # amounts of memory, such as 24GB
     peak_tflops: float | None = None
     output: Path | None = None
+    overwrite: bool = False  # a file that is there
     text_tokens: int | None = None  # None is what the family has of them
     tiny: bool = False
 
@@ -185,6 +187,8 @@ def run(options: Options, say: Callable[[str], None] = print) -> list[dict[str, 
         raise ConfigError(f"variants {unknown} are not among {sorted(VARIANTS)}")
     if _device().type != "cuda" and not options.tiny:
         raise ConfigError("no card here: a full-size step takes hours on a CPU; --tiny shows that everything runs")
+    if options.output is not None:
+        check_output(options.output, options.overwrite)
     family = get_family(options.family)
     about = _tiny(family) if options.tiny else transformer_config(family, None)
     size = (64, 64) if options.tiny else options.size

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen_image_finetune.disk.files import write_atomic
+from qwen_image_finetune.disk.outputs import check_output
 from qwen_image_finetune.judging.pages.curves import Series, curve
-from qwen_image_finetune.judging.pages.html import document, escape, picture, section, table
+from qwen_image_finetune.judging.pages.html import document, escape, is_page, picture, section, table
 from qwen_image_finetune.judging.pages.reading import ReportError, Version, said
 from qwen_image_finetune.judging.report import headline
 
@@ -27,14 +28,16 @@ CURVES = {
 }
 
 
-def compare(paths: Sequence[Path], output: Path) -> Path:
+def compare(paths: Sequence[Path], output: Path, overwrite: bool = False) -> Path:
     """Write the page; returns its file.
 
     Raises:
         ReportError: a folder is no run, or there is only one.
+        OutputError: as for `report`.
     """
     if len(paths) < 2:
         raise ReportError(f"{len(paths)} run to compare: give two or more version folders")
+    check_output(output, overwrite, is_page)
     found = [Version(path) for path in paths]
     names = labels(found)
     parts = (

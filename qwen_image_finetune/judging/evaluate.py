@@ -28,6 +28,7 @@ from qwen_image_finetune.data.part import Part, spread
 from qwen_image_finetune.data.sources import read_folder
 from qwen_image_finetune.disk import history, versions
 from qwen_image_finetune.disk.files import write_atomic
+from qwen_image_finetune.disk.outputs import check_output
 from qwen_image_finetune.drawing import samples
 from qwen_image_finetune.drawing.build import check_loras
 from qwen_image_finetune.drawing.predict import Conditions
@@ -64,6 +65,7 @@ class Request:
     checkpoints: tuple[str, ...] = ()  # "all", "best", "latest" or steps, of the run
     strength: tuple[float, ...] = (1.0,)
     output: Path | None = None
+    overwrite: bool = False  # an output folder that is there
     count: int | None = None
     seed: int = 0
     steps: int | None = None
@@ -98,6 +100,7 @@ def evaluate(request: Request) -> dict[str, Any]:
     """Draw, measure and write; returns what evaluation.json holds.
 
     Raises:
+        OutputError: the output folder holds something else than an evaluation, without `overwrite`.
         EvaluationError: no checkpoints where some are asked for, or numbers that mean nothing.
         ConfigError, DataError, LoraFileError: before the model loads, as far as files show.
     """
@@ -106,6 +109,7 @@ def evaluate(request: Request) -> dict[str, Any]:
     # What does not fit is refused before the model loads; a LoRA is read once, whatever its strengths.
     check_loras(config, [find_lora(source) for source in {c.source: None for c in found if c.tuned is None} if source])
     output = request.output or (run / "evaluation" if run else Path("evaluation"))
+    check_output(output, request.overwrite, lambda folder: (folder / RESULTS).is_file(), folder=True)
     family = get_family(resolve_family(config, download=True)[0])
     dataset = open_dataset(config, family, decode=True)
     if request.count is not None:

@@ -10,9 +10,10 @@ from typing import Any
 from qwen_image_finetune.config import Config
 from qwen_image_finetune.data.images import DataError, open_upright
 from qwen_image_finetune.disk.files import write_atomic
+from qwen_image_finetune.disk.outputs import check_output
 from qwen_image_finetune.disk.versions import LORA_WEIGHTS
 from qwen_image_finetune.judging.pages.curves import Series, curve
-from qwen_image_finetune.judging.pages.html import cards, details, document, escape, picture, section, table
+from qwen_image_finetune.judging.pages.html import cards, details, document, escape, is_page, picture, section, table
 from qwen_image_finetune.judging.pages.reading import Sample, Version, flat, said
 
 THUMBNAILS, THUMBNAIL_HEIGHT, SAMPLE_HEIGHT = 12, 128, 384
@@ -20,14 +21,16 @@ REQUIRED = "model.pretrained_model_name_or_path"  # has no default
 MOST_STEPS = 24  # of the samples; spread over the run where there are more
 
 
-def report(path: Path, output: Path | None = None) -> Path:
+def report(path: Path, output: Path | None = None, overwrite: bool = False) -> Path:
     """Write the page; returns its file, by default report.html in the run.
 
     Raises:
         ReportError: the folder is no run.
+        OutputError: the file is there already, and no page of ours, without `overwrite`; or belongs to a run.
     """
     version = Version(path)
     file = output or path / "report.html"
+    check_output(file, overwrite, is_page)
     settings, steps = version.settings, version.steps
     subtitle = f"{settings['model.pretrained_model_name_or_path']}, {version.state} at step {steps:,}"
     parts = (

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from qwen_image_finetune.config import ConfigError, LoraConfig
 from qwen_image_finetune.config.registry import family_of_pipeline
-from qwen_image_finetune.disk.files import staged_file
+from qwen_image_finetune.disk.files import Staged, staged_file
+from qwen_image_finetune.disk.outputs import check_output
 from qwen_image_finetune.lora import adapters
 from qwen_image_finetune.lora.adapters import INITIAL, Layer
 from qwen_image_finetune.lora.dialects import read_state, unmatched_message, write_state
@@ -47,7 +48,6 @@ def save_lora(
     """Write the adapter as a float32 LoRA file in diffusers' dialect.
 
     Args:
-        path: in a folder that itself appears whole or not at all, as a checkpoint does.
         metadata: joins what the file says about itself (ss_*, modelspec.*, qif.*) and wins over it; `run_metadata`
             has that of a run.
         state: values of `adapters.trainable_state` to write instead of the transformer's own.
@@ -62,7 +62,8 @@ def save_lora(
         **network_metadata(layers),
         **model_metadata(transformer, config),
     }
-    _write(path, write_state(layers, {}, "diffusers"), {**about, **metadata})
+    with staged_file(path) as partial:
+        _write(partial, write_state(layers, {}, "diffusers"), {**about, **metadata})
 
 
 def read_lora(path: Path, naming: Naming, modules: Iterable[str] = ()) -> tuple[dict[str, Layer], dict[str, str]]:
@@ -149,18 +150,19 @@ def fitting_layers(transformer: nn.Module, path: Path, naming: Naming) -> dict[s
     return layers
 
 
-def export_lora(source: Path, destination: Path, dialect: Dialect, naming: Naming) -> None:
+def export_lora(source: Path, destination: Path, dialect: Dialect, naming: Naming, overwrite: bool = False) -> None:
     """Write a LoRA file again in another dialect; what is written is read back and must change the weights alike.
 
     Metadata is kept, except diffusers' own entry in other dialects: diffusers would apply its alpha a second time.
 
     Raises:
+        OutputError: the destination is there already, without `overwrite`, or belongs to a run.
         LoraFileError: the source cannot be used, is of another family, or the exported file does not say the same.
     """
     if destination.suffix != ".safetensors":
-        raise ValueError(f"{destination}: a LoRA is exported to a file that ends in .safetensors")
+        raise LoraFileError(f"{destination}: a LoRA is exported to a file that ends in .safetensors")
     path = find_lora(source)
-    destination.parent.mkdir(parents=True, exist_ok=True)
+    check_output(destination, overwrite)
     layers, metadata = read_lora(path, naming)
     family, asked = metadata.get("qif.family"), family_of_pipeline(naming.pipeline.__name__)
     if family not in (None, asked):  # modules may be called alike, and would get the other model's names unnoticed
@@ -174,7 +176,7 @@ def export_lora(source: Path, destination: Path, dialect: Dialect, naming: Namin
         _check_same(layers, again, destination)
 
 
-def _write(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def _write(path: Staged, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     wrong = sorted(key for key, value in metadata.items() if not isinstance(value, str))
     if wrong:
         raise ValueError(f"metadata of a safetensors file are strings; these are not: {', '.join(wrong)}")

@@ -22,7 +22,7 @@ from diffusers import (
     QwenImageTransformer2DModel,
 )
 
-from qwen_image_finetune.disk.files import open_to_umask
+from qwen_image_finetune.disk.files import staged_folder
 from qwen_image_finetune.families.tiny import HEAD_DIM, HEADS, ROPE, WIDTH, flux_text, qwen_text
 from qwen_image_finetune.families.tiny_tokenizers import SENTENCES
 from qwen_image_finetune.toy.edits import all_prompts
@@ -46,8 +46,8 @@ def write_base(family: str, vae: Path, folder: Path, seed: int = 0, words: Seque
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pipe = _flux_kontext(vae, sentences) if family == "flux_kontext" else _qwen_image_edit(vae, sentences)
-    pipe.save_pretrained(folder, safe_serialization=True)
-    open_to_umask(folder)
+    with staged_folder(folder, sealed=False) as stage:
+        pipe.save_pretrained(stage, safe_serialization=True)
 
 
 def _flux_kontext(vae: Path, sentences: Sequence[str]) -> DiffusionPipeline:

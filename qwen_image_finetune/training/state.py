@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from qwen_image_finetune.config import ConfigError
 from qwen_image_finetune.config.tree import ABSENT, find, shown
 from qwen_image_finetune.disk import checkpoint
+from qwen_image_finetune.disk.files import Staged
 from qwen_image_finetune.levers import parallel
 from qwen_image_finetune.loading import pipeline_config
 from qwen_image_finetune.lora.metadata import run_metadata
@@ -145,7 +146,7 @@ class State:
         copied: dict[str, Any] = checkpoint.snapshot(everything, partial(parallel.host_copy, keep=keep))
         return copied
 
-    def write(self, folder: Path, snapshot: dict[str, Any]) -> None:
+    def write(self, folder: Staged, snapshot: dict[str, Any]) -> None:
         """Write a snapshot into a staged folder."""
         about = self.metadata(snapshot["parts"]["progress"]["step"])
         trained.save(folder, self.learner.transformer, snapshot["weights"], self.job.config, about)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qwen_image_finetune.config import Config, ConfigError, ModelConfig
+from qwen_image_finetune.disk.files import Staged
 from qwen_image_finetune.disk.versions import LORA_WEIGHTS
 from qwen_image_finetune.levers import parallel
 from qwen_image_finetune.lora import adapters
@@ -30,7 +31,7 @@ def weights(transformer: ModelMixin, config: ModelConfig) -> dict[str, Tensor]:
 
 
 def save(
-    folder: Path, transformer: ModelMixin, state: dict[str, Tensor], config: Config, about: Mapping[str, str]
+    folder: Staged, transformer: ModelMixin, state: dict[str, Tensor], config: Config, about: Mapping[str, str]
 ) -> None:
     """Write a LoRA file that opens everywhere, or a transformer folder that `from_pretrained` loads.
 

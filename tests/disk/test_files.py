@@ -18,7 +18,6 @@ import pytest
 from qwen_image_finetune.disk.files import (
     DiskFull,
     clean_leftovers,
-    open_to_umask,
     remove_folder,
     staged_file,
     staged_folder,
@@ -318,9 +317,8 @@ def test_files_have_the_mode_that_the_umask_gives(umask: int, mode: int, tmp_pat
         with staged_folder(tmp_path / "checkpoint") as folder:
             fill(folder, 0)
             save_file({"a": torch.zeros(1)}, folder / "sub" / "a.safetensors")
-        (tmp_path / "by hand").mkdir()
-        save_file({"a": torch.zeros(1)}, tmp_path / "by hand" / "a.safetensors")
-        open_to_umask(tmp_path / "by hand")
+        with staged_folder(tmp_path / "by hand", sealed=False) as folder:
+            save_file({"a": torch.zeros(1)}, folder / "a.safetensors")
     finally:
         os.umask(before)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -7,11 +7,16 @@ import io
 from collections.abc import Iterable, Sequence
 from html import escape
 from importlib.resources import files
+from pathlib import Path
 
 from PIL import Image
 
-__all__ = ["cards", "details", "document", "escape", "picture", "section", "table"]
+from qwen_image_finetune.disk.reading import MEBIBYTE, Unreadable, read_regular
 
+__all__ = ["cards", "details", "document", "escape", "is_page", "picture", "section", "table"]
+
+GENERATOR = '<meta name="generator" content="qwen-image-finetune">'
+LARGEST = 1024 * MEBIBYTE
 QUALITY = 88  # of JPEG
 
 
@@ -29,11 +34,20 @@ def document(title: str, subtitle: str, parts: Iterable[str]) -> str:
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"{GENERATOR}\n"
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         f'<link rel="icon" href="data:,">\n<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n'
         f"<header><h1>{escape(title)}</h1><p>{escape(subtitle)}</p></header>\n<main>\n{body}\n</main>\n"
         f"<script>\n{script}</script>\n</body>\n</html>\n"
     )
+
+
+def is_page(path: Path) -> bool:
+    """Whether `document` made a file."""
+    try:
+        return GENERATOR.encode() in read_regular(path, LARGEST)[:1024]
+    except (OSError, Unreadable):
+        return False
 
 
 def section(name: str, title: str, body: str) -> str:

@@ -137,6 +137,13 @@ class EncodedDataset:
         """The pictures behind `read` at the first visit."""
         return self.dataset.load(index, self.visits[0])
 
+    def content(self, index: int) -> tuple[str, str]:
+        """Hashes, 16 digits each, of a row's prompt and of the files of its pictures: what it is, wherever it lies."""
+        plan = self.dataset.plan(index, self.visits[0])
+        pictures = [*plan.references, plan.target, *([] if plan.mask is None else [plan.mask])]
+        files = [self.fingerprints.file(picture.path) for picture in pictures]
+        return entry_key(text=self.dataset.prompt(index))[:16], entry_key(files=files)[:16]
+
     # Naming and filling the store
 
     def missing(self, verify: bool = False, rank: int = 0, processes: int = 1) -> Missing:

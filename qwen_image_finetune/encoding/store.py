@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ import xxhash
 
 from qwen_image_finetune.disk.files import clean_leftovers, write_atomic
 from qwen_image_finetune.disk.locks import FileLock
+from qwen_image_finetune.disk.reading import MEBIBYTE, Unreadable, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +31,10 @@ DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float6
 FORMAT = 1  # part of every key: raise it when the meaning of stored tensors changes
 PART = 1 << 19  # bytes that are read and summed at a time: a second-level cache holds them
 UNSUMMED = "0" * 32  # stands where the checksum will, while it is taken
+HASH = re.compile(r"[0-9a-f]{64}")
+HUB_FOLDER = re.compile(r"(models|datasets|spaces)--")
+LARGEST_MEMORY = 1024 * MEBIBYTE
+SETTLED = 2_000_000_000  # nanoseconds: the clocks of file systems tick more often
 SUM_IN_FILE = re.compile(rb'"xxh3":"([0-9a-f]{32})"')
 
 
@@ -74,7 +80,8 @@ class Store:
         place = _place_of_sum(data)
         path = self.path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, data[: place.start] + _begin_sum(data, place).hexdigest().encode() + data[place.stop :])
+        digits = _begin_sum(key, data, place).hexdigest().encode()
+        write_atomic(path, data[: place.start] + digits + data[place.stop :])
 
     def read(self, key: str) -> dict[str, Tensor]:
         """The tensors of an entry, on the CPU, sharing the one buffer that the file was read into.
@@ -85,14 +92,14 @@ class Store:
         """
         path = self.path(key)
         try:
-            return _tensors(_read(path))
+            return _tensors(_read(path, key))
         except (ValueError, KeyError) as error:
             raise DamagedEntry(f"{path} is damaged: {error}; the next start encodes it again") from error
 
     def verify(self, key: str) -> bool:
         """Whether an entry is there and undamaged."""
         try:
-            _read(self.path(key))
+            _read(self.path(key), key)
         except (FileNotFoundError, ValueError):
             return False
         return True
@@ -135,8 +142,8 @@ def _tensors(data: memoryview) -> dict[str, Tensor]:
     return tensors
 
 
-def _read(path: Path) -> memoryview:
-    """The bytes of an entry, writable. Raises ValueError where they are not the ones that were written.
+def _read(path: Path, key: str) -> memoryview:
+    """The bytes of an entry, writable. Raises ValueError where they are not the ones that were written for this key.
 
     The checksum is taken of each part while it is still near the processor; fetching everything twice from memory would
     cost as much as the checksum itself.
@@ -146,7 +153,7 @@ def _read(path: Path) -> memoryview:
         data = np.empty(size, dtype=np.uint8).data  # not filled with zeros first
         filled = file.readinto(data[:PART])
         place = _place_of_sum(data[:filled])
-        digest = _begin_sum(data[:filled], place)
+        digest = _begin_sum(key, data[:filled], place)
         while filled < size and (count := file.readinto(data[filled : filled + PART])):
             digest.update(data[filled : filled + count])
             filled += count
@@ -164,40 +171,46 @@ def _place_of_sum(data: bytes | memoryview) -> slice:
     return slice(found.start(1), found.end(1))
 
 
-def _begin_sum(data: bytes | memoryview, place: slice) -> xxhash.xxh3_128:
-    """xxh3 of the beginning of a file, without the digits of the checksum itself; the rest is added by `update`.
+def _begin_sum(key: str, data: bytes | memoryview, place: slice) -> xxhash.xxh3_128:
+    """xxh3 of the key and the beginning of a file, without the digits of the checksum itself; `update` adds the rest.
+
+    With the key in it, an entry under the name of another one is as damaged as one whose bytes changed.
 
     xxh3 runs at memory speed; sha256 would make reading several times slower, and nobody attacks a local cache.
     """
     view = memoryview(data)
-    digest = xxhash.xxh3_128(view[: place.start])
+    digest = xxhash.xxh3_128(key.encode())
+    digest.update(view[: place.start])
     digest.update(view[place.stop :])
     return digest
 
 
 class Fingerprints:
-    """Content hashes of files, remembered by path, size and modification time so that each is read once."""
+    """Content hashes of files, remembered so that each is read once for as long as it is surely the same file.
+
+    That is known by size, inode, and times of modification and change: whatever sets the former back leaves the latter,
+    which only the kernel writes.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "fingerprints.json"
         self._changed = False
-        try:
-            self._known: dict[str, list[Any]] = json.loads(self.path.read_text())
-        except (FileNotFoundError, ValueError):  # a damaged memory costs one more reading, nothing else
-            self._known = {}
+        self._known = _remembered(self.path)  # path -> what `_state` says of the file, and its hash
+        self._recent: set[str] = set()  # may change again without any time telling
 
     def file(self, path: Path) -> str:
         """sha256 of a file's bytes. In the hub's cache a large file is a link to a blob that bears its hash as name."""
         resolved = path.resolve()
-        if resolved.parent.name == "blobs" and len(resolved.name) == 64:
+        if _is_hub_blob(path, resolved):
             return resolved.name
-        stat = resolved.stat()
-        known = self._known.get(str(resolved))
-        if known and known[:2] == [stat.st_size, stat.st_mtime_ns]:
-            return str(known[2])
+        name, state = str(resolved), _state(resolved)
+        known = self._known.get(name)
+        if known is not None and known[0] == state:
+            return known[1]
         with resolved.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        self._known[str(resolved)] = [stat.st_size, stat.st_mtime_ns, digest]
+        self._known[name] = (state, digest)
+        (self._recent.add if time.time_ns() - max(state[1:3]) < SETTLED else self._recent.discard)(name)
         self._changed = True
         return digest
 
@@ -215,5 +228,35 @@ class Fingerprints:
         """Remember across runs. Several processes may save: the last one wins, and nothing is lost but time."""
         if self._changed:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(self.path, json.dumps(self._known))
+            kept = {name: [*state, digest] for name, (state, digest) in self._known.items() if name not in self._recent}
+            write_atomic(self.path, json.dumps(kept))
             self._changed = False
+
+
+def _state(path: Path) -> list[int]:
+    """Size, times of modification and change, and inode."""
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+
+
+def _remembered(path: Path) -> dict[str, tuple[list[int], str]]:
+    """What `Fingerprints.save` wrote; what is of another shape costs one more reading of its file, nothing else."""
+    try:
+        found = read_json(path, LARGEST_MEMORY)
+    except (OSError, Unreadable):
+        return {}
+    return {
+        name: (entry[:4], entry[4])
+        for name, entry in found.items()
+        if isinstance(entry, list) and len(entry) == 5 and isinstance(entry[4], str) and HASH.fullmatch(entry[4])
+    }
+
+
+def _is_hub_blob(path: Path, resolved: Path) -> bool:
+    """Whether a file of a snapshot, models--OWNER--NAME/snapshots/REVISION/..., leads to one of the hub's own blobs."""
+    blobs = resolved.parent
+    if blobs.name != "blobs" or not HASH.fullmatch(resolved.name) or not HUB_FOLDER.match(blobs.parent.name):
+        return False
+    return any(
+        folder.name == "snapshots" and folder.parent.name == blobs.parent.name for folder in path.absolute().parents
+    )

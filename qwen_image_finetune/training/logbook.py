@@ -16,6 +16,7 @@ from qwen_image_finetune.disk.files import DiskFull, is_disk_full, write_atomic
 from qwen_image_finetune.levers import parallel
 from qwen_image_finetune.machine import console, journal, processes
 from qwen_image_finetune.machine.environment import environment
+from qwen_image_finetune.training.content import CONTENT, changes, digest, run_content
 from qwen_image_finetune.training.job import Job
 from qwen_image_finetune.training.state import Progress, State, check_resume, settings
 from qwen_image_finetune.training.trackers import Trackers
@@ -34,10 +35,16 @@ class Logbook:
         # One process looks, so that all see the same.
         found = team.share(lambda: find_resume(config, job.say), "looking for a checkpoint")
         self.job, self.progress, self.settings = job, progress, settings(job)
+        self.content = run_content(job) if team.main else {}
         self.resume = None if found is None else Path(found)  # checkpoint to continue
-        self.done = 0 if self.resume is None else check_resume(job, self.settings, self.resume)  # steps
+        saved = {} if self.resume is None else check_resume(job, self.settings, self.resume)
+        self.done = int(saved.get("step", 0))  # steps
         project = config.logging.project_dir
         continued = None if self.resume is None else versions.version_of(project, self.resume)
+        self.settings[CONTENT] = team.share(lambda: digest(self.content), "reading the data")
+        if team.main and saved.get(CONTENT, self.settings[CONTENT]) != self.settings[CONTENT]:
+            console.note(f"the data is not what {self.resume} was trained on: {changes(continued, self.content)}; from "
+                         "here on it is not the run that it would have been")  # fmt: skip
         self.run = open_run(config, continued) if team.main else None
         if self.run is not None:
             journal.keep_in(self.run.log)
@@ -62,6 +69,7 @@ class Logbook:
         config, step = self.job.config, self.progress.step
         self.run.rewind(step)
         write_atomic(self.run.path / "config.yaml", config.to_yaml())
+        write_atomic(self.run.path / history.DATA, json.dumps(self.content, ensure_ascii=False) + "\n")
         made_with = environment(device_words(self.job.accelerator.device), self.job.team.size)
         write_atomic(self.run.path / history.ENVIRONMENT, json.dumps(made_with) + "\n")
         self.trackers = Trackers(config, self.run.path, step or None)

@@ -88,7 +88,7 @@ def sampled(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def check_resume(job: Job, now: Mapping[str, Any], folder: Path) -> int:
+def check_resume(job: Job, now: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Compare a checkpoint with the run that is to go on from it, before any model loads.
 
     What is not in the checkpoint, as older ones have less, is taken for the same.
@@ -97,7 +97,7 @@ def check_resume(job: Job, now: Mapping[str, Any], folder: Path) -> int:
         now: the `settings` of the run.
 
     Returns:
-        The optimizer steps that the checkpoint comes after.
+        What the checkpoint says: `step`, and more by the keys of `settings`.
 
     Raises:
         CheckpointError: the file is not what was written there.
@@ -116,7 +116,7 @@ def check_resume(job: Job, now: Mapping[str, Any], folder: Path) -> int:
             job.say(f"note: {differs}: from here on it is not the run that it would have been without a break")
     if problems:
         raise ConfigError("\n".join(problems))
-    return int(saved["step"])
+    return dict(saved)
 
 
 class State:

@@ -215,7 +215,7 @@ class Validation:
             include={"mixed_precision", "sigma_distribution", "sigma_shift", "guidance_scale"}
         )
         model = config.model.model_dump(include={"pretrained_model_name_or_path", "revision", "quantize"})
-        keys = [row.key for row in self.rows.dataset.rows]
+        keys = [[row.key, *self.rows.content(place)] for place, row in enumerate(self.rows.dataset.rows)]
         parts: list[Any] = [
             validation,
             train,

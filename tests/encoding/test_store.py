@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from qwen_image_finetune.encoding import store as store_module
 from qwen_image_finetune.encoding.store import DamagedEntry, Fingerprints, Store, entry_key
 
 
@@ -107,23 +111,86 @@ def test_fingerprints_follow_content_not_names_or_times(tmp_path: Path) -> None:
     assert fingerprints.file(one) != before
 
 
-def test_fingerprints_are_remembered_and_survive_a_damaged_memory(tmp_path: Path) -> None:
+def test_fingerprints_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "SETTLED", 0)
     file = tmp_path / "file"
     file.write_bytes(b"abc")
     fingerprints = Fingerprints(tmp_path)
     expected = fingerprints.file(file)
     fingerprints.save()
-    file.write_bytes(b"xyz")  # same size; with the time set back only a remembered hash can be the old one
-    os.utime(file, ns=(0, fingerprints._known[str(file.resolve())][1]))
-    assert Fingerprints(tmp_path).file(file) == expected
-    fingerprints.path.write_text("{broken")
-    assert Fingerprints(tmp_path).file(file) != expected
+    marked = "5" * 64  # only what is remembered can be this
+    fingerprints.path.write_text(fingerprints.path.read_text().replace(expected, marked))
+    assert Fingerprints(tmp_path).file(file) == marked
 
 
-def test_a_hub_blob_is_not_read_again(tmp_path: Path) -> None:
-    blobs = tmp_path / "blobs"
-    blobs.mkdir()
+def test_a_file_that_was_just_written_is_not_remembered(tmp_path: Path) -> None:
+    """It may be written again within one tick of the clock that its times are read from."""
+    (tmp_path / "file").write_bytes(b"abc")
+    fingerprints = Fingerprints(tmp_path)
+    assert fingerprints.file(tmp_path / "file") == hashlib.sha256(b"abc").hexdigest()
+    fingerprints.save()
+    assert json.loads(fingerprints.path.read_text()) == {}
+
+
+@pytest.mark.parametrize("how", ["in place", "another file"])
+def test_a_file_replaced_with_its_size_and_time_kept_is_read_again(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "SETTLED", 0)
+    file = tmp_path / "file"
+    file.write_bytes(b"abc")
+    fingerprints = Fingerprints(tmp_path)
+    fingerprints.file(file)
+    fingerprints.save()
+    times = file.stat()
+    if how == "another file":
+        (tmp_path / "new").write_bytes(b"xyz")
+        os.utime(tmp_path / "new", ns=(times.st_atime_ns, times.st_mtime_ns))
+        os.replace(tmp_path / "new", file)
+    else:
+        time.sleep(0.02)  # another tick of the clock
+        file.write_bytes(b"xyz")
+        os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    for again in (fingerprints, Fingerprints(tmp_path)):
+        assert again.file(file) == hashlib.sha256(b"xyz").hexdigest()
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "text", ["{broken", "[]", "3", '{"F": 1}', '{"F": [3, 4, "a"]}', '{"F": [0, 0, 0, 0, 7]}', "[" * 100_000, None]
+)
+def test_a_memory_of_another_shape_costs_a_reading(text: str | None, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"abc")
+    memory = tmp_path / "fingerprints.json"
+    os.mkfifo(memory) if text is None else memory.write_text(text.replace("F", str(file)))
+    assert Fingerprints(tmp_path).file(file) == hashlib.sha256(b"abc").hexdigest()
+
+
+@pytest.mark.parametrize("owner", ["models--owner--name", "my pictures"])
+def test_only_a_blob_of_the_hub_is_not_read(owner: str, tmp_path: Path) -> None:
     name = "ab" * 32
+    blobs, snapshot = tmp_path / owner / "blobs", tmp_path / owner / "snapshots" / "main" / "vae"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
     (blobs / name).write_bytes(b"whatever")
-    (tmp_path / "model.safetensors").symlink_to(blobs / name)
-    assert Fingerprints(tmp_path).file(tmp_path / "model.safetensors") == name
+    (snapshot / "model.safetensors").symlink_to(blobs / name)
+    (tmp_path / "elsewhere").symlink_to(blobs / name)
+    content = hashlib.sha256(b"whatever").hexdigest()
+    fingerprints = Fingerprints(tmp_path)
+    assert fingerprints.file(snapshot / "model.safetensors") == (name if owner.startswith("models--") else content)
+    assert fingerprints.file(blobs / name) == fingerprints.file(tmp_path / "elsewhere") == content
+
+
+def test_entries_under_each_others_names_are_damaged(store: Store) -> None:
+    other = entry_key(text="b")
+    store.write(KEY, {"x": torch.ones(1)})
+    store.write(other, {"x": torch.zeros(1)})
+    one, two = store.path(KEY).read_bytes(), store.path(other).read_bytes()
+    store.path(KEY).write_bytes(two)
+    store.path(other).write_bytes(one)
+    assert not store.verify(KEY) and not store.verify(other)
+    with pytest.raises(DamagedEntry):
+        store.read(KEY)
+    store.path(KEY).write_bytes(one)
+    assert store.verify(KEY)

@@ -1,34 +1,70 @@
-"""A family is one file and one line: tests that iterate the registry pass on one that the package has never heard of."""
+"""A family is one file and one line: what iterates the registry passes on one the package has never heard of."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from qwen_image_finetune.config import Config, ConfigError
+from qwen_image_finetune.families import FAMILIES
+
 ROOT = Path(__file__).parents[2]
+REGISTERED = "MadeUp" in FAMILIES  # in the processes that the first test starts
 
 # What a family goes through, and where it is tested. The registry of the other process has one more line.
 JOURNEY = {
     "pipeline and LoRA file": ("families", "levers/test_timestep.py"),
     "cache and prediction": ("encoding/test_cache.py", "drawing/test_predict.py"),
-    "training, resume, LoRA in and out": ("training/test_train.py", "training/test_data_parallel_wrap.py",
-                                          "test_contract.py"),
-    "validation and evaluation": ("training/test_validate.py", "judging/test_evaluate.py"),
+    "training, resume, LoRA in and out": ("training/test_train.py", "test_contract.py"),
+    "validation, evaluation, several processes": (
+        "training/test_validate.py", "training/test_data_parallel_wrap.py", "judging/test_evaluate.py",
+    ),
 }  # fmt: skip
 
 
+@pytest.mark.skipif(REGISTERED, reason="it is the process that this test starts")
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("part", JOURNEY)
 def test_the_registrys_tests_pass(part: str) -> None:
     files = [f"tests/{place}" for place in JOURNEY[part]]
     # Learning one pair by heart says nothing of a family that its resumed runs do not.
-    chosen = ["-p", "tests.families.made_up", "-k", "MadeUp and not overfitted", "-p", "no:cacheprovider", "-q"]
+    chosen = ["-p", "tests.families.made_up", "-k", "(MadeUp or made_up) and not overfitted", "-p", "no:cacheprovider"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", *chosen, *files], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "pytest", *chosen, *files]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout[-6000:]
+
+
+registered = pytest.mark.skipif(not REGISTERED, reason="runs in the process of the first test")
+
+
+@registered
+def test_made_up_is_planned(configure: Callable[..., Config]) -> None:
+    from qwen_image_finetune.fitting.plan_words import describe
+
+    said = describe(configure("MadeUp", "train.mixed_precision=bf16"), "24GB")
+    assert "MadeUp" in said
+    assert "fits" in said
+
+
+@registered
+def test_made_up_is_benched() -> None:
+    from qwen_image_finetune.fitting.bench import BASELINE, Options, run
+
+    rows = run(Options("MadeUp", ("nf4", "attention"), tiny=True, steps=1, rounds=1, rank=4), lambda line: None)
+    assert [row["variant"] for row in rows] == [BASELINE, "nf4", "attention"]
+    assert all(0.5 < row["loss"] < 5 for row in rows)
+
+
+@registered
+def test_made_up_is_checked(configure: Callable[..., Config]) -> None:
+    from qwen_image_finetune.training.check import check_run
+
+    check_run(configure("MadeUp"))
+    with pytest.raises(ConfigError, match=r"'to_qq' matches no linear layer \(did you mean .*to_q"):
+        check_run(configure("MadeUp", "model.lora.target_modules=[to_qq]"))

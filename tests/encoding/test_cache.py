@@ -176,8 +176,9 @@ def test_every_row_keeps_its_own_caption(name: str, configure: Configure, tiny_c
                 assert torch.equal(ours, theirs)
             for key, tensor in fresh.text.items():
                 assert torch.equal(stored.text[key], tensor)
-    with_caption, dropped = rows.read(0).text["prompt_embeds"], rows.read(0, TextVariant("")).text["prompt_embeds"]
-    assert with_caption.shape != dropped.shape or not torch.equal(with_caption, dropped)
+    for stream in rows.family.text_embeddings:
+        with_caption, dropped = (rows.read(0, variant).text[stream] for variant in (TextVariant(), TextVariant("")))
+        assert with_caption.shape != dropped.shape or not torch.equal(with_caption, dropped)
 
 
 @pytest.mark.parametrize("name", FAMILY_NAMES)

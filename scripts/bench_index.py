@@ -69,7 +69,6 @@ def main() -> None:
         with measured("order one epoch, find step 1,000,000"):
             batches = Batches(
                 [0] * len(data),
-                [1] * len(data),
                 batch_size=4,
                 micro_batches_per_step=2,
                 seed=0,

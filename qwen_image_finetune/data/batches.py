@@ -22,14 +22,14 @@ class MicroBatch:
 class Batches:
     """Which rows each optimizer step trains on.
 
-    Every epoch visits every row once. Epochs follow each other in one stream of micro-batches, and an optimizer step
-    takes the next `micro_batches_per_step` of them, so that a step may begin in one epoch and end in the next.
+    Every epoch visits every row once, in as many micro-batches as every other epoch. Epochs follow each other in one
+    stream of micro-batches, and an optimizer step takes the next `micro_batches_per_step` of them, so that a step may
+    begin in one epoch and end in the next.
     """
 
     def __init__(
         self,
         geometries: Sequence[Hashable],
-        geometries_without_references: Sequence[Hashable],
         *,
         batch_size: int,
         micro_batches_per_step: int,
@@ -40,92 +40,64 @@ class Batches:
     ) -> None:
         """
         Args:
-            geometries: of each row; rows with equal ones can share a batch.
-            geometries_without_references: the same, once the references of the row are dropped.
+            geometries: of each row; rows with equal ones can share a batch, with and without their references.
             batch_size: rows of a micro-batch; fewer where a geometry runs out.
             micro_batches_per_step: gradient accumulation times processes.
             shuffle: a new order every epoch; otherwise rows keep their order, as far as geometries allow.
             caption_dropout_rate: share of visits to a row with the empty prompt.
-            reference_dropout_rate: share of visits without references, independent of the former.
+            reference_dropout_rate: share of visits without references, independent of the former. Rows of a micro-batch
+                lose them together: drawn one by one, they would fall apart into smaller batches.
 
         Raises:
             ValueError: no rows.
         """
         if not len(geometries):
             raise ValueError("no rows to make batches of")
-        numbers: dict[tuple[bool, Hashable], int] = {}
-        kept = [numbers.setdefault((False, geometry), len(numbers)) for geometry in geometries]
-        # Where nothing is dropped, dropping is no matter: a row without references stays with its like.
-        dropped = [
-            numbers.setdefault((without != geometry, without), len(numbers))
-            for geometry, without in zip(geometries, geometries_without_references, strict=True)
-        ]
-        self._groups: NDArray[np.int32] = np.array([kept, dropped], dtype=np.int32)  # (2, rows): whole, dropped
-        self._without_references = np.array([flag for flag, _ in numbers], dtype=bool)  # (groups,)
+        numbers: dict[Hashable, int] = {}
+        groups = [numbers.setdefault(geometry, len(numbers)) for geometry in geometries]
+        self._groups: NDArray[np.int32] = np.array(groups, dtype=np.int32)  # (rows,)
+        self._length = int((-(-np.bincount(self._groups) // batch_size)).sum())  # micro-batches of an epoch
         self._batch_size = batch_size
         self._per_step = micro_batches_per_step
         self._seed = seed
         self._shuffle = shuffle
         self._caption_rate = caption_dropout_rate
         self._reference_rate = reference_dropout_rate
-        self._ends: list[int] = [0]  # micro-batches of the first 0, 1, 2, ... epochs
         self._recent: dict[int, _Epoch] = {}
 
     def epoch(self, epoch: int) -> list[MicroBatch]:
         """All micro-batches of an epoch (0-based)."""
         order = self._order(epoch)
-        return [order.batch(place) for place in range(len(order))]
+        return [order.batch(place) for place in range(self._length)]
 
     def at(self, step: int) -> list[MicroBatch]:
         """The micro-batches of an optimizer step (0-based), of all processes."""
-        epoch = self.epoch_of(step)
-        place = step * self._per_step - self._end(epoch)
-        batches: list[MicroBatch] = []
-        while len(batches) < self._per_step:
-            order = self._order(epoch)
-            end = min(len(order), place + self._per_step - len(batches))
-            batches += [order.batch(each) for each in range(place, end)]
-            epoch, place = epoch + 1, 0
-        return batches
+        first = step * self._per_step
+        places = (divmod(place, self._length) for place in range(first, first + self._per_step))
+        return [self._order(epoch).batch(place) for epoch, place in places]
 
     def steps(self, epochs: int) -> int:
         """Optimizer steps until that many epochs are over; the last one may reach into the next epoch."""
-        return -(-self._end(epochs) // self._per_step)
+        return -(-epochs * self._length // self._per_step)
 
     def epoch_of(self, step: int) -> int:
         """The epoch in which the first micro-batch of a step lies."""
-        first = step * self._per_step
-        if self._reference_rate == 0:
-            return first // self._end(1)
-        while self._ends[-1] <= first:
-            self._end(len(self._ends))
-        return int(np.searchsorted(self._ends, first, side="right")) - 1
-
-    def _end(self, epochs: int) -> int:
-        """Micro-batches of the first `epochs` epochs. Needs the draws of dropped references, but no permutation."""
-        if self._reference_rate == 0 and len(self._ends) > 1:  # every epoch has as many as the first
-            return epochs * self._ends[1]
-        while len(self._ends) <= epochs:
-            sizes = np.bincount(self._draw(len(self._ends) - 1)[2])  # rows per group
-            self._ends.append(self._ends[-1] + int((-(-sizes // self._batch_size)).sum()))
-        return self._ends[epochs]
-
-    def _draw(self, epoch: int) -> tuple[np.random.Generator, NDArray[np.bool_], NDArray[np.int32]]:
-        """(generator after the drops, whether each row's caption is dropped (rows,), group of each row (rows,))."""
-        generator = np.random.Generator(np.random.Philox(key=np.array([self._seed, epoch], dtype=np.uint64)))
-        rows = self._groups.shape[1]
-        drop_caption = np.asarray(generator.random(rows) < self._caption_rate)
-        drop_references = generator.random(rows) < self._reference_rate
-        return generator, drop_caption, np.where(drop_references, self._groups[1], self._groups[0])
+        return step * self._per_step // self._length
 
     def _order(self, epoch: int) -> _Epoch:
         if epoch not in self._recent:
-            generator, drop_caption, groups = self._draw(epoch)
-            order = generator.permutation(len(groups)) if self._shuffle else np.arange(len(groups))
             if len(self._recent) > 1:  # a step that straddles needs two
                 del self._recent[max(self._recent, key=lambda kept: abs(kept - epoch))]
-            self._recent[epoch] = _Epoch(epoch, order, groups, drop_caption, self._without_references, self._batch_size)
+            self._recent[epoch] = self._draw(epoch)
         return self._recent[epoch]
+
+    def _draw(self, epoch: int) -> _Epoch:
+        generator = np.random.Generator(np.random.Philox(key=np.array([self._seed, epoch], dtype=np.uint64)))
+        rows = len(self._groups)
+        drop_caption = np.asarray(generator.random(rows) < self._caption_rate)
+        drop_references = np.asarray(generator.random(rows) < self._reference_rate)
+        order = generator.permutation(rows) if self._shuffle else np.arange(rows)
+        return _Epoch(epoch, order, self._groups, drop_caption, drop_references, self._batch_size)
 
 
 class _Epoch:
@@ -137,11 +109,10 @@ class _Epoch:
         order: NDArray[np.int64],
         groups: NDArray[np.int32],
         drop_caption: NDArray[np.bool_],
-        without_references: NDArray[np.bool_],
+        drop_references: NDArray[np.bool_],
         batch_size: int,
     ) -> None:
-        self._epoch, self._groups, self._drop_caption = epoch, groups, drop_caption
-        self._without_references = without_references
+        self._epoch, self._drop_caption, self._drop_references = epoch, drop_caption, drop_references
         # Rows group after group, each group in the order of the permutation.
         places = np.argsort(groups[order], kind="stable")  # (rows,) places in the permutation
         self._rows = order[places]
@@ -154,14 +125,11 @@ class _Epoch:
         by_first = np.argsort(places[starts])  # chunks in the order of their first rows
         self._starts, self._ends = starts[by_first], ends[by_first]
 
-    def __len__(self) -> int:
-        return len(self._starts)
-
     def batch(self, place: int) -> MicroBatch:
         rows = self._rows[self._starts[place] : self._ends[place]]
         return MicroBatch(
             rows=tuple(rows.tolist()),
             visit=self._epoch,
             drop_caption=tuple(self._drop_caption[rows].tolist()),
-            drop_references=bool(self._without_references[self._groups[rows[0]]]),
+            drop_references=bool(self._drop_references[rows[0]]),
         )

@@ -153,10 +153,10 @@ class ImageDataset:
             mask = Picture(row.mask, transfer(target.box, images[0], extents[-1]), target.size, mirrored)
         return Plan(target, tuple(references), mask)
 
-    def geometry(self, index: int, with_references: bool = True) -> tuple[Extent, ...]:
+    def geometry(self, index: int) -> tuple[Extent, ...]:
         """Final sizes of the target and the references of a row, the same at every visit."""
         plan = self.plan(index)
-        return (plan.target.size, *(picture.size for picture in plan.references if with_references))
+        return (plan.target.size, *(picture.size for picture in plan.references))
 
     def scaled(self, picture: Extent, size: Extent) -> Extent:
         """Size to which a picture is resized before `size` is cut out of its middle."""

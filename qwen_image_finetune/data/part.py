@@ -32,8 +32,8 @@ class Part(ImageDataset):
     def plan(self, index: int, visit: int | None = None) -> Plan:
         return self.whole.plan(self.indices[index], visit)
 
-    def geometry(self, index: int, with_references: bool = True) -> tuple[Extent, ...]:
-        return self.whole.geometry(self.indices[index], with_references)
+    def geometry(self, index: int) -> tuple[Extent, ...]:
+        return self.whole.geometry(self.indices[index])
 
     def scaled(self, picture: Extent, size: Extent) -> Extent:
         return self.whole.scaled(picture, size)

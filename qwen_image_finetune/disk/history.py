@@ -44,7 +44,7 @@ def has_round(version: Path, step: int) -> bool:
 
 
 def read_best(version: Path) -> dict[str, Any] | None:
-    """What best.json says: `step`, `checkpoint` (its name), `losses` and more; None where nothing was measured.
+    """What best.json says: `step`, `checkpoint` (its name), maybe `losses`, and more; None where nothing was measured.
 
     Raises:
         RunError: it is not what was written there.
@@ -52,10 +52,10 @@ def read_best(version: Path) -> dict[str, Any] | None:
     best = read_object(version / BEST)
     if best is None:
         return None
-    step, losses = best.get("step"), best.get("losses")
+    step, losses = best.get("step"), best.get("losses", [])
     numbers = isinstance(losses, list) and all(isinstance(loss, int | float) for loss in losses)
     if not isinstance(step, int) or not isinstance(best.get("checkpoint"), str) or not numbers:
-        raise RunError(f"{version / BEST} is damaged: it lacks a step, a checkpoint or losses; {_way_out(BEST)}")
+        raise RunError(f"{version / BEST} is damaged: its step, checkpoint or losses are none; {_way_out(BEST)}")
     return best
 
 

@@ -168,10 +168,8 @@ def num_steps(config: Config, batches: Batches) -> int:
 def plan_batches(config: Config, dataset: ImageDataset, processes: int) -> Batches:
     """The order of the samples over all processes."""
     arguments = config.data.init_args
-    everything = range(len(dataset))
     return Batches(
-        [dataset.geometry(index) for index in everything],
-        [dataset.geometry(index, with_references=False) for index in everything],
+        [dataset.geometry(index) for index in range(len(dataset))],
         batch_size=config.data.batch_size,
         micro_batches_per_step=config.train.gradient_accumulation_steps * processes,
         seed=config.train.seed,

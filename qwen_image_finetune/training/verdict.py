@@ -54,7 +54,7 @@ class Best:
         self.run = run
         self.measured: Measured | None = None
         kept = history.read_best(run.path)
-        if kept is not None and (run.path / kept["checkpoint"]).is_dir():
+        if kept is not None and kept.get("losses") and (run.path / kept["checkpoint"]).is_dir():
             self.measured = Measured(int(kept["step"]), [float(loss) for loss in kept["losses"]])
 
     def offer(self, now: Measured, base: Measured | None, checkpoint: Path | None) -> None:

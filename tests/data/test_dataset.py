@@ -62,7 +62,6 @@ def test_a_pair_at_the_familys_sizes(tmp_path: Path) -> None:
     data = dataset(pair(tmp_path, target=(80, 60), reference=(200, 50)))
     assert (len(data), data.check(decode=True)) == (1, [])
     assert data.geometry(0) == ((80, 48), (128, 32)) == (size(80, 60), size(200, 50))
-    assert data.geometry(0, with_references=False) == ((80, 48),)
 
     example = data.load(0)
     assert (example.key, example.prompt, example.mask) == ("a", "a hat", None)

@@ -6,14 +6,17 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import yaml
+from omegaconf import OmegaConf
 from PIL import Image
 
+from qwen_image_finetune.config.text import read_yaml
 from qwen_image_finetune.data.listing import Row
 from qwen_image_finetune.data.sources import read_folder
 from qwen_image_finetune.disk import history, runs, versions
+
+REQUIRED = ("model.pretrained_model_name_or_path", "data.init_args.dataset_path")  # of every run
 
 
 class ReportError(ValueError):
@@ -34,13 +37,20 @@ class Version:
     """The folder of a run, read; a run that still goes on can be read as well."""
 
     def __init__(self, path: Path) -> None:
-        """Raises ReportError where `path` is no run."""
+        """
+        Raises:
+            ReportError: `path` is no run, or its configuration lacks what every run has.
+            ConfigError, RunError: a file of the run is damaged.
+        """
         if not (path / "config.yaml").is_file():
             raise ReportError(f"{path} holds no config.yaml: give the version folder of a run, OUTPUT_DIR/PROJECT/vN")
         self.path = path
         self.name = f"{path.resolve().parent.name}/{path.resolve().name}"
-        self.yaml = (path / "config.yaml").read_text(encoding="utf-8")
-        self.settings: dict[str, Any] = flat(yaml.safe_load(self.yaml))
+        written = read_yaml(path / "config.yaml")
+        self.yaml = (path / "config.yaml").read_text(encoding="utf-8-sig")
+        self.settings: dict[str, Any] = flat(cast(dict[str, Any], OmegaConf.to_container(written)))
+        if lacking := [key for key in REQUIRED if key not in self.settings]:
+            raise ReportError(f"{path / 'config.yaml'} is damaged: it lacks {lacking[0]}; put it back from a copy")
         self.metrics = history.read_metrics(path)
         self.environment: dict[str, Any] = self._json(history.ENVIRONMENT)
         self.best: dict[str, Any] = self._json(history.BEST)
@@ -48,8 +58,7 @@ class Version:
         self.state = runs.outcome(path)
 
     def _json(self, name: str) -> dict[str, Any]:
-        file = self.path / name
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        return history.read_object(self.path / name) or {}
 
     def points(self, name: str) -> list[tuple[float, float]]:
         """(step, value) of one of the metrics."""

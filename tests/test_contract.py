@@ -224,6 +224,9 @@ PROMISES: dict[str, tuple[str, ...]] = {
     "the resolved configuration": ("test_contract.py::test_what_a_version_holds",),
     "checkpoint-EPOCH-STEP": ("test_contract.py::test_what_a_version_holds",),
     "diffusers loads the LoRA": ("lora/test_lora_files.py::test_a_pipeline_with_our_file_is_the_trained_model",),
+    "the same LoRA in every program": (
+        "lora/test_readers.py::test_one_file_changes_every_weight_alike_in_every_program",
+    ),
     "no pickle": (
         "test_contract.py::test_what_a_version_holds",
         "disk/test_checkpoint.py::test_pickles_do_not_execute",
@@ -243,6 +246,11 @@ PROMISES: dict[str, tuple[str, ...]] = {
     "FluxKontextLoraTrainer, QwenImageEditTrainer": ("test_contract.py::test_trainer_classes_cache_fit_and_predict",),
     "predict returns a list of pictures": ("drawing/test_predict.py::test_predict_sets_itself_up",),
     "load_lora before or after setup_predict": ("drawing/test_predict.py::test_a_lora_before_or_after_the_setup",),
+    "--lora A --lora B --strength a --strength b": (
+        "drawing/test_predict.py::test_a_lora_before_or_after_the_setup",
+        "drawing/test_predict.py::test_strengths_belong_to_loras_one_by_one",
+        "command/test_options.py::test_options_that_join_are_given_repeatedly",
+    ),
     "guidance_scale is obeyed": ("drawing/test_predict.py::test_guidance_scale_is_obeyed",),
     "predict sets itself up": ("drawing/test_predict.py::test_predict_sets_itself_up",),
     # Claims
@@ -367,7 +375,7 @@ def test_a_named_adapter_and_a_regular_expression(configure: Configure) -> None:
 @pytest.mark.parametrize("name", FAMILY_NAMES)
 def test_training_starts_from_a_lora_of_any_dialect(name: str, configure: Configure, tmp_path: Path) -> None:
     """One step at learning rate 0 gives back what it started from: our own file, and exports of it."""
-    from qwen_image_finetune.lora.files import export_lora
+    from qwen_image_finetune.lora.export import export_lora
 
     trained = learn(configure(name, "train.max_train_steps=5"))
     source, expected = trained.lora, trained.weights

@@ -191,14 +191,14 @@ def bench(options: argparse.Namespace) -> None:
 
 
 def export(options: argparse.Namespace) -> None:
-    """Write a LoRA file in the key dialect of another program."""
+    """Write a LoRA, or a transformer that was tuned as a whole, as one file for another program."""
     from qwen_image_finetune.families import get_family
-    from qwen_image_finetune.lora.files import export_lora
+    from qwen_image_finetune.lora.export import export
     from qwen_image_finetune.lora.sources import checkpoint_notes
 
     naming = get_family(options.family).naming
-    export_lora(options.lora, options.output, options.format, naming, options.overwrite)
-    tell(checkpoint_notes(options.lora))
+    notes = export(options.lora, options.output, options.format, naming, options.overwrite)
+    tell([*checkpoint_notes(options.lora), *notes])
     print(options.output)
 
 

@@ -16,7 +16,7 @@ from qwen_image_finetune.families import get_family
 from qwen_image_finetune.families.base import Family
 from qwen_image_finetune.levers.attention import use_attention
 from qwen_image_finetune.levers.stored_precision import check_installed
-from qwen_image_finetune.lora import files as lora_files
+from qwen_image_finetune.lora.reading import read_fitting
 from qwen_image_finetune.machine import console, launch
 from qwen_image_finetune.machine.accelerator import resolve_device
 
@@ -88,4 +88,4 @@ def check_loras(config: Config, loras: Sequence[Path]) -> None:
     folder = loading.checkpoint_folder(config, family)
     skeleton = loading.empty_transformer(family, folder, loading.weight_dtype(config.train.mixed_precision))
     for lora in loras:
-        lora_files.fitting_layers(skeleton, lora, family.naming)
+        read_fitting(skeleton, lora, family.naming)

@@ -11,11 +11,13 @@ from types import ModuleType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline, ModelMixin
 from PIL.Image import Image
 from torch import Tensor
 
 from qwen_image_finetune.lora.names import USUAL_TARGETS, Naming, Native
+from qwen_image_finetune.lora.readers import USUAL_READERS, Reader
 from qwen_image_finetune.records import Batch
 
 
@@ -60,12 +62,19 @@ class Family(ABC):
     negative_prompt: ClassVar[str] = " "  # the pipelines' own word for "no prompt" in classifier-free guidance
     adapter_targets: ClassVar[tuple[str, ...]] = USUAL_TARGETS  # of a LoRA, unless configured
     lora_names: ClassVar[Mapping[str, Native]] = {}  # modules that their authors call otherwise
+    lora_readers: ClassVar[tuple[Reader, ...]] = USUAL_READERS  # programs that read its LoRA files
     published: ClassVar[tuple[Published, ...]]  # the one that most people train first
 
     @property
     def naming(self) -> Naming:
         """What LoRA files have to know of the model."""
-        return Naming(self.pipeline, self.lora_names)
+        return Naming(self.pipeline, self.lora_names, self.lora_readers, self.published_transformers)
+
+    def published_transformers(self) -> Iterator[ModelMixin]:
+        """The published transformers, one after the other, without memory."""
+        for one in self.published:
+            with init_empty_weights():
+                yield self.transformer(**one.transformer)
 
     @abstractmethod
     def size(self, width: int, height: int, area: int | None = None) -> tuple[int, int]:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from qwen_image_finetune.families.base import Family, Published, Reference, concatenate_tokens, unpack
 from qwen_image_finetune.lora.names import Native
+from qwen_image_finetune.lora.readers import CONVERTED, EVERYTHING, OUTSIDE_BLOCKS, Reader
 from qwen_image_finetune.records import Batch
 
 MAX_PROMPT_TOKENS = 512
@@ -58,7 +59,28 @@ def authors_names() -> dict[str, Native]:
         names[f"{block}_mlp.0"] = Native((f"{double}.{feed_forward}.net.0.proj",))
         names[f"{block}_mlp.2"] = Native((f"{double}.{feed_forward}.net.2",))
         names[f"{block}_mod.lin"] = Native((f"{double}.{norm}.linear",))
+        for long, short in (("query", "q"), ("key", "k")):
+            of_text = "added_" if stream == "txt" else ""
+            names[f"{block}_attn.norm.{long}_norm"] = Native((f"{double}.attn.norm_{of_text}{short}",), weight="scale")
+    for long, short in (("query", "q"), ("key", "k")):
+        names[f"single_blocks.{{}}.norm.{long}_norm"] = Native((f"{single}.attn.norm_{short}",), weight="scale")
     return names
+
+
+# diffusers reads no authors' names with lora_A and lora_B; kohya's tools train and read the blocks, sd-scripts the
+# embedders too.
+READERS = (
+    *(Reader("ComfyUI", dialect) for dialect in ("diffusers", "comfy", "kohya")),
+    Reader("diffusers", "diffusers"),
+    Reader("diffusers", "comfy", EVERYTHING),
+    Reader("diffusers", "kohya", OUTSIDE_BLOCKS),
+    Reader("sd-scripts", "diffusers", OUTSIDE_BLOCKS, ", after its networks/convert_flux_lora.py"),
+    Reader("sd-scripts", "comfy", EVERYTHING),
+    Reader("sd-scripts", "kohya", r"final_layer\..*"),
+    Reader("musubi-tuner", "diffusers", EVERYTHING),
+    Reader("musubi-tuner", "comfy", OUTSIDE_BLOCKS, CONVERTED),
+    Reader("musubi-tuner", "kohya", OUTSIDE_BLOCKS),
+)
 
 
 class FluxKontext(Family):
@@ -75,6 +97,7 @@ class FluxKontext(Family):
     num_inference_steps = 28
     guidance_scale = 3.5
     lora_names = authors_names()
+    lora_readers = READERS
     published: ClassVar[tuple[Published, ...]] = (
         Published(
             "black-forest-labs/FLUX.1-Kontext-dev", 4.97e9, "FLUX.1 [dev] non-commercial", {"guidance_embeds": True}

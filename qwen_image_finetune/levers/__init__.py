@@ -21,17 +21,25 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import torch
     from torch import nn
 
     from qwen_image_finetune.config import Config
 
 
-def prepare(transformer: nn.Module, config: Config, device: torch.device | None = None) -> nn.Module:
+def prepare(
+    transformer: nn.Module,
+    config: Config,
+    device: torch.device | None = None,
+    ranks: Mapping[str, int] | None = None,
+) -> nn.Module:
     """Make a freshly loaded transformer ready for training; changes it in place and returns it.
 
     Args:
         device: where it will run, if it is not there yet; with train.blocks_to_swap, all but those blocks moves there.
+        ranks: of modules whose adapter has another rank than model.lora.r.
 
     A LoRA to start from (model.lora.pretrained_weight) is not read here: `lora_files.load_lora` fills the adapter.
 
@@ -46,7 +54,7 @@ def prepare(transformer: nn.Module, config: Config, device: torch.device | None 
     if config.model.lora is None:
         adapters.make_everything_trainable(transformer)
     else:
-        adapters.add_adapter(transformer, config.model.lora, config.train.seed)
+        adapters.add_adapter(transformer, config.model.lora, config.train.seed, ranks)
     keep_timestep_exact(cast(Any, transformer))
     if isinstance(train.blocks_to_swap, int) and train.blocks_to_swap > 0:
         from qwen_image_finetune.levers.swap import swap_blocks

@@ -7,6 +7,7 @@ ordinary LoRA of rank 2r against the untouched base, and a base kept in bfloat16
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -43,16 +44,23 @@ class Layer:
         """The factor before up @ down."""
         return self.alpha / self.rank
 
+    def folded(self) -> Layer:
+        """The same change with a scale of 1: alpha is the rank, which is what everyone takes where none is given."""
+        return self if self.scale == 1 else Layer(self.down, self.up * self.scale, float(self.rank))
+
     def delta(self) -> Tensor:
         """What is added to the weight, (out, in)."""
         return self.scale * (self.up @ self.down)
 
 
-def add_adapter(transformer: nn.Module, config: LoraConfig, seed: int) -> None:
+def add_adapter(transformer: nn.Module, config: LoraConfig, seed: int, ranks: Mapping[str, int] | None = None) -> None:
     """Freeze `transformer` and add a trainable adapter with float32 weights.
 
     The initial weights are a function of `seed` and the base; the global random state is not moved. Where
     config.pretrained_weight names a LoRA to start from, config.init_lora_weights does not count.
+
+    Args:
+        ranks: of modules, by name, that have another rank than config.r, as in the LoRA that it starts from.
 
     Raises:
         ConfigError: the initialisation or the targets cannot be used with this transformer.
@@ -67,14 +75,14 @@ def add_adapter(transformer: nn.Module, config: LoraConfig, seed: int) -> None:
     transformer.requires_grad_(False)
     devices = {parameter.device for parameter in transformer.parameters() if parameter.device.type == "cuda"}
     with torch.random.fork_rng(devices=list(devices)):
-        _inject(transformer, config, name)
+        _inject(transformer, config, name, ranks or {})
         # After peft's own draws; generator by generator, because torch.manual_seed would also move other devices'.
         torch.default_generator.manual_seed(seed)
         for device in devices:
             torch.cuda.default_generators[device.index].manual_seed(seed)
         starts = {module: _initialise(layer, name, initialisation) for module, layer in lora_layers(transformer, name)}
         if any(start is not None for start in starts.values()):
-            _inject(transformer, config.model_copy(update={"lora_dropout": 0.0}), name + INITIAL)
+            _inject(transformer, config.model_copy(update={"lora_dropout": 0.0}), name + INITIAL, ranks or {})
     assert starts.keys() == set(modules)
     for module, layer in lora_layers(transformer, name + INITIAL):
         start = starts[module]
@@ -190,12 +198,13 @@ def _needs_base(initialisation: str) -> bool:
     return initialisation.startswith(("pissa", "olora"))
 
 
-def _inject(transformer: nn.Module, config: LoraConfig, name: str) -> None:
+def _inject(transformer: nn.Module, config: LoraConfig, name: str, ranks: Mapping[str, int]) -> None:
     adapter = peft.LoraConfig(
         r=config.r,
         lora_alpha=cast(int, config.lora_alpha),  # annotated so, divided as a float
         lora_dropout=config.lora_dropout,
         target_modules=config.target_modules or list(USUAL_TARGETS),
+        rank_pattern={f"^{re.escape(module)}": rank for module, rank in ranks.items()},
     )
     inject(transformer, adapter, name)
 

@@ -1,6 +1,6 @@
 """The dialects LoRA files are written in, and the way between them and module names of a transformer.
 
-- diffusers: `transformer.MODULE.lora_A.weight`, alpha in the metadata
+- diffusers: `transformer.MODULE.lora_A.weight`, the scale inside the factors: alpha is the rank
 - comfy (ComfyUI, ai-toolkit): `diffusion_model.MODULE.lora_A.weight` and `.alpha`
 - kohya (sd-scripts, musubi-tuner): `lora_unet_MODULE_WITH_UNDERSCORES.lora_down.weight` and `.alpha`
 
@@ -12,7 +12,7 @@ apart again.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,98 +20,118 @@ import torch
 from torch import Tensor
 
 from qwen_image_finetune.lora.adapters import Layer
-from qwen_image_finetune.lora.header import Declared, Key, LoraFileError, parse_key
-from qwen_image_finetune.lora.names import Names, Native
+from qwen_image_finetune.lora.header import Declared, LoraFileError
+from qwen_image_finetune.lora.names import Names, Native, Places, flattened, numbered, split_key
+
+# What keys are of that belong to no plain LoRA of a transformer, by an expression in them.
+OTHER_KINDS = {
+    r"dora_scale|lora_magnitude": "DoRA",
+    r"lokr_": "LoKr",
+    r"hada_": "LoHa",
+    r"text_encoder|lora_te\d?_": "a text encoder",
+    r"\.bias$": "trained biases",
+    r"\.diff(_b)?$": "weight differences",
+}
 
 
 def read_state(
-    state: Mapping[str, Tensor],
-    names: Names,
-    declared: Declared,
-    modules: Iterable[str],
-    path: Path,
-) -> dict[str, Layer]:
-    """LoRA layers, in float32, by diffusers module name.
+    state: Mapping[str, Tensor], places: Places, names: Names, declared: Declared, path: Path
+) -> tuple[dict[str, Layer], list[str]]:
+    """LoRA layers, in float32, by diffusers module name; and the modules whose alpha is written nowhere.
 
     Args:
+        places: the modules there are.
         names: the authors' names of the model's modules.
         declared: alpha by the metadata of the file; counts where there is no alpha beside the weights.
-        modules: names that flattened keys may mean.
 
     Raises:
-        LoraFileError: a key is left over or there twice, or a layer is incomplete.
+        LoraFileError: a key is left over or there twice, a number is not finite, or a layer is incomplete.
     """
-    flat = {**{_flatten(module): module for module in modules}, **{_flatten(name): name for name in names}}
     groups: dict[str, dict[str, Tensor]] = {}
     unmatched: list[str] = []
-    for name, tensor in state.items():
-        key = parse_key(name)
-        module = None if key is None else _unflatten(key, flat)
-        if key is None or module is None:
-            unmatched.append(name)
-        elif key.part in groups.setdefault(module, {}):
-            raise LoraFileError(f"{path}: {name} is the second {key.part} of {module}; a file must hold one LoRA")
-        else:
-            groups[module][key.part] = tensor
+    for key, tensor in state.items():
+        split = split_key(key)
+        module = None if split is None else places.find(split[0])
+        if split is None or module is None:
+            unmatched.append(key)
+            continue
+        part = split[1]
+        if part in groups.setdefault(module, {}):
+            raise LoraFileError(f"{path}: {key} is the second {part} of {module}; a file must hold one LoRA")
+        groups[module][part] = _finite(tensor, key, path)
     if unmatched:
-        raise LoraFileError(unmatched_message(path, unmatched, len(state)))
+        raise LoraFileError(unmatched_message(path, unmatched, len(state), places))
     layers: dict[str, Layer] = {}
     for module, parts in groups.items():
-        template, number = _template(module)
+        template, number = numbered(module)
         native = names.get(template, Native((module,)))
-        layer = _layer(parts, module, declared if native.modules == (module,) else Declared(), path)
-        for target, piece in _take_apart(layer, native, module, path).items():
-            layers[target.replace("{}", number)] = piece
-    return layers
+        for part, piece in _take_apart(_layer(parts, module, declared, path), native, module, path).items():
+            target = part.replace("{}", number)
+            if target in layers:
+                raise LoraFileError(f"{path}: {module} changes {target} a second time; a file must hold one LoRA")
+            layers[target] = piece
+    return layers, [module for module, parts in groups.items() if "alpha" not in parts and declared.alpha is None]
 
 
 def write_state(layers: Mapping[str, Layer], names: Names, dialect: str) -> dict[str, Tensor]:
-    """Tensors of a file in `dialect`, float32. Alpha is among them; diffusers alone has it in the metadata."""
+    """Tensors of a file in `dialect`, float32. Alpha is among them, except in diffusers' dialect, where other programs
+    look for none: there the layers are `Layer.folded`, and change the weights alike whoever reads them."""
     if dialect == "diffusers":
         return {
             f"transformer.{module}.{part}.weight": tensor.contiguous()
             for module, layer in layers.items()
-            for part, tensor in (("lora_A", layer.down), ("lora_B", layer.up))
+            for part, tensor in (("lora_A", layer.folded().down), ("lora_B", layer.folded().up))
         }
-    homes = {part: (name, native) for name, native in names.items() for part in native.modules}
-    groups: dict[str, tuple[Native, dict[str, Layer]]] = {}
-    for module, layer in layers.items():
-        template, number = _template(module)
-        name, native = homes.get(template, (module, Native((template,))))
-        groups.setdefault(name.replace("{}", number), (native, {}))[1][template] = layer
     state: dict[str, Tensor] = {}
-    for name, (native, parts) in groups.items():
-        layer = _put_together(parts, native)
+    for name, layer in under_authors_names(layers, names).items():
         down, up = ("lora_A", "lora_B") if dialect == "comfy" else ("lora_down", "lora_up")
-        key = f"diffusion_model.{name}" if dialect == "comfy" else f"lora_unet_{_flatten(name)}"
+        key = f"diffusion_model.{name}" if dialect == "comfy" else f"lora_unet_{flattened(name)}"
         state[f"{key}.{down}.weight"] = layer.down.contiguous()
         state[f"{key}.{up}.weight"] = layer.up.contiguous()
         state[f"{key}.alpha"] = torch.tensor(layer.alpha)
     return state
 
 
-def unmatched_message(path: Path, keys: list[str], total: int) -> str:
+def under_authors_names(layers: Mapping[str, Layer], names: Names) -> dict[str, Layer]:
+    """Layers by the names that a model's authors give its modules; those of a fused matrix put together."""
+    homes = {part: (name, native) for name, native in names.items() for part in native.modules}
+    groups: dict[str, tuple[Native, dict[str, Layer]]] = {}
+    for module, layer in layers.items():
+        template, number = numbered(module)
+        name, native = homes.get(template, (module, Native((template,))))
+        groups.setdefault(name.replace("{}", number), (native, {}))[1][template] = layer
+    return {name: _put_together(parts, native) for name, (native, parts) in groups.items()}
+
+
+def unmatched_message(path: Path, keys: list[str], total: int, places: Places) -> str:
     """Why a file cannot be used: every key must find its place, or the picture is silently another one."""
-    kinds = {
-        "dora_scale": "DoRA",
-        "lora_magnitude": "DoRA",
-        "lokr_": "LoKr",
-        "hada_": "LoHa",
-        "text_encoder": "a text encoder",
-        "lora_te": "a text encoder",
-        ".bias": "trained biases",
-        ".diff": "weight differences",
-    }
-    found = sorted({kind for part, kind in kinds.items() if any(part in key for key in keys)})
-    reason = f" (it holds {', '.join(found)}; only plain LoRA layers of the transformer are supported)" if found else ""
+    found = sorted({kind for mark, kind in OTHER_KINDS.items() if any(re.search(mark, key) for key in keys)})
+    if found:
+        reason = f" (it holds {', '.join(found)}; only plain LoRA layers of the transformer are supported)"
+    elif plain := [split[0] for split in map(split_key, keys) if split is not None]:
+        near = places.nearest(plain[0])
+        reason = " (they are of plain LoRA layers, but no module is called so: of another model, or under names that "
+        reason += f"are not known{'' if near is None else f'; the nearest is {near}'})"
+    else:
+        reason = ""
     shown = ", ".join(keys[:5]) + (", ..." if len(keys) > 5 else "")
     return f"{path}: {len(keys)} of {total} keys have no place in this transformer{reason}: {shown}"
+
+
+def _finite(tensor: Tensor, key: str, path: Path) -> Tensor:
+    values = tensor.float()
+    if bad := values.numel() - int(torch.isfinite(values).sum()):
+        raise LoraFileError(
+            f"{path}: {key} holds {bad} numbers that are not finite, of {values.numel()}: the LoRA is broken, as after "
+            "a training that diverged; use an earlier checkpoint"
+        )
+    return values
 
 
 def _layer(parts: Mapping[str, Tensor], module: str, declared: Declared, path: Path) -> Layer:
     if not {"down", "up"} <= parts.keys():
         raise LoraFileError(f"{path}: {module} has {' and '.join(sorted(parts))} only; a LoRA layer needs both factors")
-    down, up = parts["down"].float(), parts["up"].float()
+    down, up = parts["down"], parts["up"]
     if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1] or not down.numel():
         raise LoraFileError(
             f"{path}: {module} has factors {tuple(down.shape)} and {tuple(up.shape)} that do not multiply"
@@ -164,24 +184,3 @@ def _put_together(parts: Mapping[str, Layer], native: Native) -> Layer:
             column += part.rank
         row += unit * share
     return Layer(torch.cat([parts[name].down for name in present]), up, first.scale * rank)
-
-
-def _template(module: str) -> tuple[str, str]:
-    """'single_blocks.7.linear1' -> 'single_blocks.{}.linear1', '7'."""
-    match = re.search(r"(?<=blocks\.)\d+", module)
-    return (module, "") if match is None else (module[: match.start()] + "{}" + module[match.end() :], match[0])
-
-
-def _flatten(module: str) -> str:
-    return module.replace(".", "_")
-
-
-def _unflatten(key: Key, flat: Mapping[str, str]) -> str | None:
-    if not key.flat:
-        return key.module
-    match = re.search(r"(?<=blocks_)\d+", key.module)
-    if match is not None:
-        template = flat.get(key.module[: match.start()] + "{}" + key.module[match.end() :])
-        if template is not None:
-            return template.replace("{}", match[0])
-    return flat.get(key.module)

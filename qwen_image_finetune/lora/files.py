@@ -1,29 +1,22 @@
-"""LoRA files: saved as diffusers reads them, read in every dialect, exported with a proof.
-
-Only safetensors is read. Every key of a file finds its place in the transformer or the file is refused: a key that is
-skipped gives another picture without a word.
-"""
+"""LoRA files and the adapter in a transformer: saved so that it means the same everywhere, and loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import peft
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qwen_image_finetune.config import ConfigError, LoraConfig
-from qwen_image_finetune.config.registry import family_of_pipeline
 from qwen_image_finetune.disk.files import Staged, staged_file
-from qwen_image_finetune.disk.outputs import check_output
 from qwen_image_finetune.lora import adapters
 from qwen_image_finetune.lora.adapters import INITIAL, Layer
-from qwen_image_finetune.lora.dialects import read_state, unmatched_message, write_state
-from qwen_image_finetune.lora.header import ADAPTER_METADATA, LoraFileError, adapter_metadata, read_metadata
+from qwen_image_finetune.lora.dialects import write_state
+from qwen_image_finetune.lora.header import ADAPTER_METADATA
 from qwen_image_finetune.lora.metadata import (
     adapter_json,
     exactly,
@@ -32,10 +25,10 @@ from qwen_image_finetune.lora.metadata import (
     peft_fields,
 )
 from qwen_image_finetune.lora.names import Naming
+from qwen_image_finetune.lora.reading import read_fitting
 from qwen_image_finetune.lora.sources import find_lora
-from qwen_image_finetune.lora.targets import endings, linear_modules, lora_layers, target_modules
-
-Dialect = Literal["diffusers", "comfy", "kohya"]
+from qwen_image_finetune.lora.targets import endings, lora_layers, target_modules
+from qwen_image_finetune.machine import console
 
 
 def save_lora(
@@ -47,6 +40,9 @@ def save_lora(
 ) -> None:
     """Write the adapter as a float32 LoRA file in diffusers' dialect.
 
+    The scale lora_alpha / r is inside the factors, and alpha the rank: diffusers reads alpha in the metadata, ComfyUI
+    and kohya's tools do not, so that another one would mean another strength there.
+
     Args:
         metadata: joins what the file says about itself (ss_*, modelspec.*, qif.*) and wins over it; `run_metadata`
             has that of a run.
@@ -55,7 +51,8 @@ def save_lora(
     Raises:
         ValueError: the transformer has no such adapter, or a metadata value is not a string.
     """
-    layers = adapters.adapter_layers(transformer, config.adapter_name, state)
+    trained = adapters.adapter_layers(transformer, config.adapter_name, state)
+    layers = {name: layer.folded() for name, layer in trained.items()}
     peft_config: peft.LoraConfig = cast(Any, transformer).peft_config[config.adapter_name]
     about = {
         ADAPTER_METADATA: adapter_json(layers, peft_config.target_modules),
@@ -63,32 +60,7 @@ def save_lora(
         **model_metadata(transformer, config),
     }
     with staged_file(path) as partial:
-        _write(partial, write_state(layers, {}, "diffusers"), {**about, **metadata})
-
-
-def read_lora(path: Path, naming: Naming, modules: Iterable[str] = ()) -> tuple[dict[str, Layer], dict[str, str]]:
-    """Layers, by diffusers module name, and metadata of a LoRA file in any dialect.
-
-    Args:
-        naming: of the model that the file is for (`Family.naming`).
-        modules: names that flattened keys (`lora_unet_...`) may mean; without them diffusers' own conversion is asked.
-
-    Raises:
-        LoraFileError: the file is broken, of another kind, or a key is left over.
-    """
-    metadata = read_metadata(path)
-    try:
-        state = load_file(path)
-    except SafetensorError as error:
-        raise LoraFileError(f"{path} cannot be read: {error}; download or save it again") from error
-    names = naming.native
-    foreign = any(".processor." in key for key in state)  # the dialect of x-labs
-    if foreign or (not modules and not names and any(key.startswith("lora_unet_") for key in state)):
-        state = naming.pipeline.lora_state_dict(dict(state))
-    layers = read_state(state, names, adapter_metadata(metadata, path), modules, path)
-    if not layers:
-        raise LoraFileError(f"{path} holds no LoRA layers")
-    return layers, metadata
+        write(partial, write_state(layers, {}, "diffusers"), {**about, **metadata})
 
 
 def load_lora(
@@ -102,81 +74,49 @@ def load_lora(
 
     With `config` (training goes on from it) the adapter is the config's: rank and target modules must agree, and where
     the file has another alpha / r, the ratio goes into lora_B. Without, it is built as the file has it, and frozen.
+    What had to be assumed about the file is said.
 
     Raises:
         LoraFileError: the file is broken or does not fit this transformer.
         ConfigError: its rank or target modules are not the config's.
     """
     path = find_lora(source)
-    layers = fitting_layers(transformer, path, naming)
+    file = read_fitting(transformer, path, naming)
+    layers = file.layers
+    for note in file.notes:
+        console.note(note)
     if config is None:
         _add_as_it_is(transformer, layers, adapter_name)
         return
     adapter_name = config.adapter_name
     _check_config(transformer, layers, path, config)
     if adapter_name not in adapters.adapter_names(transformer):
-        adapters.add_adapter(transformer, config.model_copy(update={"pretrained_weight": str(path)}), seed=0)
+        started = config.model_copy(update={"pretrained_weight": str(path)})
+        adapters.add_adapter(transformer, started, seed=0, ranks=_other_ranks(layers, config))
     _fill(transformer, layers, adapter_name)
 
 
-def check_lora(transformer: nn.Module, source: str | Path, naming: Naming, config: LoraConfig) -> None:
+def check_lora(transformer: nn.Module, source: str | Path, naming: Naming, config: LoraConfig) -> dict[str, int]:
     """Refuse what `load_lora` would with this config; of the transformer, shapes are enough.
+
+    Returns:
+        The ranks of modules that are not config.r: what the adapter must have, for `adapters.add_adapter`.
 
     Raises:
         LoraFileError, ConfigError: as there.
     """
     path = find_lora(source)
-    _check_config(transformer, fitting_layers(transformer, path, naming), path, config)
+    layers = read_fitting(transformer, path, naming).layers
+    _check_config(transformer, layers, path, config)
+    return _other_ranks(layers, config)
 
 
-def fitting_layers(transformer: nn.Module, path: Path, naming: Naming) -> dict[str, Layer]:
-    """The layers of a LoRA file, by module name, for a transformer whose weights are not read.
-
-    Raises:
-        LoraFileError: the file is broken or does not fit this transformer.
-    """
-    linear = linear_modules(transformer)
-    layers, _ = read_lora(path, naming, linear)
-    unknown = [name for name in layers if name not in linear]
-    if unknown:
-        raise LoraFileError(unmatched_message(path, unknown, len(layers)))
-    for name, layer in layers.items():
-        weight_shape = (cast(Any, linear[name]).out_features, cast(Any, linear[name]).in_features)
-        if weight_shape != (layer.up.shape[0], layer.down.shape[1]):
-            raise LoraFileError(
-                f"{path}: {name} is {weight_shape[0]} x {weight_shape[1]} in this transformer and "
-                f"{layer.up.shape[0]} x {layer.down.shape[1]} in the file: it was trained on another model"
-            )
-    return layers
-
-
-def export_lora(source: Path, destination: Path, dialect: Dialect, naming: Naming, overwrite: bool = False) -> None:
-    """Write a LoRA file again in another dialect; what is written is read back and must change the weights alike.
-
-    Metadata is kept, except diffusers' own entry in other dialects: diffusers would apply its alpha a second time.
+def write(path: Staged, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors of a LoRA file with what it says about itself.
 
     Raises:
-        OutputError: the destination is there already, without `overwrite`, or belongs to a run.
-        LoraFileError: the source cannot be used, is of another family, or the exported file does not say the same.
+        ValueError: a metadata value is not a string.
     """
-    if destination.suffix != ".safetensors":
-        raise LoraFileError(f"{destination}: a LoRA is exported to a file that ends in .safetensors")
-    path = find_lora(source)
-    check_output(destination, overwrite)
-    layers, metadata = read_lora(path, naming)
-    family, asked = metadata.get("qif.family"), family_of_pipeline(naming.pipeline.__name__)
-    if family not in (None, asked):  # modules may be called alike, and would get the other model's names unnoticed
-        raise LoraFileError(f"{path} is a LoRA of {family}, not of {asked}: export it with --family {family}")
-    about = {key: value for key, value in metadata.items() if key != ADAPTER_METADATA} | network_metadata(layers)
-    if dialect == "diffusers":
-        about[ADAPTER_METADATA] = adapter_json(layers, exactly(layers))
-    with staged_file(destination) as partial:
-        _write(partial, write_state(layers, naming.native, dialect), about)
-        again, _ = read_lora(partial, naming, modules=list(layers))
-        _check_same(layers, again, destination)
-
-
-def _write(path: Staged, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     wrong = sorted(key for key, value in metadata.items() if not isinstance(value, str))
     if wrong:
         raise ValueError(f"metadata of a safetensors file are strings; these are not: {', '.join(wrong)}")
@@ -188,7 +128,7 @@ def _check_config(transformer: nn.Module, layers: Mapping[str, Layer], path: Pat
     wanted = target_modules(transformer, config.target_modules)
     ranks = sorted({layer.rank for layer in layers.values()})
     only_file, only_config = [n for n in layers if n not in wanted], [n for n in wanted if n not in layers]
-    if ranks == [config.r] and not only_file and not only_config:
+    if config.r in ranks and not only_file and not only_config:  # where others are in it too, modules differ in rank
         return
     differences = [f"{len(names)} modules only in the {where}, such as {names[0]}"
                    for where, names in (("file", only_file), ("config", only_config)) if names]  # fmt: skip
@@ -197,8 +137,13 @@ def _check_config(transformer: nn.Module, layers: Mapping[str, Layer], path: Pat
         f"The file has rank {', '.join(map(str, ranks))} and targets {endings(layers)}; "
         f"the config has r={config.r} and target_modules={config.target_modules!r}"
         + "".join(f"; {difference}" for difference in differences)
-        + ". Set model.lora.r and model.lora.target_modules to the file's"
+        + f". Set model.lora.r to {'the file' if len(ranks) == 1 else 'one of the file'}'s"
+        " and model.lora.target_modules to what it has"
     )
+
+
+def _other_ranks(layers: Mapping[str, Layer], config: LoraConfig) -> dict[str, int]:
+    return {name: layer.rank for name, layer in layers.items() if layer.rank != config.r}
 
 
 def _add_as_it_is(transformer: nn.Module, layers: Mapping[str, Layer], name: str) -> None:
@@ -222,17 +167,3 @@ def _fill(transformer: nn.Module, layers: Mapping[str, Layer], name: str) -> Non
             up.weight.copy_(layers[module].up * ratio)
             if name + INITIAL in layer.lora_B:  # the file is a LoRA of the untouched base: nothing to subtract
                 adapters.factors(layer, name + INITIAL)[1].weight.zero_()
-
-
-def _check_same(expected: Mapping[str, Layer], exported: Mapping[str, Layer], destination: Path) -> None:
-    """The gate of an export: the same change of every weight, up to the rounding of float32."""
-    for module in expected.keys() | exported.keys():
-        before, after = expected.get(module), exported.get(module)
-        some = before or after
-        assert some is not None
-        reference = some.delta()
-        difference = (torch.zeros_like(reference) if before is None else before.delta()) - (
-            torch.zeros_like(reference) if after is None else after.delta()
-        )
-        if not difference.abs().max() <= 1e-5 * reference.abs().max():  # written so that NaN does not pass
-            raise LoraFileError(f"{destination} was not written: {module} would not change as in the source")

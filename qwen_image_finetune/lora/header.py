@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 ADAPTER_METADATA = "lora_adapter_metadata"  # diffusers keeps the peft configuration here, as JSON
+PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # what peft's own save writes
+LARGEST_CONFIG = 1_000_000  # bytes of the latter
 LONGEST_NAME = 200  # characters of a module's name, and of a pattern for such names
 MOST_REPEATS = 16  # of characters, in all patterns of a file
 LARGEST_FLOAT = 3.4e38  # of float32
@@ -26,28 +28,12 @@ ELEMENT_BYTES = (
     | dict.fromkeys(("F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"), 1)
 )
 
-# Where a key says that its module sits; the latter with the dots of its name flattened to underscores.
-PREFIXES = ("transformer.", "base_model.model.", "diffusion_model.", "pipe.dit.")
-FLAT_PREFIXES = ("lora_unet_", "lora_transformer_")
-_PARTS = re.compile(
-    r"^(?P<module>.+)\.(?:(?P<down>lora_A(\.\w+)?\.weight|lora_down\.weight|lora\.down\.weight)"
-    r"|(?P<up>lora_B(\.\w+)?\.weight|lora_up\.weight|lora\.up\.weight)|(?P<alpha>alpha))$"
-)
 # Of regular expressions: single characters, each repeated or not, and alternatives.
 _HARMLESS = re.compile(r"\^?(?:(?:[\w. -]|\\(?:[^\w\\]|[dw_])|\[[\w-]+\])[*+?]?|\|)*\$?")
 
 
 class LoraFileError(ValueError):
     """A LoRA file that cannot be used, in words for the person who has it."""
-
-
-@dataclass(frozen=True)
-class Key:
-    """One tensor name taken apart."""
-
-    module: str  # without the prefix
-    flat: bool  # dots of the module's name are underscores
-    part: str  # down, up or alpha
 
 
 @dataclass(frozen=True)
@@ -64,17 +50,6 @@ class Declared:
             return float(rank)
         alpha = next((alpha for pattern, alpha in self.patterns if pattern.match(module)), self.alpha)
         return alpha * rank**0.5 if self.rank_stabilised else alpha
-
-
-def parse_key(key: str) -> Key | None:
-    """The name of a tensor taken apart; None where it belongs to no plain LoRA of a transformer."""
-    prefix = next((known for known in (*PREFIXES, *FLAT_PREFIXES) if key.startswith(known)), "")
-    rest = key.removeprefix(prefix)
-    match = _PARTS.match(rest)
-    if match is None or len(match["module"]) > LONGEST_NAME or rest.startswith(("text_encoder", "lora_te")):
-        return None
-    part = next(name for name in ("down", "up", "alpha") if match[name] is not None)
-    return Key(match["module"], prefix in FLAT_PREFIXES, part)
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -108,23 +83,36 @@ def read_metadata(path: Path) -> dict[str, str]:
     return metadata
 
 
-def adapter_metadata(metadata: dict[str, str], path: Path) -> Declared:
-    """What the peft configuration that diffusers keeps in the metadata says about alpha; nothing where there is none.
+def declared_alpha(metadata: dict[str, str], path: Path) -> Declared:
+    """What is said about alpha by the peft configuration in the metadata, as diffusers keeps it, or else in the file
+    that peft writes beside the weights; nothing where there is neither.
 
     Raises:
         LoraFileError: it is there and cannot be read.
     """
+    inside = _parsed(metadata.get(ADAPTER_METADATA) or "{}", f"{path}: metadata {ADAPTER_METADATA}")
+    beside = path.with_name(PEFT_CONFIG)
+    if inside.alpha is not None or not beside.is_file():
+        return inside
+    if path.name != PEFT_WEIGHTS and len(list(path.parent.glob("*.safetensors"))) > 1:
+        return inside  # the configuration may be of another one
+    if beside.stat().st_size > LARGEST_CONFIG:
+        raise LoraFileError(f"{beside} is larger than {LARGEST_CONFIG:,} bytes: no configuration of peft")
+    return _parsed(beside.read_text(encoding="utf-8", errors="replace"), str(beside))
+
+
+def _parsed(text: str, place: str) -> Declared:
     try:
-        content = json.loads(metadata.get(ADAPTER_METADATA) or "{}")
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise LoraFileError(f"{path}: metadata {ADAPTER_METADATA} is not JSON: {error}") from error
+        raise LoraFileError(f"{place} is not JSON: {error}") from error
     if not isinstance(content, dict):
-        raise LoraFileError(f"{path}: metadata {ADAPTER_METADATA} is not a JSON object")
+        raise LoraFileError(f"{place} is not a JSON object")
     fields = {name.removeprefix("transformer."): value for name, value in content.items()}
     try:
         return _declared(fields)
     except ValueError as error:
-        raise LoraFileError(f"{path}: metadata {ADAPTER_METADATA}: {error}") from error
+        raise LoraFileError(f"{place}: {error}") from error
 
 
 def _declared(fields: dict[str, Any]) -> Declared:

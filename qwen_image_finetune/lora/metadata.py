@@ -61,6 +61,7 @@ def model_metadata(transformer: nn.Module, config: LoraConfig) -> dict[str, str]
         "modelspec.title": "LoRA",
         "modelspec.date": datetime.now(UTC).isoformat(timespec="seconds"),
         "qif.init_lora_weights": json.dumps(config.init_lora_weights),
+        "qif.lora_alpha": str(_plain(config.lora_alpha)),  # it was trained with; the scale is inside the factors
     }
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
 
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import (
@@ -15,7 +16,7 @@ from huggingface_hub.errors import (
 
 from qwen_image_finetune.disk.history import best_checkpoint
 from qwen_image_finetune.disk.versions import LORA_WEIGHTS, VERSION, checkpoint_folders
-from qwen_image_finetune.lora.header import LoraFileError
+from qwen_image_finetune.lora.header import PEFT_CONFIG, PEFT_WEIGHTS, LoraFileError
 
 TRANSFORMER = "transformer"  # folder of a fully tuned transformer, in diffusers layout,
 TUNED = f"{TRANSFORMER}/config.json"  # and the file that is in every such folder
@@ -109,15 +110,23 @@ def _choose(names: list[str], where: str) -> str:
 
 def _download(repository: str, file: str | None) -> Path:
     try:
-        try:
-            return Path(hf_hub_download(repository, file or LORA_WEIGHTS))
-        except LocalEntryNotFoundError:
-            raise
-        except EntryNotFoundError:
-            if file is not None:
-                raise
-        return Path(hf_hub_download(repository, _choose(HfApi().list_repo_files(repository), repository)))
+        path = _weights_of(repository, file)
+        if path.name == PEFT_WEIGHTS:  # its alpha stands beside it
+            with suppress(EntryNotFoundError):
+                hf_hub_download(repository, (PurePosixPath(file or PEFT_WEIGHTS).parent / PEFT_CONFIG).as_posix())
+        return path
     except (HfHubHTTPError, EntryNotFoundError, OfflineModeIsEnabled) as error:
         raise LoraFileError(
             f"{repository}{f'/{file}' if file else ''} is neither here nor could it be had from the hub: {error}"
         ) from error
+
+
+def _weights_of(repository: str, file: str | None) -> Path:
+    try:
+        return Path(hf_hub_download(repository, file or LORA_WEIGHTS))
+    except LocalEntryNotFoundError:
+        raise
+    except EntryNotFoundError:
+        if file is not None:
+            raise
+    return Path(hf_hub_download(repository, _choose(HfApi().list_repo_files(repository), repository)))

@@ -14,11 +14,14 @@ from qwen_image_finetune.levers.attention import attention_of
 from qwen_image_finetune.levers.compile import compilation_of
 from qwen_image_finetune.levers.release import GradientRelease
 from qwen_image_finetune.lora import files as lora_files
+from qwen_image_finetune.training import trained
 from qwen_image_finetune.training.data_parallel import wrap
 from qwen_image_finetune.training.job import Job
 from qwen_image_finetune.training.optim import build_optimizer, build_scheduler
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from accelerate import Accelerator
     from diffusers import ModelMixin
     from torch.optim.lr_scheduler import LambdaLR
@@ -86,22 +89,24 @@ class Learner:
         return compilation.words()
 
 
-def assemble(job: Job, start_from_lora: bool) -> Learner:
+def assemble(job: Job, resume: Path | None) -> Learner:
     """Load the transformer and make it ready to learn, in the order that `levers` gives reasons for.
 
     Args:
-        start_from_lora: fill the adapter from model.lora.pretrained_weight, if there is one; a resumed run does not.
+        resume: the checkpoint that the run goes on from, whose adapter this one must be like; without one it is filled
+            from model.lora.pretrained_weight, if that is given.
 
     Raises:
         ConfigError: the checkpoint, the adapter and the levers do not fit each other or this machine.
     """
     config, device = job.config, job.accelerator.device
     transformer = _load(job)
-    levers.prepare(transformer, config, device)
-    job.say(f"attention: {attention_of(transformer)}")
     lora = config.model.lora
-    if lora and lora.pretrained_weight and start_from_lora:
-        lora_files.load_lora(transformer, lora.pretrained_weight, job.family.naming, lora)
+    start = None if lora is None or resume is not None else lora.pretrained_weight
+    levers.prepare(transformer, config, device, _other_ranks(job, transformer, resume, start))
+    job.say(f"attention: {attention_of(transformer)}")
+    if start is not None:
+        trained.start_from(start, transformer, job.family.naming, config.model)
     _place(job, transformer)
     transformer.train()
 
@@ -117,6 +122,17 @@ def assemble(job: Job, start_from_lora: bool) -> Learner:
         wrapped=transformer if job.sharding else wrap(job.accelerator, transformer, job.family, config.model.lora),
         schedule=schedule,
     )
+
+
+def _other_ranks(job: Job, transformer: ModelMixin, resume: Path | None, start: str | None) -> dict[str, int]:
+    """Ranks of modules that are not model.lora.r, by the checkpoint or the LoRA that the run goes on from."""
+    lora = job.config.model.lora
+    if lora is None or (resume is None and start is None):
+        return {}
+    if resume is not None:
+        return {name: rank for name, rank in trained.ranks(resume).items() if rank != lora.r}
+    assert start is not None
+    return lora_files.check_lora(transformer, start, job.family.naming, lora)
 
 
 def _load(job: Job) -> ModelMixin:

@@ -96,7 +96,7 @@ def _train(job: Job, book: Logbook, progress: Progress, stopping: StopSignals) -
 
     # The model, its optimizer, and the state of both
     with explained(config, "loading the transformer", shared):
-        learner = assemble(job, start_from_lora=book.resume is None)
+        learner = assemble(job, book.resume)
         state = State(job, learner, progress, book.settings)
         if book.resume is not None:
             state.load(book.resume)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from diffusers import ModelMixin
 from huggingface_hub import save_torch_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -17,7 +18,8 @@ from qwen_image_finetune.disk.versions import LORA_WEIGHTS
 from qwen_image_finetune.levers import parallel
 from qwen_image_finetune.lora import adapters
 from qwen_image_finetune.lora import files as lora_files
-from qwen_image_finetune.lora.sources import TRANSFORMER
+from qwen_image_finetune.lora.names import Naming
+from qwen_image_finetune.lora.sources import TRANSFORMER, find_lora
 
 ADAPTER = "adapter.safetensors"  # for an exact resume; LORA_WEIGHTS beside it is the file for users
 REMAINDER = "remainder.safetensors"  # for an exact resume: what the float32 weights have beyond those in TRANSFORMER
@@ -96,6 +98,35 @@ def exact(folder: Path) -> dict[str, Tensor]:
     if (folder / REMAINDER).is_file():
         saved |= {name: joined(saved[name], rest) for name, rest in load_file(folder / REMAINDER).items()}
     return saved
+
+
+def ranks(folder: Path) -> dict[str, int]:
+    """Rank of each module of the adapter in a checkpoint, from the header of its file."""
+    ending = ".lora_A.weight"
+    with safe_open(folder / ADAPTER, framework="np") as file:
+        names = [name for name in file.keys() if name.endswith(ending)]  # noqa: SIM118 (not a mapping)
+        return {name.removesuffix(ending): file.get_slice(name).get_shape()[0] for name in names}
+
+
+def start_from(source: str, transformer: ModelMixin, naming: Naming, config: ModelConfig) -> None:
+    """Fill the adapter from a LoRA, which changes the weights alike. One of our own checkpoints, trained with the same
+    alpha, comes back bit for bit: in the file for users its scale is multiplied into the factors.
+
+    Raises:
+        LoraFileError, ConfigError: see `load_lora`.
+    """
+    assert config.lora is not None
+    lora_files.load_lora(transformer, source, naming, config.lora)
+    beside = find_lora(source).with_name(ADAPTER)
+    if not beside.is_file():
+        return
+    own, saved = weights(transformer, config), load_file(beside)
+    if own.keys() == saved.keys() and all(_rounded_alike(saved[name], weight) for name, weight in own.items()):
+        restore(own, saved)
+
+
+def _rounded_alike(saved: Tensor, weight: Tensor) -> bool:
+    return saved.shape == weight.shape and torch.allclose(saved.to(weight.device), weight, rtol=1e-6, atol=0.0)
 
 
 def restore(weights: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:

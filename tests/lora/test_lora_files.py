@@ -26,10 +26,14 @@ from qwen_image_finetune.disk.files import clean_leftovers
 from qwen_image_finetune.disk.versions import LORA_WEIGHTS
 from qwen_image_finetune.families import get_family
 from qwen_image_finetune.lora import adapters
+from qwen_image_finetune.lora import export as exporting
 from qwen_image_finetune.lora import files as lora_files
-from qwen_image_finetune.lora.files import export_lora, load_lora, read_lora, save_lora
-from qwen_image_finetune.lora.header import LoraFileError, adapter_metadata
+from qwen_image_finetune.lora.adapters import Layer
+from qwen_image_finetune.lora.export import check_same, export, export_lora
+from qwen_image_finetune.lora.files import load_lora, save_lora
+from qwen_image_finetune.lora.header import LoraFileError, declared_alpha
 from qwen_image_finetune.lora.metadata import run_metadata
+from qwen_image_finetune.lora.reading import read_lora
 from qwen_image_finetune.lora.targets import endings
 from tests.levers.tiny_transformers import PIPELINES, disturb, run, tiny_transformer
 
@@ -94,7 +98,8 @@ def test_a_pipeline_with_our_file_is_the_trained_model(
     pipe = pipeline_class.from_pretrained(request.getfixturevalue(f"{family}_folder"))
     transformer = pipe.transformer
     inputs = pipeline_inputs(transformer)
-    fields = config(init_lora_weights=init, adapter_name="mine", target_modules=[*EVERY_ATTENTION, "proj_out"])
+    targets = [*EVERY_ATTENTION, "proj_out"]
+    fields = config(lora_alpha=8, init_lora_weights=init, adapter_name="mine", target_modules=targets)
     adapters.add_adapter(transformer, fields, seed=1)
     disturb(transformer)
     with torch.no_grad():
@@ -139,14 +144,15 @@ def test_the_file_describes_itself(tmp_path: Path) -> None:
     save_lora(tmp_path / LORA_WEIGHTS, model, config(), {"ss_steps": "7", "modelspec.title": "masks"})
     about = metadata_of(tmp_path / LORA_WEIGHTS)
     peft_part = json.loads(about["lora_adapter_metadata"])
-    assert (peft_part["transformer.r"], peft_part["transformer.lora_alpha"]) == (4, 6)
+    assert (peft_part["transformer.r"], peft_part["transformer.lora_alpha"]) == (4, 4)  # the scale is in the factors
     assert peft_part["transformer.target_modules"] == sorted(EVERY_ATTENTION)
     expected = {
         "format": "pt",
         "ss_steps": "7",
         "modelspec.title": "masks",
         "ss_network_dim": "4",
-        "ss_network_alpha": "6",
+        "ss_network_alpha": "4",
+        "qif.lora_alpha": "6",
     }
     assert expected.items() <= about.items()
     assert about["modelspec.sai_model_spec"] == "1.0.0"
@@ -182,7 +188,7 @@ def test_a_snapshot_can_be_saved_in_place_of_the_weights(tmp_path: Path) -> None
     snapshot = {name: tensor.clone() for name, tensor in adapters.trainable_state(model).items()}
     disturb(model, seed=6)
     save_lora(tmp_path / LORA_WEIGHTS, model, config(init_lora_weights="pissa"), {}, snapshot)
-    layers, _ = read_lora(tmp_path / LORA_WEIGHTS, FLUX)
+    layers = read_lora(tmp_path / LORA_WEIGHTS, FLUX).layers
     for name, layer in layers.items():
         torch.testing.assert_close(layer.delta(), expected[name])
 
@@ -304,7 +310,10 @@ def test_alpha_beside_the_weights_is_obeyed(
     torch.testing.assert_close(deltas(model)["transformer_blocks.0.attn.to_add_out"], scale * up @ down)
 
 
-@pytest.mark.parametrize("prefix", ["transformer.", "diffusion_model.", "base_model.model.", "pipe.dit.", ""])
+@pytest.mark.parametrize("prefix", [
+    "transformer.", "diffusion_model.", "base_model.model.", "pipe.dit.", "", "model.diffusion_model.", "unet.",
+    "transformer.transformer.", "base_model.model.transformer.", "module._orig_mod.", "model.",
+])  # fmt: skip
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prefixes_of_other_trainers(prefix: str, family: str, tmp_path: Path) -> None:
     model, source = saved(tmp_path, family)
@@ -314,7 +323,7 @@ def test_prefixes_of_other_trainers(prefix: str, family: str, tmp_path: Path) ->
     other = tiny_transformer(family)
     load_lora(other, tmp_path / "x.safetensors", NAMINGS[family])
     for name, delta in deltas(other).items():
-        torch.testing.assert_close(delta, deltas(model)[name] / 4 / 1.5)  # no metadata: a scale of 1 instead of 6 / 4
+        torch.testing.assert_close(delta, deltas(model)[name] / 4)
 
 
 def test_dialects_that_only_diffusers_knows(tmp_path: Path) -> None:
@@ -331,7 +340,7 @@ def test_export_reads_kohya_files_too(tmp_path: Path) -> None:
     model, source = saved(tmp_path, "qwen")
     export_lora(source, tmp_path / "kohya.safetensors", "kohya", QWEN)
     export_lora(tmp_path / "kohya.safetensors", tmp_path / "back.safetensors", "diffusers", QWEN)
-    layers, _ = read_lora(tmp_path / "back.safetensors", QWEN)
+    layers = read_lora(tmp_path / "back.safetensors", QWEN).layers
     for name, delta in deltas(model).items():
         torch.testing.assert_close(layers[name].delta(), delta)
 
@@ -343,8 +352,8 @@ def test_an_export_keeps_what_the_file_says_about_itself(tmp_path: Path) -> None
     about = metadata_of(tmp_path / "x.safetensors")
     assert about["ss_steps"] == "7"
     assert "lora_adapter_metadata" not in about  # diffusers would apply its alpha on top of the one beside the weights
-    with pytest.raises(ValueError, match=r"ends in \.safetensors"):
-        export_lora(tmp_path / LORA_WEIGHTS, tmp_path / "x.pt", "kohya", FLUX)
+    with pytest.raises(LoraFileError, match=r"ends in \.safetensors"):
+        export(tmp_path / LORA_WEIGHTS, tmp_path / "x.pt", "kohya", FLUX)
 
 
 def test_an_export_for_another_family_is_refused(tmp_path: Path) -> None:
@@ -357,14 +366,39 @@ def test_an_export_for_another_family_is_refused(tmp_path: Path) -> None:
     export_lora(tmp_path / LORA_WEIGHTS, tmp_path / "x.safetensors", "comfy", QWEN)
 
 
-def test_an_export_that_does_not_say_the_same_is_not_left_behind(tmp_path: Path) -> None:
-    state = load_file(saved(tmp_path, "flux")[1])
-    name = next(iter(state))
-    state[name] = torch.full_like(state[name], float("nan"))
-    save_file(state, tmp_path / "nan.safetensors")
+def test_an_export_that_does_not_say_the_same_is_not_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, source = saved(tmp_path, "flux")
+    write_state = exporting.write_state
+
+    def a_thousandth_off(*arguments: Any) -> dict[str, Tensor]:
+        state = write_state(*arguments)
+        one = next(tensor for key, tensor in state.items() if "lora_B" in key)
+        one[(one.abs() == one.abs().max()).nonzero()[0].tolist()] *= 1.001
+        return state
+
+    monkeypatch.setattr(exporting, "write_state", a_thousandth_off)
     with pytest.raises(LoraFileError, match="was not written"):
-        export_lora(tmp_path / "nan.safetensors", tmp_path / "x.safetensors", "comfy", FLUX)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["nan.safetensors", LORA_WEIGHTS]
+        export_lora(source, tmp_path / "x.safetensors", "comfy", FLUX)
+    assert [path.name for path in tmp_path.iterdir()] == [LORA_WEIGHTS]
+
+
+def test_the_gate_measures_rows_of_changes_that_are_not_multiplied_out() -> None:
+    generator = torch.Generator().manual_seed(4)
+    first, second = (
+        Layer(torch.randn(rank, 50, generator=generator), torch.randn(30, rank, generator=generator), alpha)
+        for rank, alpha in ((4, 3.0), (7, 5.0))
+    )
+    difference = first.delta().double() - second.delta().double()
+    torch.testing.assert_close(exporting.row_norms([first, exporting.negated(second)]), difference.norm(dim=1))
+    same = Layer(2 * first.down, first.up / 2, first.alpha)
+    check_same({"x": first}, {"x": same}, Path("x"))
+    nothing = Layer(first.down, torch.zeros_like(first.up), 1.0)
+    check_same({"x": first, "y": nothing}, {"x": same}, Path("x"))
+    for other in ({"x": second}, {}, {"x": Layer(first.down, first.up.mul(float("nan")), 3.0)}):
+        with pytest.raises(LoraFileError, match="x would not change as in the source"):
+            check_same({"x": first}, other, Path("x"))
 
 
 def test_a_killed_export_leaves_only_what_is_cleaned_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -429,7 +463,9 @@ def test_parts_of_a_fused_matrix_may_differ_in_rank_and_alpha(dialect: Any, tmp_
     torch.testing.assert_close(deltas(model), expected)
     for name, layer in adapters.lora_layers(model):
         assert layer.r["default"] == sizes[name][0] or dialect != "diffusers"
-        assert layer.lora_alpha["default"] == sizes[name][3] or dialect != "diffusers"
+        assert (
+            layer.lora_alpha["default"] == layer.r["default"] or dialect != "diffusers"
+        )  # the scale is in the factors
 
 
 # --- a LoRA to start from -----------------------------------------------------------------------------------------
@@ -519,7 +555,7 @@ def test_a_lora_of_the_hub(source: str, tmp_path: Path, monkeypatch: pytest.Monk
     model, _ = saved(repository / "snapshots" / commit, "flux")
     other = tiny_transformer("flux")
     load_lora(other, source, FLUX)
-    assert torch.equal(run(other), run(model))
+    torch.testing.assert_close(run(other), run(model))
 
 
 def header_file(path: Path, header: bytes, length: int | None = None, data: bytes = b"") -> Path:
@@ -579,7 +615,7 @@ def test_alpha_is_looked_up_as_peft_does() -> None:
         "[0-2].out$": 5, "attn.to_q": 6, "proj-x y": 7, "": 8,
     }  # fmt: skip
     text = json.dumps({"transformer.lora_alpha": 9, "transformer.alpha_pattern": patterns})
-    declared = adapter_metadata({"lora_adapter_metadata": text}, Path("x"))
+    declared = declared_alpha({"lora_adapter_metadata": text}, Path("x"))
     names = [
         *(f"{start}{block}.{part}" for start in ("", "single_", "x.") for block in ("blocks.0", "blocks.1", "blocks.12")
           for part in ("attn.to_q", "attn.to_k", "to_vv", "to_v", "ff", "ff.0.net", "out", "0.out", "proj-x y")),
@@ -605,7 +641,7 @@ def test_a_file_cut_short_is_refused(tmp_path: Path) -> None:
     ({"text_encoder.layers.0.q_proj.lora_A.weight": (4, 32), "text_encoder.layers.0.q_proj.lora_B.weight": (32, 4)},
      "2 of 34 keys.*a text encoder"),
     ({"transformer.blocks.9.to_q.lora_A.weight": (4, 32), "transformer.blocks.9.to_q.lora_B.weight": (32, 4)},
-     r"no place in this transformer: blocks\.9\.to_q"),
+     r"no module is called so.*: transformer\.blocks\.9\.to_q"),
     ({"transformer.proj_out.lora_A.weight": (4, 32)}, "has down only"),
     ({"transformer.proj_out.lora_A.weight": (4, 32), "transformer.proj_out.lora_B.weight": (8, 3)}, "do not multiply"),
     ({"transformer.proj_out.lora_A.weight": (0, 32), "transformer.proj_out.lora_B.weight": (8, 0)}, "do not multiply"),

@@ -1,0 +1,146 @@
+"""What is trained, for other programs: LoRA files in their dialects with a proof, a whole transformer as one file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from qwen_image_finetune.config.registry import family_of_pipeline
+from qwen_image_finetune.disk.files import staged_file
+from qwen_image_finetune.disk.outputs import check_output
+from qwen_image_finetune.lora.adapters import Layer
+from qwen_image_finetune.lora.dialects import under_authors_names, write_state
+from qwen_image_finetune.lora.files import write
+from qwen_image_finetune.lora.header import ADAPTER_METADATA, LoraFileError
+from qwen_image_finetune.lora.metadata import adapter_json, exactly, network_metadata
+from qwen_image_finetune.lora.names import Names, Naming, Native, numbered
+from qwen_image_finetune.lora.readers import readers_words
+from qwen_image_finetune.lora.reading import read_lora
+from qwen_image_finetune.lora.sources import TRANSFORMER, find_lora, find_tuned
+
+Dialect = Literal["diffusers", "comfy", "kohya"]
+TOLERANCE = 1e-5  # of the largest row of a change: roundings of float32 are a hundredth of it
+
+
+def export(source: Path, destination: Path, dialect: Dialect, naming: Naming, overwrite: bool = False) -> list[str]:
+    """Export a LoRA, or a transformer that was tuned as a whole; returns what to know of the result.
+
+    Raises:
+        OutputError: the destination is there already, without `overwrite`, or belongs to a run.
+        LoraFileError: the source cannot be used, or not in this dialect.
+    """
+    if destination.suffix != ".safetensors":
+        raise LoraFileError(f"{destination}: an export is a file that ends in .safetensors")
+    check_output(destination, overwrite)
+    tuned = find_tuned(source)
+    if tuned is None:
+        return export_lora(source, destination, dialect, naming)
+    if dialect == "diffusers":
+        raise LoraFileError(
+            f"{tuned / TRANSFORMER} is a whole transformer, already a folder as diffusers loads it; "
+            "--format comfy makes one file of it"
+        )
+    return export_transformer(tuned / TRANSFORMER, destination, naming.native)
+
+
+def export_lora(source: Path, destination: Path, dialect: Dialect, naming: Naming) -> list[str]:
+    """Write a LoRA file again in another dialect; what is written is read back and must change the weights alike.
+
+    Metadata is kept, except diffusers' own entry in other dialects: diffusers would apply its alpha a second time.
+
+    Returns:
+        What was assumed of the source, and what each program makes of the result.
+
+    Raises:
+        LoraFileError: the source cannot be used, is of another family, or the exported file does not say the same.
+    """
+    path = find_lora(source)
+    file = read_lora(path, naming)
+    family, asked = file.metadata.get("qif.family"), family_of_pipeline(naming.pipeline.__name__)
+    if family not in (None, asked):  # modules may be called alike, and would get the other model's names unnoticed
+        raise LoraFileError(f"{path} is a LoRA of {family}, not of {asked}: export it with --family {family}")
+    layers, modules = file.layers, list(under_authors_names(file.layers, naming.native))
+    if dialect == "diffusers":
+        layers = {name: layer.folded() for name, layer in layers.items()}
+        modules = list(layers)
+    about = {key: value for key, value in file.metadata.items() if key != ADAPTER_METADATA} | network_metadata(layers)
+    if dialect == "diffusers":
+        about[ADAPTER_METADATA] = adapter_json(layers, exactly(layers))
+    with staged_file(destination) as partial:
+        write(partial, write_state(layers, naming.native, dialect), about)
+        check_same(file.layers, read_lora(partial, naming).layers, destination)
+    return [*file.notes, *readers_words(naming.readers, dialect, modules)]
+
+
+def export_transformer(folder: Path, destination: Path, names: Names) -> list[str]:
+    """Write a transformer's folder, whatever its shards, as one file under its authors' names, as ComfyUI loads it
+    among its diffusion models; precision and values stay.
+
+    Raises:
+        LoraFileError: a file cannot be read, or parts of a matrix that is one in the authors' code are missing.
+    """
+    state: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            state |= load_file(path)
+        except SafetensorError as error:
+            raise LoraFileError(f"{path} cannot be read: {error}; save the checkpoint again") from error
+    with staged_file(destination, sum(tensor.nbytes for tensor in state.values())) as partial:
+        save_file(authors_state(state, names, folder), partial, metadata={"format": "pt"})
+    return ["a whole transformer: ComfyUI loads it from models/diffusion_models"]
+
+
+def authors_state(state: Mapping[str, Tensor], names: Names, folder: Path) -> dict[str, Tensor]:
+    """The tensors of a transformer in diffusers' layout as its authors' code has them."""
+    homes = {part: (name, native) for name, native in names.items() for part in native.modules}
+    parts: dict[str, tuple[Native, dict[str, Tensor]]] = {}
+    for key, tensor in state.items():
+        module, _, ending = key.rpartition(".")
+        template, number = numbered(module)
+        name, native = homes.get(template, (module, Native((template,))))
+        ending = native.weight if ending == "weight" else ending
+        parts.setdefault(f"{name.replace('{}', number)}.{ending}", (native, {}))[1][template] = tensor
+    whole: dict[str, Tensor] = {}
+    for key, (native, tensors) in parts.items():
+        if missing := [module for module in native.modules if module not in tensors]:
+            raise LoraFileError(f"{folder}: {key} is made of {', '.join(native.modules)}; missing are {missing}")
+        pieces = [tensors[module] for module in native.modules]
+        pieces = list(pieces[0].chunk(2)[::-1]) if native.halves_swapped else pieces
+        whole[key] = (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).contiguous()
+    return whole
+
+
+def check_same(expected: Mapping[str, Layer], exported: Mapping[str, Layer], destination: Path) -> None:
+    """The gate of an export: the same change of every weight, up to the rounding of float32, row by row.
+
+    Raises:
+        LoraFileError: names the module that would change otherwise.
+    """
+    for module in expected.keys() | exported.keys():
+        before, after = expected.get(module), exported.get(module)
+        largest = max(float(row_norms([layer]).max()) for layer in (before, after) if layer is not None)
+        between = row_norms([layer for layer in (before, after and negated(after)) if layer is not None])
+        if not float(between.max()) <= TOLERANCE * largest:  # written so that NaN does not pass
+            raise LoraFileError(f"{destination} was not written: {module} would not change as in the source")
+
+
+def negated(layer: Layer) -> Layer:
+    """The opposite change."""
+    return Layer(layer.down, -layer.up, layer.alpha)
+
+
+def row_norms(layers: list[Layer]) -> Tensor:
+    """Norm of each row of the sum of some layers' deltas, (out,) float64, without multiplying them out.
+
+    With the factors side by side the sum is U D, its row i has the squared norm u_i (D Dᵀ) u_iᵀ, and D Dᵀ is as small
+    as the ranks. float64 leaves 1e-8 of a norm where two layers cancel.
+    """
+    down = torch.cat([layer.down.double() for layer in layers])
+    up = torch.cat([layer.up.double() * layer.scale for layer in layers], dim=1)
+    return ((up @ (down @ down.T)) * up).sum(dim=1).clamp(min=0).sqrt()

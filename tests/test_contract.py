@@ -375,13 +375,13 @@ def test_a_named_adapter_and_a_regular_expression(configure: Configure) -> None:
 @pytest.mark.parametrize("name", FAMILY_NAMES)
 def test_training_starts_from_a_lora_of_any_dialect(name: str, configure: Configure, tmp_path: Path) -> None:
     """One step at learning rate 0 gives back what it started from: our own file, and exports of it."""
-    from qwen_image_finetune.lora.export import export_lora
+    from qwen_image_finetune.lora.export import export
 
     trained = learn(configure(name, "train.max_train_steps=5"))
     source, expected = trained.lora, trained.weights
     naming = get_family(name).naming
-    export_lora(source, tmp_path / "comfy.safetensors", "comfy", naming)
-    export_lora(source, tmp_path / "kohya.safetensors", "kohya", naming)
+    export(source, tmp_path / "comfy.safetensors", "comfy", naming)
+    export(source, tmp_path / "kohya.safetensors", "kohya", naming)
     for start in (source, source.parent, tmp_path / "comfy.safetensors", tmp_path / "kohya.safetensors"):
         options = ("optimizer.class_path=torch.optim.SGD", "optimizer.init_args={lr: 0.0}", "train.max_train_steps=1")
         found = learn(configure(name, *options, f"model.lora.pretrained_weight={start}")).weights

@@ -40,16 +40,16 @@ def export(source: Path, destination: Path, dialect: Dialect, naming: Naming, ov
     check_output(destination, overwrite)
     tuned = find_tuned(source)
     if tuned is None:
-        return export_lora(source, destination, dialect, naming)
+        return _export_lora(source, destination, dialect, naming)
     if dialect == "diffusers":
         raise LoraFileError(
             f"{tuned / TRANSFORMER} is a whole transformer, already a folder as diffusers loads it; "
             "--format comfy makes one file of it"
         )
-    return export_transformer(tuned / TRANSFORMER, destination, naming.native)
+    return _export_transformer(tuned / TRANSFORMER, destination, naming.native)
 
 
-def export_lora(source: Path, destination: Path, dialect: Dialect, naming: Naming) -> list[str]:
+def _export_lora(source: Path, destination: Path, dialect: Dialect, naming: Naming) -> list[str]:
     """Write a LoRA file again in another dialect; what is written is read back and must change the weights alike.
 
     Metadata is kept, except diffusers' own entry in other dialects: diffusers would apply its alpha a second time.
@@ -78,7 +78,7 @@ def export_lora(source: Path, destination: Path, dialect: Dialect, naming: Namin
     return [*file.notes, *readers_words(naming.readers, dialect, modules)]
 
 
-def export_transformer(folder: Path, destination: Path, names: Names) -> list[str]:
+def _export_transformer(folder: Path, destination: Path, names: Names) -> list[str]:
     """Write a transformer's folder, whatever its shards, as one file under its authors' names, as ComfyUI loads it
     among its diffusion models; precision and values stay.
 

@@ -29,7 +29,7 @@ from qwen_image_finetune.lora import adapters
 from qwen_image_finetune.lora import export as exporting
 from qwen_image_finetune.lora import files as lora_files
 from qwen_image_finetune.lora.adapters import Layer
-from qwen_image_finetune.lora.export import check_same, export, export_lora
+from qwen_image_finetune.lora.export import check_same, export
 from qwen_image_finetune.lora.files import load_lora, save_lora
 from qwen_image_finetune.lora.header import LoraFileError, declared_alpha
 from qwen_image_finetune.lora.metadata import run_metadata
@@ -205,7 +205,7 @@ def test_every_dialect_changes_the_weights_alike(
 ) -> None:
     model, source = saved(tmp_path, family, target_modules=targets, init_lora_weights=init)
     exported = tmp_path / "new folder" / "exported.safetensors"
-    export_lora(source, exported, dialect, NAMINGS[family])
+    export(source, exported, dialect, NAMINGS[family])
     other = tiny_transformer(family)
     load_lora(other, exported, NAMINGS[family])
     expected, actual = deltas(model), deltas(other)
@@ -232,7 +232,7 @@ def test_diffusers_reads_exported_files(
     with torch.no_grad():
         expected = pipe.transformer(**inputs)[0]
     save_lora(tmp_path / LORA_WEIGHTS, pipe.transformer, fields, {})
-    export_lora(tmp_path / LORA_WEIGHTS, tmp_path / "exported.safetensors", dialect, NAMINGS[name])
+    export(tmp_path / LORA_WEIGHTS, tmp_path / "exported.safetensors", dialect, NAMINGS[name])
     fresh = PIPELINES[name].from_pretrained(request.getfixturevalue(f"{name}_folder"))
     warnings.clear()
     fresh.load_lora_weights(tmp_path / "exported.safetensors")
@@ -244,7 +244,7 @@ def test_diffusers_reads_exported_files(
 @pytest.mark.parametrize("dialect, down, up", [("comfy", "lora_A", "lora_B"), ("kohya", "lora_down", "lora_up")])
 def test_fused_matrices_hold_the_changes_of_their_parts(dialect: Any, down: str, up: str, tmp_path: Path) -> None:
     model, source = saved(tmp_path, "flux", target_modules="all-linear")
-    export_lora(source, tmp_path / "x.safetensors", dialect, FLUX)
+    export(source, tmp_path / "x.safetensors", dialect, FLUX)
     state, parts = load_file(tmp_path / "x.safetensors"), deltas(model)
 
     def fused(module: str) -> Tensor:
@@ -338,8 +338,8 @@ def test_dialects_that_only_diffusers_knows(tmp_path: Path) -> None:
 
 def test_export_reads_kohya_files_too(tmp_path: Path) -> None:
     model, source = saved(tmp_path, "qwen")
-    export_lora(source, tmp_path / "kohya.safetensors", "kohya", QWEN)
-    export_lora(tmp_path / "kohya.safetensors", tmp_path / "back.safetensors", "diffusers", QWEN)
+    export(source, tmp_path / "kohya.safetensors", "kohya", QWEN)
+    export(tmp_path / "kohya.safetensors", tmp_path / "back.safetensors", "diffusers", QWEN)
     layers = read_lora(tmp_path / "back.safetensors", QWEN).layers
     for name, delta in deltas(model).items():
         torch.testing.assert_close(layers[name].delta(), delta)
@@ -348,7 +348,7 @@ def test_export_reads_kohya_files_too(tmp_path: Path) -> None:
 def test_an_export_keeps_what_the_file_says_about_itself(tmp_path: Path) -> None:
     model = trained("flux", target_modules=["to_q", "to_v"])
     save_lora(tmp_path / LORA_WEIGHTS, model, config(), {"ss_steps": "7"})
-    export_lora(tmp_path / LORA_WEIGHTS, tmp_path / "x.safetensors", "kohya", FLUX)
+    export(tmp_path / LORA_WEIGHTS, tmp_path / "x.safetensors", "kohya", FLUX)
     about = metadata_of(tmp_path / "x.safetensors")
     assert about["ss_steps"] == "7"
     assert "lora_adapter_metadata" not in about  # diffusers would apply its alpha on top of the one beside the weights
@@ -361,9 +361,9 @@ def test_an_export_for_another_family_is_refused(tmp_path: Path) -> None:
     model = trained("qwen")
     save_lora(tmp_path / LORA_WEIGHTS, model, config(), {"qif.family": "QwenImageEdit"})
     with pytest.raises(LoraFileError, match="is a LoRA of QwenImageEdit, not of FluxKontext: export"):
-        export_lora(tmp_path / LORA_WEIGHTS, tmp_path / "x.safetensors", "comfy", FLUX)
+        export(tmp_path / LORA_WEIGHTS, tmp_path / "x.safetensors", "comfy", FLUX)
     assert not (tmp_path / "x.safetensors").exists()
-    export_lora(tmp_path / LORA_WEIGHTS, tmp_path / "x.safetensors", "comfy", QWEN)
+    export(tmp_path / LORA_WEIGHTS, tmp_path / "x.safetensors", "comfy", QWEN)
 
 
 def test_an_export_that_does_not_say_the_same_is_not_left_behind(
@@ -380,7 +380,7 @@ def test_an_export_that_does_not_say_the_same_is_not_left_behind(
 
     monkeypatch.setattr(exporting, "write_state", a_thousandth_off)
     with pytest.raises(LoraFileError, match="was not written"):
-        export_lora(source, tmp_path / "x.safetensors", "comfy", FLUX)
+        export(source, tmp_path / "x.safetensors", "comfy", FLUX)
     assert [path.name for path in tmp_path.iterdir()] == [LORA_WEIGHTS]
 
 
@@ -411,7 +411,7 @@ def test_a_killed_export_leaves_only_what_is_cleaned_up(tmp_path: Path, monkeypa
         shutil.copytree(out, tmp_path / "killed")
 
     monkeypatch.setattr(lora_files, "save_file", copy_what_lies_there)
-    export_lora(source, out / "x.safetensors", "comfy", FLUX)
+    export(source, out / "x.safetensors", "comfy", FLUX)
     assert [path.name for path in out.iterdir()] == ["x.safetensors"]
     assert len(list((tmp_path / "killed").iterdir())) == 1
     clean_leftovers(tmp_path / "killed")
@@ -457,7 +457,7 @@ def test_parts_of_a_fused_matrix_may_differ_in_rank_and_alpha(dialect: Any, tmp_
         name: alpha / rank * state[f"transformer.{name}.lora_B.weight"] @ state[f"transformer.{name}.lora_A.weight"]
         for name, (rank, _, _, alpha) in sizes.items()
     }
-    export_lora(tmp_path / "source.safetensors", tmp_path / "x.safetensors", dialect, FLUX)
+    export(tmp_path / "source.safetensors", tmp_path / "x.safetensors", dialect, FLUX)
     model = tiny_transformer("flux")
     load_lora(model, tmp_path / "x.safetensors", FLUX)
     torch.testing.assert_close(deltas(model), expected)

@@ -17,7 +17,7 @@ from qwen_image_finetune.families import FAMILIES, get_family
 from qwen_image_finetune.lora import adapters
 from qwen_image_finetune.lora.adapters import Layer
 from qwen_image_finetune.lora.dialects import under_authors_names, write_state
-from qwen_image_finetune.lora.export import export_lora
+from qwen_image_finetune.lora.export import export
 from qwen_image_finetune.lora.files import save_lora
 from qwen_image_finetune.lora.names import flattened
 from tests.levers.tiny_transformers import disturb, tiny_transformer
@@ -108,9 +108,11 @@ def test_what_programs_leave_is_said_at_an_export(tmp_path: Path) -> None:
         config = LoraConfig(r=2, target_modules="all-linear")
         adapters.add_adapter(model, config, seed=0)
         save_lora(tmp_path / "x.safetensors", model, config, {})
-        said = export_lora(tmp_path / "x.safetensors", tmp_path / "y.safetensors", "kohya", family.naming)
+        said = export(tmp_path / "x.safetensors", tmp_path / "y.safetensors", "kohya", family.naming, overwrite=True)
         assert any(line.startswith(f"{program} reads it, but leaves {left} of its ") for line in said)
-    said = export_lora(tmp_path / "x.safetensors", tmp_path / "y.safetensors", "comfy", get_family(name).naming)
+    said = export(
+        tmp_path / "x.safetensors", tmp_path / "y.safetensors", "comfy", get_family(name).naming, overwrite=True
+    )
     assert "ComfyUI reads all of it" in said
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qwen_image_finetune.families import get_family
-from qwen_image_finetune.lora.export import export_lora
+from qwen_image_finetune.lora.export import export
 from qwen_image_finetune.lora.files import load_lora
 from qwen_image_finetune.lora.header import LoraFileError
 from qwen_image_finetune.lora.names import Places
@@ -90,7 +90,7 @@ def test_modules_that_there_are_not_are_refused_by_every_verb(family: str, name:
     save_file({f"{name}.lora_A.weight": torch.ones(2, 32), f"{name}.lora_B.weight": torch.ones(32, 2)}, source)
     for dialect in ("diffusers", "comfy", "kohya"):
         with pytest.raises(LoraFileError, match="2 of 2 keys have no place in this transformer"):
-            export_lora(source, tmp_path / "out.safetensors", dialect, NAMINGS[family])  # type: ignore[arg-type]
+            export(source, tmp_path / "out.safetensors", dialect, NAMINGS[family])  # type: ignore[arg-type]
     with pytest.raises(LoraFileError, match="2 of 2 keys have no place in this transformer"):
         load_lora(tiny_transformer(family), source, NAMINGS[family])
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
@@ -149,7 +149,7 @@ def test_a_folder_of_peft_means_what_peft_takes_it_for(rank_stabilised: bool, tm
     ours = tiny_transformer("qwen")
     load_lora(ours, tmp_path / "peft", NAMINGS["qwen"])
     torch.testing.assert_close(run(ours), run(model.get_base_model()))
-    export_lora(tmp_path / "peft", tmp_path / "out.safetensors", "comfy", NAMINGS["qwen"])
+    export(tmp_path / "peft", tmp_path / "out.safetensors", "comfy", NAMINGS["qwen"])
     exported = read_lora(tmp_path / "out.safetensors", NAMINGS["qwen"]).layers
     wanted = {"to_q": 8.0, "to_k": 3.0}
     scales = {ending: alpha / 4 ** (0.5 if rank_stabilised else 1) for ending, alpha in wanted.items()}
@@ -166,7 +166,7 @@ def test_what_is_assumed_about_alpha_is_said(tmp_path: Path, capsys: pytest.Capt
         load_lora(tiny_transformer("qwen"), tmp_path, NAMINGS["qwen"])
         said = capsys.readouterr().out
         assert (f"note: {source}: the alpha of 1 layers is written neither" in said) == assumed
-        notes = export_lora(source, tmp_path / "out" / "y.safetensors", "comfy", NAMINGS["qwen"])
+        notes = export(source, tmp_path / "out" / "y.safetensors", "comfy", NAMINGS["qwen"], overwrite=True)
         assert any("is taken for the rank" in note for note in notes) == assumed
     (tmp_path / "adapter_config.json").write_text('{"lora_alpha": "8"}')
     with pytest.raises(LoraFileError, match=r"adapter_config\.json: lora_alpha is '8'; it must be a number"):

@@ -155,7 +155,9 @@ def _predict(verb: argparse.ArgumentParser) -> None:
 
 def _evaluate(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("config", type=Path, help="the configuration, or the version folder of a run")
-    verb.add_argument("dataset", type=Path, help="folder of pairs that were not trained on")
+    verb.add_argument(
+        "dataset", nargs="?", help="folder of pairs that were not trained on; default: those that the run held out"
+    )
     _overrides(verb)
     verb.add_argument(
         "--lora", nargs="+", action="extend", default=[], help="LoRA files, checkpoint folders or hub ids"

@@ -147,8 +147,13 @@ def check(options: argparse.Namespace) -> None:
 
 def evaluate(options: argparse.Namespace) -> None:
     """Measure base, LoRAs and a copy of the input on pairs that were not trained on."""
-    from qwen_image_finetune.judging.evaluate import Request, evaluate
+    from qwen_image_finetune.judging.evaluate import evaluate
+    from qwen_image_finetune.judging.request import Request
 
+    given = options.dataset
+    if given is not None and "=" in given and not Path(given).exists():  # an override that stands where a folder may
+        options.overrides, given = [given, *options.overrides], None
+    options.dataset = None if given is None else Path(given)
     evaluate(filled(Request, options))
 
 

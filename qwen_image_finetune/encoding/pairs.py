@@ -54,8 +54,7 @@ class Pairs(NamedTuple):
 def open_pairs(config: Config, family: Family, decode: bool = False) -> Pairs:
     """The data set of a configuration, checked, and the pairs that validation holds out of it or reads beside it.
 
-    Held-out rows are those validation needs, spread over all there are. None has an input that looks like one that is
-    trained on.
+    No held-out row has an input that looks like one that is trained on.
 
     Raises:
         DataError: with all problems, before any model is loaded.
@@ -75,7 +74,7 @@ def open_pairs(config: Config, family: Family, decode: bool = False) -> Pairs:
         console.note(
             f"{len(chosen)} of {len(dataset)} pairs are held out of training (validation.share={settings.share})"
         )
-        return Pairs(Part(dataset, left), needed(config, Part(dataset, chosen)))
+        return Pairs(Part(dataset, left), Part(dataset, chosen))
 
     arguments = config.data.init_args.model_copy(update={"dataset_path": settings.dataset_path})
     data = config.data.model_copy(update={"init_args": arguments})
@@ -89,11 +88,11 @@ def open_pairs(config: Config, family: Family, decode: bool = False) -> Pairs:
             f"{len(leaking)} of {len(folder)} held-out pairs are left out: their inputs look like some that are "
             f"trained on ({names}{', ...' if len(leaking) > 3 else ''})"
         )
-    return Pairs(dataset, needed(config, Part(folder, sorted(set(range(len(folder))) - leaking))))
+    return Pairs(dataset, Part(folder, sorted(set(range(len(folder))) - leaking)))
 
 
 def needed(config: Config, held_out: ImageDataset) -> ImageDataset:
-    """The held-out rows that validation uses; the others need not be encoded."""
+    """The held-out rows that validation uses, spread over all there are; the others need not be encoded."""
     number = max(config.validation.num_loss_pairs, config.validation.num_validation_samples)
     return Part(held_out, spread(number, len(held_out)))
 
@@ -101,10 +100,10 @@ def needed(config: Config, held_out: ImageDataset) -> ImageDataset:
 def encoded(
     config: Config, family: Family, pairs: Pairs, checkpoint: Path, dtype: torch.dtype
 ) -> tuple[EncodedDataset, EncodedDataset | None]:
-    """(rows to train on, held-out rows), with the texts that each of them needs."""
+    """(rows to train on, held-out rows as far as validation needs them), with the texts that each of them needs."""
     if pairs.held_out is None:
         return EncodedDataset(config, family, pairs.training, checkpoint, dtype), None
-    held_out = EncodedDataset(config, family, pairs.held_out, checkpoint, dtype, trained_on=False)
+    held_out = EncodedDataset(config, family, needed(config, pairs.held_out), checkpoint, dtype, trained_on=False)
     # Samples are drawn from these, so the others need no negative prompts.
     unseen = config.model_copy(update={"validation": config.validation.model_copy(update={"enabled": False})})
     return EncodedDataset(unseen, family, pairs.training, checkpoint, dtype), held_out

@@ -96,7 +96,7 @@ class Options:
     tiny: bool = False
 
 
-class Row:
+class Timed:
     """One variant: built, then stepped when it is its turn."""
 
     def __init__(
@@ -273,7 +273,7 @@ def _visit(
 ) -> dict[str, Any]:
     """Build a variant, step it, and leave nothing behind; what goes wrong is the result."""
     try:
-        row = Row(name, variant, options, family, about, batch)
+        row = Timed(name, variant, options, family, about, batch)
         for _ in range(WARM_UP):
             row.step()
         for _ in range(options.steps):

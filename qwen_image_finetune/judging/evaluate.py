@@ -22,11 +22,9 @@ import torch
 from PIL.Image import Image
 
 from qwen_image_finetune import loading
-from qwen_image_finetune.config import Config, load_config, resolve_family
+from qwen_image_finetune.config import Config, resolve_family
 from qwen_image_finetune.data.dataset import ImageDataset
 from qwen_image_finetune.data.part import Part, spread
-from qwen_image_finetune.data.sources import read_folder
-from qwen_image_finetune.disk import history, versions
 from qwen_image_finetune.disk.files import write_atomic
 from qwen_image_finetune.disk.outputs import check_output
 from qwen_image_finetune.drawing import samples
@@ -39,52 +37,21 @@ from qwen_image_finetune.families import get_family
 from qwen_image_finetune.fitting.out_of_memory import explained
 from qwen_image_finetune.judging import metrics
 from qwen_image_finetune.judging.intervals import bootstrap
-from qwen_image_finetune.lora.sources import find_lora, find_tuned
+from qwen_image_finetune.judging.request import BASE, COPY, Candidate, Request, candidates, choose_pairs, open_request
+from qwen_image_finetune.lora.sources import find_lora
 from qwen_image_finetune.machine import console
 from qwen_image_finetune.records import Encoded, collate
 
 if TYPE_CHECKING:
     from qwen_image_finetune.drawing.predict import Predictor
 
-BASE, COPY = "base", "copy of the input"
 RESULTS = "evaluation.json"
+HELD_OUT = "held out of training"  # said of the run's own
 TRUTH, INPUT = "truth", "input"  # folders of what the candidates' pictures are looked at beside
 
 
-class EvaluationError(ValueError):
-    """Something that cannot be evaluated as asked."""
-
-
 @dataclass(frozen=True)
-class Request:
-    """What the command line asks for."""
-
-    config: Path  # a configuration, or the folder of a run
-    dataset: Path
-    lora: tuple[str, ...] = ()
-    checkpoints: tuple[str, ...] = ()  # "all", "best", "latest" or steps, of the run
-    strength: tuple[float, ...] = (1.0,)
-    output: Path | None = None
-    overwrite: bool = False  # an output folder that is there
-    count: int | None = None
-    seed: int = 0
-    steps: int | None = None
-    guidance: float | None = None
-    overrides: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """Something that draws."""
-
-    name: str
-    source: Path | str | None = None  # LoRA, or a checkpoint folder with a whole transformer
-    strength: float = 0.0
-    tuned: Path | None = None  # the checkpoint of a transformer tuned as a whole, if that is its source
-
-
-@dataclass(frozen=True)
-class Row:
+class Pair:
     """A pair, encoded once for all candidates. All pairs stay in memory: pictures only at the size of the target."""
 
     key: str
@@ -111,34 +78,35 @@ def evaluate(request: Request) -> dict[str, Any]:
     output = request.output or (run / "evaluation" if run else Path("evaluation"))
     check_output(output, request.overwrite, lambda folder: (folder / RESULTS).is_file(), folder=True)
     family = get_family(resolve_family(config, download=True)[0])
-    dataset = open_dataset(config, family, decode=True)
+    dataset, notes = choose_pairs(open_dataset(config, family, decode=True), run, request.dataset is None)
     if request.count is not None:
         dataset = Part(dataset, spread(request.count, len(dataset)))
 
+    lpips = metrics.find_lpips()
+    notes += [lpips] if isinstance(lpips, str) else []
+    for note in notes:
+        console.note(note)
     drawer = TunedPredictor(config)
     with explained(config, "predicting"):
         rows = encode(config, drawer.predictor, dataset, request)
-    lpips = metrics.find_lpips()
-    if isinstance(lpips, str):
-        console.say(f"note: {lpips}")
     results = []
     for candidate, folder in zip(found, folder_names([candidate.name for candidate in found]), strict=True):
         with explained(config, "predicting"):
             drawn = draw(drawer, candidate, rows, request)
         files = samples.save(output / folder, drawn)
         results.append(result(candidate, rows, drawn, lpips, [str(file.relative_to(output)) for file in files]))
-    compare(results)
+    add_differences(results)
     save_inputs(output, rows)
     evaluation = {
         "model": config.model.pretrained_model_name_or_path,
-        "dataset": str(request.dataset),
+        "dataset": str(request.dataset or HELD_OUT),
         "run": None if run is None else str(run),
         "pictures": len(rows),
         "seed": request.seed,
         "num_inference_steps": request.steps or drawer.predictor.defaults.num_inference_steps,
         "guidance_scale": drawer.predictor.defaults.guidance_scale if request.guidance is None else request.guidance,
         "metrics": {name: asdict(metric) for name, metric in metrics.METRICS.items()},
-        "notes": [lpips] if isinstance(lpips, str) else [],
+        "notes": notes,
         "candidates": results,
     }
     write_atomic(output / RESULTS, json.dumps(evaluation, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
@@ -148,80 +116,7 @@ def evaluate(request: Request) -> dict[str, Any]:
     return evaluation
 
 
-def open_request(request: Request) -> tuple[Path | None, Config]:
-    """(the run, where one is named; the configuration, reading the pairs to evaluate on).
-
-    Raises:
-        EvaluationError: the folder is no run, or a number means nothing.
-    """
-    run = request.config if request.config.is_dir() else None
-    if run is not None and not (run / "config.yaml").is_file():
-        raise EvaluationError(f"{run} holds no config.yaml: give a configuration, or the version folder of a run")
-    if request.count is not None and request.count < 1:
-        raise EvaluationError(f"--count {request.count}: at least one picture")
-    if request.steps is not None and request.steps < 1:
-        raise EvaluationError(f"--steps {request.steps}: at least 1, or leave it out for the model's own")
-    if request.checkpoints and run is None:
-        raise EvaluationError("--checkpoints are those of a run: give its version folder in place of the configuration")
-    file = request.config / "config.yaml" if run else request.config
-    path = f"data.init_args.dataset_path={json.dumps(str(request.dataset))}"
-    return run, with_masks_there_are(load_config(file, [*request.overrides, path]))
-
-
-def with_masks_there_are(config: Config) -> Config:
-    """The configuration, without masks where it reads them and the pairs have none.
-
-    A run that weighs its loss by masks needs them; here the truth shows the edited region as well.
-    """
-    arguments = config.data.init_args
-    if not arguments.use_edit_mask:
-        return config
-    rows = [row for folder in arguments.folders for row in read_folder(folder, masks=True)[0]]
-    if not rows or any(row.mask_name is not None for row in rows):
-        return config
-    data = config.data.model_copy(update={"init_args": arguments.model_copy(update={"use_edit_mask": False})})
-    return config.model_copy(update={"data": data})
-
-
-def candidates(request: Request, run: Path | None, config: Config) -> list[Candidate]:
-    """Base, copy, and every LoRA or checkpoint at every strength."""
-    sources: dict[str, Path | str] = {lora: lora for lora in request.lora}
-    wanted = request.checkpoints or (("best",) if run is not None and not request.lora else ())
-    if run is not None:
-        sources |= {folder.name: folder for word in wanted for folder in checkpoints(run, word)}
-    found = [Candidate(BASE), Candidate(COPY)]
-    for name, source in sources.items():
-        if tuned := find_tuned(source):  # it has no strength
-            found.append(Candidate(name, source, 1.0, tuned))
-        else:
-            found += [Candidate(f"{name} x {strength:g}", source, strength) for strength in request.strength]
-    return found
-
-
-def checkpoints(run: Path, word: str) -> list[Path]:
-    """The checkpoints of a run that "all", "best", "latest" or a step means; best is latest without a best.
-
-    Raises:
-        EvaluationError: there are none.
-    """
-    ordered = versions.checkpoint_folders(run)
-    folders = {versions.step_of(path): path for path in ordered}
-    best = history.best_checkpoint(run)
-    if word == "all" and ordered:
-        return ordered
-    if word == "best" and best is not None and best.is_dir():
-        return [best]
-    if word in ("best", "latest") and ordered:
-        return ordered[-1:]
-    if word.isdecimal() and int(word) in folders:
-        return [folders[int(word)]]
-    raise EvaluationError(
-        f"{run} has no checkpoint {word!r}: there are those of the steps {sorted(folders)}; 'all', 'best' and 'latest' "
-        "choose among them"
-    )
-
-
-def encode(config: Config, predictor: Predictor, dataset: ImageDataset, request: Request) -> list[Row]:
+def encode(config: Config, predictor: Predictor, dataset: ImageDataset, request: Request) -> list[Pair]:
     """The rows as training would see them, on the CPU."""
     folder = loading.checkpoint_folder(config, predictor.family)
     encoder = EncodedDataset(config, predictor.family, dataset, folder, predictor.pipe.vae.dtype)
@@ -234,12 +129,12 @@ def encode(config: Config, predictor: Predictor, dataset: ImageDataset, request:
             negative = encoder.encode(predictor.pipe, example, other) if guided_twice else None
             source = samples.source_of(example)
             wanted = encoder.encode(predictor.pipe, example)
-            rows.append(Row(example.key, example.prompt, source, example.target, example.mask, wanted, negative))
+            rows.append(Pair(example.key, example.prompt, source, example.target, example.mask, wanted, negative))
             update(index + 1)
     return rows
 
 
-def draw(drawer: TunedPredictor, candidate: Candidate, rows: Sequence[Row], request: Request) -> list[Image]:
+def draw(drawer: TunedPredictor, candidate: Candidate, rows: Sequence[Pair], request: Request) -> list[Image]:
     """What a candidate makes of every row; each row has its own noise, the same for all candidates."""
     if candidate.name == COPY:
         return [row.source or row.target.copy() for row in rows]
@@ -264,7 +159,7 @@ def use(drawer: TunedPredictor, candidate: Candidate) -> None:
 
 
 def result(
-    candidate: Candidate, rows: Sequence[Row], drawn: Sequence[Image], lpips: metrics.Lpips | str, files: Sequence[str]
+    candidate: Candidate, rows: Sequence[Pair], drawn: Sequence[Image], lpips: metrics.Lpips | str, files: Sequence[str]
 ) -> dict[str, Any]:
     """Measures of every picture, and their means."""
     pictures: list[dict[str, Any]] = []
@@ -294,7 +189,7 @@ def mean(values: Sequence[float | None]) -> dict[str, float | int | None] | None
     return {"mean": interval.mean, "low": ends[0], "high": ends[1], "pictures": len(present)}
 
 
-def compare(results: Sequence[dict[str, Any]]) -> None:
+def add_differences(results: Sequence[dict[str, Any]]) -> None:
     """Add to each result the mean difference of its pictures from the base's: the pairs' own spread cancels."""
     base = next(one for one in results if one["name"] == BASE)
     for one in results:
@@ -305,7 +200,7 @@ def compare(results: Sequence[dict[str, Any]]) -> None:
         }
 
 
-def save_inputs(output: Path, rows: Sequence[Row]) -> None:
+def save_inputs(output: Path, rows: Sequence[Pair]) -> None:
     """What the pictures of the candidates are to be looked at beside."""
     samples.save(output / TRUTH, [row.target for row in rows])
     if all(row.source is not None for row in rows):

@@ -55,7 +55,7 @@ STYLES = ("bald", "short", "short", "bob", "long", "pigtails", "afro", "spikes",
 STYLES_UNDER_HATS = ("bald", "short", "bob", "long", "pigtails")
 
 
-class Look(NamedTuple):
+class Features(NamedTuple):
     """What the parts of one face share."""
 
     skin: Colour
@@ -105,7 +105,7 @@ def draw_face(rng: Generator, size: int, wish: Wish = AS_DRAWN) -> tuple[Image.I
     skin = SKINS[rng.integers(len(SKINS))]
     hairs = [hair for hair in HAIRS if math.dist(hair, skin) > 75]  # or nobody could tell where the hair begins
     hair = hairs[rng.integers(len(hairs))]
-    look = Look(
+    look = Features(
         skin=wish.skin or skin,
         hair=wish.hair or hair,
         style=styles[rng.integers(len(styles))],
@@ -148,14 +148,14 @@ def classes(mask: NDArray[np.uint8]) -> NDArray[np.int64]:
     return distances.argmin(axis=-1)
 
 
-def _outline(look: Look, grow: float = 0.0) -> Points:
+def _outline(look: Features, grow: float = 0.0) -> Points:
     """The head, narrower towards the chin."""
     points = oval(0, 0, look.width + grow, 1 + grow)
     points[:, 0] *= 1 - look.chin * np.clip(points[:, 1], 0, None) ** 1.5
     return points
 
 
-def _body(canvas: Canvas, rng: Generator, look: Look, wished: Colour | None) -> None:
+def _body(canvas: Canvas, rng: Generator, look: Features, wished: Colour | None) -> None:
     """Neck and shoulders, which belong to the background."""
     chosen = hsv(rng.random(), rng.uniform(0.3, 0.9), rng.uniform(0.3, 0.95))
     shirt = wished or chosen
@@ -167,7 +167,7 @@ def _body(canvas: Canvas, rng: Generator, look: Look, wished: Colour | None) -> 
         canvas.stroke(line((side * 0.46, 1.29), (0, 1.66)), collar, 0.08)
 
 
-def _head(canvas: Canvas, rng: Generator, look: Look) -> None:
+def _head(canvas: Canvas, rng: Generator, look: Features) -> None:
     shadow = shade(look.skin, 0.86)
     for side in (-1, 1):
         canvas.fill(oval(side * look.width, 0.02, 0.14, 0.22), look.skin, FACE)
@@ -180,7 +180,7 @@ def _head(canvas: Canvas, rng: Generator, look: Look) -> None:
             canvas.fill(oval(side * 0.6 * look.width, 0.28, 0.16, 0.11), (blush[0], blush[1], blush[2]))
 
 
-def _eyes(canvas: Canvas, rng: Generator, look: Look) -> None:
+def _eyes(canvas: Canvas, rng: Generator, look: Features) -> None:
     distance, height = rng.uniform(0.42, 0.48) * look.width, rng.uniform(-0.16, -0.04)
     radius_x, radius_y = rng.uniform(0.15, 0.19), rng.uniform(0.09, 0.15)
     iris = hsv(rng.choice([0.07, 0.09, 0.3, 0.56, 0.6]), rng.uniform(0.4, 0.8), rng.uniform(0.25, 0.75))
@@ -202,7 +202,7 @@ def _eyes(canvas: Canvas, rng: Generator, look: Look) -> None:
         )
 
 
-def _nose(canvas: Canvas, rng: Generator, look: Look) -> None:
+def _nose(canvas: Canvas, rng: Generator, look: Features) -> None:
     length, width = rng.uniform(0.22, 0.34), rng.uniform(0.08, 0.14)
     shadow, light = shade(look.skin, 0.74), shade(look.skin, 1.25)
     canvas.stroke(line((0.02, -0.02), (width * 0.6, length - 0.05)), shade(look.skin, 0.88), 0.05)
@@ -210,7 +210,7 @@ def _nose(canvas: Canvas, rng: Generator, look: Look) -> None:
     canvas.fill(oval(-0.02, length - 0.07, 0.04, 0.05), light)
 
 
-def _mouth(canvas: Canvas, rng: Generator, look: Look) -> None:
+def _mouth(canvas: Canvas, rng: Generator, look: Features) -> None:
     y, width = rng.uniform(0.54, 0.62), rng.uniform(0.22, 0.34)
     lips = hsv(rng.uniform(-0.03, 0.02), rng.uniform(0.45, 0.75), rng.uniform(0.55, 0.85))
     kind = rng.choice(["smile", "laugh", "closed", "round"])
@@ -241,7 +241,7 @@ def _mouth(canvas: Canvas, rng: Generator, look: Look) -> None:
         canvas.stroke(np.stack([across * width * 0.92, middle], axis=1), shade(lips, 0.55), 0.03)
 
 
-def _beard(canvas: Canvas, rng: Generator, look: Look) -> None:
+def _beard(canvas: Canvas, rng: Generator, look: Features) -> None:
     if look.style in ("bob", "long", "pigtails", "bun") or rng.random() < 0.6:
         return
     if rng.random() < 0.5:  # a full beard: the outline of the jaw, hollow above
@@ -255,7 +255,7 @@ def _beard(canvas: Canvas, rng: Generator, look: Look) -> None:
         canvas.fill(oval(side * 0.15, 0.44, 0.19, 0.07), look.hair, HAIR)
 
 
-def _hair_behind(canvas: Canvas, look: Look) -> None:
+def _hair_behind(canvas: Canvas, look: Features) -> None:
     dark, width = shade(look.hair, 0.72), look.width
     if look.style == "long":
         canvas.fill(
@@ -288,7 +288,7 @@ def _hair_behind(canvas: Canvas, look: Look) -> None:
         )
 
 
-def _hair_in_front(canvas: Canvas, rng: Generator, look: Look) -> None:
+def _hair_in_front(canvas: Canvas, rng: Generator, look: Features) -> None:
     """From the crown down to the hairline, with locks at the sides of longer hair."""
     if look.style == "bald":
         return
@@ -314,7 +314,7 @@ def _hair_in_front(canvas: Canvas, rng: Generator, look: Look) -> None:
             canvas.stroke(line((edge - side * 0.1, -0.3), (edge - side * 0.1, end - 0.05)), light, 0.025)
 
 
-def _glasses(canvas: Canvas, rng: Generator, look: Look) -> None:
+def _glasses(canvas: Canvas, rng: Generator, look: Features) -> None:
     """Frames in the picture alone: eyes and face behind them keep their labels."""
     colour = hsv(rng.random(), rng.uniform(0, 0.8), rng.uniform(0.1, 0.5))
     radius, thickness, y, x = rng.uniform(0.25, 0.29), rng.uniform(0.035, 0.06), -0.1, 0.45 * look.width
@@ -328,7 +328,7 @@ def _glasses(canvas: Canvas, rng: Generator, look: Look) -> None:
     canvas.stroke(line((-(x - radius), y - 0.03), (0, y - 0.08), (x - radius, y - 0.03)), colour, thickness)
 
 
-def _plain_glasses(canvas: Canvas, look: Look) -> None:
+def _plain_glasses(canvas: Canvas, look: Features) -> None:
     """Round sunglasses, large enough to count in a small picture."""
     dark, y, x = (16, 16, 20), -0.1, 0.45 * look.width
     for side in (-1, 1):

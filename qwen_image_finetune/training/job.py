@@ -13,7 +13,7 @@ from qwen_image_finetune.config import Config, ConfigError, resolve_family
 from qwen_image_finetune.data.batches import Batches
 from qwen_image_finetune.data.dataset import ImageDataset
 from qwen_image_finetune.encoding.cache import EncodedDataset
-from qwen_image_finetune.encoding.pairs import encoded, open_pairs
+from qwen_image_finetune.encoding.pairs import Pairs, encoded, open_pairs
 from qwen_image_finetune.families import get_family, with_targets
 from qwen_image_finetune.families.base import Family
 from qwen_image_finetune.fitting.plan import card_memory, settled
@@ -53,7 +53,8 @@ class Job:
     team: Team
     sharding: Sharding | None  # None: every process has the whole model
     rows: EncodedDataset  # pairs to train on
-    held_out: EncodedDataset | None  # pairs that are only validated on
+    held_out: EncodedDataset | None  # pairs that are only validated on, as many as that takes
+    pairs: Pairs  # all of both
     batches: Batches
     total_steps: int  # optimizer steps of the whole run, resumed ones included
 
@@ -112,6 +113,7 @@ def open_job(config: Config) -> Job:
         sharding=sharding,
         rows=rows,
         held_out=held_out,
+        pairs=pairs,
         batches=batches,
         total_steps=num_steps(config, batches),
     )

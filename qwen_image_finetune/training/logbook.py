@@ -13,6 +13,7 @@ from torch import Tensor
 from qwen_image_finetune.config import Config
 from qwen_image_finetune.disk import checkpoint, history, runs, versions
 from qwen_image_finetune.disk.files import DiskFull, is_disk_full, write_atomic
+from qwen_image_finetune.encoding import remembered
 from qwen_image_finetune.levers import parallel
 from qwen_image_finetune.machine import console, journal, processes
 from qwen_image_finetune.machine.environment import environment
@@ -63,7 +64,7 @@ class Logbook:
         return self.run is not None and not history.has_round(self.run.path, step)
 
     def begin(self) -> None:
-        """What is known once the run is about to train: the configuration as it was decided, versions, the device."""
+        """What is known once the run is about to train: configuration as it was decided, pairs, versions, device."""
         if self.run is None:
             return
         config, step = self.job.config, self.progress.step
@@ -72,6 +73,8 @@ class Logbook:
         write_atomic(self.run.path / history.DATA, json.dumps(self.content, ensure_ascii=False) + "\n")
         made_with = environment(device_words(self.job.accelerator.device), self.job.team.size)
         write_atomic(self.run.path / history.ENVIRONMENT, json.dumps(made_with) + "\n")
+        pairs, files = self.job.pairs, self.job.rows.fingerprints
+        remembered.remember(self.run.path, pairs.training, pairs.held_out, files.file)
         self.trackers = Trackers(config, self.run.path, step or None)
 
     def record(self, values: Mapping[str, float], sigmas: Sequence[Tensor]) -> None:

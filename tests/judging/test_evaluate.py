@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gc
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,12 +14,15 @@ import pytest
 from PIL import Image
 
 from qwen_image_finetune.command.cli import main
-from qwen_image_finetune.config import Config
+from qwen_image_finetune.config import Config, load_config
 from qwen_image_finetune.data.images import resize
-from qwen_image_finetune.encoding.pairs import open_dataset
-from qwen_image_finetune.families import FAMILIES
+from qwen_image_finetune.disk.versions import RunError
+from qwen_image_finetune.encoding import remembered
+from qwen_image_finetune.encoding.pairs import open_dataset, open_pairs
+from qwen_image_finetune.families import FAMILIES, get_family
 from qwen_image_finetune.judging import metrics
-from qwen_image_finetune.judging.evaluate import EvaluationError, Request, encode, evaluate, folder_names
+from qwen_image_finetune.judging.evaluate import encode, evaluate, folder_names
+from qwen_image_finetune.judging.request import EvaluationError, Request
 from qwen_image_finetune.lora.header import LoraFileError
 from qwen_image_finetune.trainer import Trainer
 from qwen_image_finetune.training.train import train
@@ -161,3 +165,68 @@ def test_every_candidate_has_a_folder_of_its_own() -> None:
         "/": "candidate",
     }
     assert folder_names(list(names)) == list(names.values())
+
+
+def test_a_run_knows_which_pairs_it_held_out(
+    configure: Configure, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By their content: whatever they are called, and whatever came to the folder since."""
+    folder = Path(shutil.copytree(pairs, tmp_path / "faces"))
+    rounds = "validation={enabled: true, share: 0.3, steps: 100, num_loss_pairs: 1, num_validation_samples: 1}"
+    where = f"data.init_args.dataset_path={folder}"
+    run = train(configure("FluxKontext", where, rounds, "train.max_train_steps=5"))
+    assert run is not None
+    config, family = load_config(run / "config.yaml"), get_family("FluxKontext")
+    split = open_pairs(config, family)
+    assert split.held_out is not None and len(split.held_out) == 2, "all of them, however few the rounds measure"
+    held_out = [row.key for row in split.held_out.rows]
+    one = held_out[0]
+    for file in [*folder.glob(f"*/{one}.png"), *folder.glob(f"*/{one}.txt")]:
+        file.rename(file.with_stem("another name"))
+    for part in ("control_images", "training_images"):
+        shutil.copy(folder / part / "another name.png", folder / part / f"{one}.png")
+        Image.new("RGB", (64, 64), "red").save(folder / part / "new.png")
+    for name in (one, "new"):
+        (folder / "training_images" / f"{name}.txt").write_text("edit")
+    (folder / "control_images" / f"{one}.png").write_bytes((folder / "control_images" / "new.png").read_bytes())
+
+    assert main(["evaluate", str(run), "--steps", "1", "train.seed=1"]) == 0
+    written = json.loads((run / "evaluation" / "evaluation.json").read_text())
+    keys = [row["key"] for row in written["candidates"][0]["pictures"]]
+    assert sorted(keys) == sorted({*held_out, "another name"} - {one})
+    assert written["dataset"] == "held out of training" and not [each for each in written["notes"] if "train" in each]
+
+    capsys.readouterr()
+    found = evaluate(Request(run, pairs, steps=1, count=1))
+    note = next(each for each in found["notes"] if "trained on" in each)
+    assert note.startswith("5 of 7 pairs were trained on") and note in capsys.readouterr().out
+    for file in folder.glob("*/another name.*"):
+        file.unlink()
+    found = evaluate(Request(run, None, steps=1))
+    assert found["pictures"] == 1 and "1 of 2 held-out pairs are not there any more" in found["notes"]
+
+
+def test_held_out_pairs_that_there_are_not(configure: Configure, squares: Path, tmp_path: Path) -> None:
+    run = train(configure("FluxKontext", "train.max_train_steps=5"))
+    assert run is not None
+    with pytest.raises(EvaluationError, match="held no pairs out"):
+        evaluate(Request(run, None))
+    with pytest.raises(EvaluationError, match="name the folder"):
+        evaluate(Request(tmp_path / "config.yaml", None))
+    (run / "pairs.json").write_text('{"trained": 1}')
+    with pytest.raises(RunError, match=r"pairs\.json is damaged"):
+        evaluate(Request(run, squares))
+    (run / "pairs.json").unlink()
+    assert [note for note in evaluate(Request(run, squares, steps=1, count=1))["notes"] if "pairs" in note] == []
+
+
+def test_what_was_trained_on_stays_so(configure: Configure, pairs: Path, squares: Path) -> None:
+    """A run that goes on with fewer pairs has seen the others all the same."""
+    first = train(configure("FluxKontext", "train.max_train_steps=5"))
+    again = train(
+        configure("FluxKontext", f"data.init_args.dataset_path={squares}", "train.resume_from_checkpoint=latest")
+    )
+    assert first is not None and again == first
+    known = remembered.read(first)
+    assert known is not None and known.held_out == ()
+    assert len(known.trained) == 7 + 3

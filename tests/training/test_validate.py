@@ -17,7 +17,7 @@ from torch import Tensor
 from qwen_image_finetune.config import Config, ConfigError
 from qwen_image_finetune.data.images import DataError
 from qwen_image_finetune.disk import history
-from qwen_image_finetune.encoding.pairs import open_pairs
+from qwen_image_finetune.encoding.pairs import needed, open_pairs
 from qwen_image_finetune.families import FAMILIES, get_family
 from qwen_image_finetune.training.state import State
 from qwen_image_finetune.training.train import train
@@ -232,7 +232,7 @@ def test_half_precision_draws_a_model_trained_as_a_whole(name: str, configure: C
         folder, dtype = loading.checkpoint_folder(config, family), loading.encoder_dtype(precision)
         pairs = open_pairs(config, family).held_out
         assert pairs is not None
-        rows = EncodedDataset(config, family, pairs, folder, dtype, trained_on=False)
+        rows = EncodedDataset(config, family, needed(config, pairs), folder, dtype, trained_on=False)
         pipe = loading.load_encoders(family, folder, dtype, {"default": cpu})
         model: Any = family.transformer
         transformer = model.from_pretrained(folder, subfolder="transformer", torch_dtype=torch.float32)

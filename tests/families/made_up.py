@@ -124,7 +124,7 @@ class MadeUp(Family):
     num_inference_steps = 6
     guidance_scale = 3.0
     negative_prompt = ""
-    adapter_targets = ("attn.to_q", "attn.to_v", "attn.add_q_proj")
+    adapter_targets = tuple(f"attn.{name}" for x in "qkv" for name in (f"to_{x}", f"add_{x}_proj"))
     lora_names: ClassVar[Mapping[str, Native]] = {
         "blocks.{}.seen.qkv": Native(tuple(f"transformer_blocks.{{}}.attn.to_{x}" for x in "qkv"), (1, 1, 1)),
         "blocks.{}.read.qkv": Native(tuple(f"transformer_blocks.{{}}.attn.add_{x}_proj" for x in "qkv"), (1, 1, 1)),

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-SIZES = {"phone": (390, 844), "desktop": (1280, 900)}
+SIZES = {"phone": (390, 844), "desktop": (1440, 900)}
 HEIGHT = 6000  # of the picture: a whole page at once
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -23,7 +23,10 @@ FRAME = """<!doctype html><meta charset="utf-8"><style>html, body {{ margin: 0 }
 <script>
 addEventListener("load", () => {{
   const inside = document.querySelector("iframe").contentDocument.documentElement;
-  document.title = "sideways " + (inside.scrollWidth - {width}) + " height " + inside.scrollHeight;
+  const cut = [...inside.querySelectorAll("body *:not(.sides)")].filter(each =>
+    each.scrollWidth > each.clientWidth + 1 && getComputedStyle(each).overflowX !== "visible");
+  const names = [...new Set(cut.map(each => each.tagName.toLowerCase() + "." + each.className))].join(" ");
+  document.title = "sideways " + (inside.scrollWidth - {width}) + " cut [" + names + "]";
 }});
 </script>"""
 
@@ -52,11 +55,13 @@ def look(page: Path, folder: Path) -> list[str]:
         options = (f"--window-size={max(width, 500)},{HEIGHT}", f"--screenshot={folder / f'{page.stem}-{name}.png'}")
         said = chromium(frame.resolve().as_uri(), *options)
         problems += [f"{page} ({name}): {line}" for line in re.findall(r".*CONSOLE.*", said)]
-        seen = re.search(r"sideways (-?\d+)", chromium(frame.resolve().as_uri(), "--dump-dom"))
+        seen = re.search(r"sideways (-?\d+) cut \[(.*?)\]", chromium(frame.resolve().as_uri(), "--dump-dom"))
         if seen is None:
             problems.append(f"{page} ({name}): did not load")
         elif int(seen[1]) > 0:
             problems.append(f"{page} ({name}): sticks out by {seen[1]} pixels at a width of {width}")
+        if seen is not None and seen[2]:
+            problems.append(f"{page} ({name}): cut off at a width of {width}: {seen[2]}")
         frame.unlink()
     return problems
 

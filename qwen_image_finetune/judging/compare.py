@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen_image_finetune.disk.files import write_atomic
 from qwen_image_finetune.disk.outputs import check_output
+from qwen_image_finetune.judging.metrics import METRICS
 from qwen_image_finetune.judging.pages.curves import Series, curve
 from qwen_image_finetune.judging.pages.html import document, escape, is_page, picture, section, table
-from qwen_image_finetune.judging.pages.reading import ReportError, Version, said
+from qwen_image_finetune.judging.pages.reading import Version, said
+from qwen_image_finetune.judging.pages.shapes import ReportError
 from qwen_image_finetune.judging.report import headline
 
 if TYPE_CHECKING:
@@ -66,7 +69,7 @@ def summary(found: Sequence[Version], names: Sequence[str]) -> str:
 
 def difference(found: Sequence[Version], names: Sequence[str]) -> str:
     """Settings and versions that are not the same in all runs."""
-    trees = [{**version.settings, **_packages(version)} for version in found]
+    trees = [{**_pairs(version), **version.settings, **_packages(version)} for version in found]
     keys = list(dict.fromkeys(key for tree in trees for key in tree))
     rows = [[key, *(said(tree[key]) if key in tree else "-" for tree in trees)] for key in keys]
     rows = [row for row in rows if len(set(row[1:])) > 1]
@@ -76,7 +79,20 @@ def difference(found: Sequence[Version], names: Sequence[str]) -> str:
 
 
 def _packages(version: Version) -> dict[str, str]:
-    return {f"version of {name}": said(value) for name, value in version.environment.get("packages", {}).items()}
+    return {f"version of {name}": said(value) for name, value in version.packages.items()}
+
+
+def _pairs(version: Version) -> dict[str, str]:
+    """How many pairs were trained on and held out, and a sum of their contents: two runs may hold out others."""
+    if version.pairs is None:
+        return {}
+    parts = {"pairs trained on": version.pairs.trained, "pairs held out": version.pairs.held_out}
+    return {name: _counted([content for _, content in known]) for name, known in parts.items()}
+
+
+def _counted(contents: Sequence[str]) -> str:
+    total = hashlib.sha256("".join(sorted(contents)).encode()).hexdigest()
+    return f"{len(contents)} (content {total[:8]})" if contents else "0"
 
 
 def curves(found: Sequence[Version], names: Sequence[str]) -> str:
@@ -99,7 +115,12 @@ def samples(found: Sequence[Version], names: Sequence[str]) -> str:
     """The newest sample of every pair in every run, beside its truth."""
     keys = list(dict.fromkeys(sample.key for version in found for sample in version.samples))
     if not keys:
-        return '<p class="note">None of the runs drew samples.</p>'
+        coming = [
+            f"{name}: {version.to_come('samples', version.first_samples)}"
+            for version, name in zip(found, names, strict=True)
+            if version.first_samples is not None
+        ]
+        return f'<p class="note">None of the runs has drawn samples. {escape(" ".join(coming))}</p>'
     blocks = []
     for key in keys:
         figures, about = list[str](), ""
@@ -124,14 +145,18 @@ def _figure(image: Image, name: str, note: str) -> str:
 
 def evaluation(found: Sequence[Version], names: Sequence[str]) -> str:
     """Every candidate of every evaluated run; only those on the same pairs are comparable, so the pairs are named."""
-    rows: list[list[str]] = []
-    metrics: list[str] = []
-    for version, name in zip(found, names, strict=True):
-        for candidate in version.evaluation.get("candidates", []):
-            metrics = list(version.evaluation["metrics"])
-            values = [candidate["means"][metric] for metric in metrics]
-            shown = ["-" if value is None else f"{value['mean']:.4g}" for value in values]
-            rows.append([f"{name}: {candidate['name']}", version.evaluation["dataset"], *shown])
+    candidates = [
+        (name, version.evaluation, candidate)
+        for version, name in zip(found, names, strict=True)
+        if version.evaluation is not None
+        for candidate in version.evaluation.candidates
+    ]
+    metrics = [metric for metric in METRICS if any(each.means.get(metric) for _, _, each in candidates)]
+    rows = []
+    for name, evaluation, candidate in candidates:
+        values = [candidate.means.get(metric) for metric in metrics]
+        shown = ["-" if value is None else f"{value.mean:.4g}" for value in values]
+        rows.append([f"{name}: {candidate.name}", evaluation.dataset, *shown])
     if not rows:
-        return '<p class="note">None of the runs is evaluated yet: <code>qif evaluate RUN DATASET</code>.</p>'
+        return '<p class="note">None of the runs is evaluated yet: <code>qif evaluate RUN</code>.</p>'
     return table(["", "pairs", *metrics], rows)

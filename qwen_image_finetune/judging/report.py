@@ -5,16 +5,18 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from qwen_image_finetune.config import Config
 from qwen_image_finetune.data.images import DataError, open_upright
+from qwen_image_finetune.data.listing import Row
 from qwen_image_finetune.disk.files import write_atomic
 from qwen_image_finetune.disk.outputs import check_output
 from qwen_image_finetune.disk.versions import LORA_WEIGHTS
+from qwen_image_finetune.encoding.remembered import content_of
 from qwen_image_finetune.judging.pages.curves import Series, curve
 from qwen_image_finetune.judging.pages.html import cards, details, document, escape, is_page, picture, section, table
 from qwen_image_finetune.judging.pages.reading import Sample, Version, flat, said
+from qwen_image_finetune.judging.pages.shapes import Evaluation, Mean
 
 THUMBNAILS, THUMBNAIL_HEIGHT, SAMPLE_HEIGHT = 12, 128, 384
 REQUIRED = "model.pretrained_model_name_or_path"  # has no default
@@ -35,7 +37,7 @@ def report(path: Path, output: Path | None = None, overwrite: bool = False) -> P
     subtitle = f"{settings['model.pretrained_model_name_or_path']}, {version.state} at step {steps:,}"
     parts = (
         cards(headline(version)),
-        section("samples", "Samples", samples(version.samples)),
+        section("samples", "Samples", samples(version)),
         section("curves", "Curves", curves(version)),
         section("metrics", "Evaluation", evaluation(version.evaluation)),
         section("data", "Data", data(version)),
@@ -50,7 +52,10 @@ def report(path: Path, output: Path | None = None, overwrite: bool = False) -> P
 def headline(version: Version) -> list[tuple[str, str]]:
     """The numbers that matter most."""
     found = [("state", version.state), ("steps", f"{version.steps:,}")]
-    if version.rows:
+    if version.pairs is not None:
+        found.append(("pairs trained on", f"{len(version.pairs.trained):,}"))
+        found.append(("pairs held out", f"{len(version.pairs.held_out):,}"))
+    elif version.rows:
         found.append(("pairs", f"{len(version.rows):,}"))
     losses = [value for _, value in version.points("loss")]
     if losses:
@@ -58,7 +63,7 @@ def headline(version: Version) -> list[tuple[str, str]]:
         found.append(("loss, last tenth", f"{sum(tail) / len(tail):.4f}"))
     if held_out := version.points("held_out_difference"):
         found.append(("held-out loss against the base", f"{held_out[-1][1]:+.4f}"))
-    if version.best:
+    if version.best is not None:
         found.append(("best checkpoint", str(version.best["checkpoint"])))
     seconds = sorted(value for _, value in version.points("step_seconds"))
     if seconds:
@@ -85,11 +90,18 @@ def data(version: Version) -> str:
         names = [f"reference of {row.key}"] * len(row.reference_names) + [f"target of {row.key}"]
         images = "".join(picture(*each, THUMBNAIL_HEIGHT) for each in zip(pictures, names, strict=True))
         figures.append(
-            f'<figure><div class="row">{images}</div><figcaption><b>{escape(row.key)}</b> {escape(caption or "")}'
+            f'<figure><div class="row">{images}</div><figcaption><b>{escape(row.key)}</b> {_use(version, row)}'
+            f"{escape(caption or '')}"
             "</figcaption></figure>"
         )
     shown = f"{number} of {len(rows):,} pairs, reference left, target right." if number < len(rows) else ""
     return f'<p class="note">{shown}</p><div class="grid">{"".join(figures)}</div>'
+
+
+def _use(version: Version, row: Row) -> str:
+    """Says of a pair that it was held out; all others are trained on."""
+    known = version.pairs
+    return "(held out) " if known and known.held_out and known.was_held_out(content_of(row)) else ""
 
 
 def curves(version: Version) -> str:
@@ -117,16 +129,28 @@ def curves(version: Version) -> str:
                Series("until its samples are there", version.points("data_seconds"), 5, smooth=True)], zero=True),
         curve("peak memory, GiB", [Series("memory", version.points("memory_gib"), 5)], zero=True),
     ]  # fmt: skip
-    note = (
-        "" if band else '<p class="note">No pairs were held out: validation.share or validation.dataset_path does.</p>'
-    )
-    return f'<div class="curves">{"".join(figures)}</div>{note}'
+    return f'<div class="curves">{"".join(figures)}</div>{"" if band else _unmeasured(version)}'
 
 
-def samples(drawn: Sequence[Sample]) -> str:
+def _unmeasured(version: Version) -> str:
+    """Why there is no held-out loss, and when there will be."""
+    if version.first_measure is not None:
+        words = version.to_come("losses of held-out pairs", version.first_measure)
+    else:
+        words = (
+            "No held-out loss: validation.enabled=true with validation.share or validation.dataset_path measures it."
+        )
+    return f'<p class="note">{escape(words)}</p>'
+
+
+def samples(version: Version) -> str:
     """Every drawn pair with a slider between what it is compared with and what was drawn, and one for the step."""
+    drawn = version.samples
     if not drawn:
-        return '<p class="note">No samples were drawn: validation.enabled=true draws them.</p>'
+        words = "No samples were drawn: validation.enabled=true draws them."
+        if version.first_samples is not None:
+            words = version.to_come("samples", version.first_samples)
+        return f'<p class="note">{escape(words)}</p>'
     every = sorted({step for sample in drawn for step in sample.drawn})
     steps = [every[round(place * (len(every) - 1) / max(min(MOST_STEPS, len(every)) - 1, 1))]
              for place in range(min(MOST_STEPS, len(every)))]  # fmt: skip
@@ -161,31 +185,31 @@ def _sides(sample: Sample, steps: Sequence[int], left: str) -> str:
     )
 
 
-def evaluation(found: dict[str, Any]) -> str:
-    """Means with their intervals; the best of each measure is named below."""
-    if not found:
-        return '<p class="note">Not evaluated yet: <code>qif evaluate RUN DATASET</code> adds this part.</p>'
-    names = [name for name in found["metrics"] if any(one["means"][name] for one in found["candidates"])]
-    heads = [f"{name}, {found['metrics'][name]['unit']}" if found["metrics"][name]["unit"] else name for name in names]
-    rows = [[one["name"], *(_mean(one["means"][name]) for name in names)] for one in found["candidates"]]
+def evaluation(found: Evaluation | None) -> str:
+    """Means with their intervals; what each measure means is said below."""
+    if found is None:
+        return '<p class="note">Not evaluated yet: <code>qif evaluate RUN</code> adds this part.</p>'
+    names = [name for name in found.metrics if any(one.means.get(name) for one in found.candidates)]
+    heads = [f"{name}, {found.metrics[name].unit}" if found.metrics[name].unit else name for name in names]
+    rows = [[one.name, *(_mean(one.means.get(name)) for name in names)] for one in found.candidates]
     meaning = "".join(
-        f"<li><b>{escape(name)}</b>: {escape(about['words'])}{escape(_better(about['better']))}</li>"
-        for name, about in found["metrics"].items()
+        f"<li><b>{escape(name)}</b>: {escape(about.words)}{escape(_better(about.better))}</li>"
+        for name, about in found.metrics.items()
         if name in names
     )
-    notes = "".join(f'<p class="note">{escape(note)}</p>' for note in found["notes"])
+    notes = "".join(f'<p class="note">{escape(note)}</p>' for note in found.notes)
     about = (
-        f"{found['pictures']} pairs of {found['dataset']}, {found['num_inference_steps']} sampler steps, guidance "
-        f"{found['guidance_scale']}, seed {found['seed']}; means with 95 % bootstrap intervals"
+        f"{found.pictures} pairs, {found.dataset}; {found.num_inference_steps} sampler steps, guidance "
+        f"{found.guidance_scale:g}, seed {found.seed}; means with 95 % bootstrap intervals"
     )
     return f"<p>{escape(about)}</p>{table(['', *heads], rows)}{notes}<ul>{meaning}</ul>"
 
 
-def _mean(value: dict[str, Any] | None) -> str:
+def _mean(value: Mean | None) -> str:
     if value is None:
         return "-"
-    ends = "" if value["low"] is None else f" [{value['low']:.3g}, {value['high']:.3g}]"
-    return f"{value['mean']:.4g}{ends}"
+    ends = "" if value.low is None or value.high is None else f" [{value.low:.3g}, {value.high:.3g}]"
+    return f"{value.mean:.4g}{ends}"
 
 
 def _better(direction: str) -> str:
@@ -195,7 +219,7 @@ def _better(direction: str) -> str:
 def files(version: Version) -> str:
     """Weights with their sizes, and how they are used."""
     rows: list[list[str]] = []
-    marked, best = [], version.best.get("checkpoint")
+    marked, best = [], None if version.best is None else version.best["checkpoint"]
     for folder in version.checkpoints:
         for name in (LORA_WEIGHTS, "transformer"):
             path = folder / name

@@ -14,9 +14,13 @@ import pytest
 
 from qwen_image_finetune.command.cli import main
 from qwen_image_finetune.config import Config
+from qwen_image_finetune.data.sources import read_folder
+from qwen_image_finetune.encoding.remembered import content_of
+from qwen_image_finetune.judging.compare import compare
 from qwen_image_finetune.judging.pages.curves import MOST_POINTS, Series, curve, moving_mean, nice_ticks, thinned
 from qwen_image_finetune.judging.pages.html import table
-from qwen_image_finetune.judging.pages.reading import ReportError, Version
+from qwen_image_finetune.judging.pages.reading import Version
+from qwen_image_finetune.judging.pages.shapes import ReportError
 from qwen_image_finetune.judging.report import report
 from qwen_image_finetune.training.train import train
 
@@ -167,7 +171,7 @@ def test_a_curve_is_drawn_to_scale() -> None:
     svg = curve("x", [Series("a", [(0, 0.0), (10, 1.0), (20, float("nan"))])])
     assert 'points="52.0,198.0 412.0,8.0"' in svg
     assert curve("x", [Series("a", [])]) == ""
-    assert table(["a<b"], [["1", "&"]]).count("&amp;") == 1
+    assert table(["", "a<b"], [["1", "&"]]).count("&amp;") == 1
 
 
 def test_pages_in_a_browser(run: Path, tmp_path: Path) -> None:
@@ -182,8 +186,103 @@ def test_pages_in_a_browser(run: Path, tmp_path: Path) -> None:
     page = report(run)
     assert look_at_pages.look(page, tmp_path / "seen") == []
     broken = tmp_path / "broken.html"
-    broken.write_text("<script>nothing()</script><div style='width: 5000px'>x</div>")
+    broken.write_text(
+        "<!doctype html><script>nothing()</script><div style='width: 5000px'>x</div>"
+        "<pre style='width: 50px; overflow-x: auto'>a line that is much longer than that</pre>"
+    )
     problems = "\n".join(look_at_pages.look(broken, tmp_path / "seen"))
-    assert "CONSOLE" in problems and "sticks out" in problems
+    assert "CONSOLE" in problems and "sticks out" in problems and "cut off" in problems and "pre" in problems
     command = [sys.executable, ROOT / "scripts" / "look_at_pages.py", tmp_path / "seen", page]
     assert subprocess.run(command, check=False).returncode == 0
+
+
+def a_run(folder: Path, config: Config, steps: int = 0, state: str = "running", **lines: object) -> Path:
+    """The folder of a run as training leaves it, without training."""
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(config.to_yaml())
+    recorded = [json.dumps({"step": step, "loss": 0.5, **lines}) for step in range(1, steps + 1)]
+    (folder / "metrics.jsonl").write_text("".join(f"{line}\n" for line in recorded))
+    (folder / "run.json").write_text(json.dumps({"state": state, "step": steps}))
+    return folder
+
+
+def test_what_is_configured_and_still_to_come_is_said(configure: Configure, tmp_path: Path) -> None:
+    def page(name: str, state: str, *options: str) -> str:
+        folder = a_run(tmp_path / name, configure("FluxKontext", *options), 2, state)
+        text = Page(report(folder, tmp_path / f"{name}.html").read_text(encoding="utf-8")).text
+        compared = compare([folder, folder], tmp_path / f"{name}-compared.html").read_text(encoding="utf-8")
+        assert ("samples come after step" in text) == ("samples come after step" in compared)
+        return text
+
+    rounds = "validation={enabled: true, share: 0.2, steps: 4}"
+    ended = page("v0", "finished", rounds, "train.checkpointing_steps=3")
+    assert "samples come after step 4; the run ended at step 2" in ended
+    assert "losses of held-out pairs come after step 3; the run ended" in ended
+    assert "validation.enabled=true" not in ended and "validation.share" not in ended.partition("All settings")[0][-9:]
+    without = page("v1", "finished")
+    assert "validation.enabled=true draws them" in without and "No held-out loss" in without
+    only_drawn = page("v2", "finished", "validation={enabled: true, steps: 4}")
+    assert "samples come after step 4" in only_drawn and "No held-out loss" in only_drawn
+
+
+def test_pairs_that_were_trained_on_and_held_out_are_counted(configure: Configure, pairs: Path, tmp_path: Path) -> None:
+    config = configure("FluxKontext")
+    known = [(row.key, content_of(row)) for row in read_folder(pairs, masks=False)[0]]
+    splits = {"v0": (known, []), "v1": (known[2:], known[:2]), "v2": (known[:5], known[5:])}
+    runs = []
+    for name, (trained, held_out) in splits.items():
+        runs.append(a_run(tmp_path / name, config, 2, "finished"))
+        (runs[-1] / "pairs.json").write_text(json.dumps({"trained": trained, "held_out": held_out}))
+    text = Page(report(runs[1]).read_text(encoding="utf-8")).text
+    assert "pairs trained on 5" in text and "pairs held out 2" in text
+    assert text.count("(held out)") == 2
+    different = Page(compare(runs, tmp_path / "compare.html").read_text(encoding="utf-8")).text
+    assert "pairs trained on 7 (content" in different and different.count("5 (content") == 2
+    alike = Page(compare([runs[1], runs[1]], tmp_path / "alike.html").read_text(encoding="utf-8")).text
+    assert "None: all were set alike" in alike, "and 5 of other content are not"
+    assert "None: all were set alike" not in Page(compare(runs[1:], tmp_path / "c.html").read_text()).text
+
+
+METRIC = {"unit": "dB", "better": "higher", "words": "w"}
+SOUND = {"dataset": "d", "pictures": 1, "seed": 0, "num_inference_steps": 1, "guidance_scale": 1.0,
+         "metrics": {"psnr": METRIC}, "notes": [], "candidates": [{"name": "base", "means": {}}]}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("evaluation/evaluation.json", []),
+        ("evaluation/evaluation.json", {name: value for name, value in SOUND.items() if name != "metrics"}),
+        ("evaluation/evaluation.json", SOUND | {"candidates": [{"name": "base", "means": {"psnr": {"mean": "x"}}}]}),
+        ("metrics.jsonl", {"step": 3, "loss": "much"}),
+        ("best.json", {"step": 3}),
+        ("best.json", 7),
+        ("environment.json", {"packages": ["torch"]}),
+        ("pairs.json", {"trained": [["a", "b"]]}),
+        ("samples/step-2/layout.json", {"key": "a"}),
+        ("samples/step-2/layout.json", [{"key": "a", "prompt": "b", "parts": [{"name": "drawn"}]}]),
+    ],
+)
+def test_a_file_that_is_not_what_a_run_writes_is_named(
+    file: str, content: object, configure: Configure, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = a_run(tmp_path / "v0", configure("FluxKontext"), 2, "finished")
+    (run / file).parent.mkdir(parents=True, exist_ok=True)
+    (run / file).write_text(json.dumps(content))
+    for words in (["report", str(run)], ["compare", str(run), str(run), "--output", str(tmp_path / "c.html")]):
+        assert main(words) == 2
+        said = capsys.readouterr().err
+        assert str(run / file) in said and "damaged" in said and len(said.splitlines()) == 1
+
+
+def test_a_measure_that_is_lacking_is_left_out(configure: Configure, tmp_path: Path) -> None:
+    run = a_run(tmp_path / "v0", configure("FluxKontext"), 2, "finished")
+    (run / "evaluation").mkdir()
+    (run / "evaluation" / "evaluation.json").write_text(json.dumps(SOUND))
+    assert "1 pairs, d; 1 sampler steps" in Page(report(run).read_text(encoding="utf-8")).text
+    compare([run, run], tmp_path / "compare.html")
+
+
+def test_a_single_step_has_one_place_on_the_axis() -> None:
+    svg = curve("x", [Series("a", [(40, 1.0)])])
+    assert svg.count(">40<") == 1 and 'text-anchor="middle">40<' in svg and 'cx="232.0"' in svg

@@ -42,8 +42,9 @@ def curve(title: str, series: Sequence[Series], zero: bool = False) -> str:
     first, last = min(steps), max(steps)
     low, high = min(ticks[0], *values), max(ticks[-1], *values)
 
-    def x(step: float) -> float:
-        return LEFT + (step - first) / ((last - first) or 1) * (WIDTH - LEFT - RIGHT)
+    def x(step: float) -> float:  # a single step stands in the middle
+        place = (step - first) / (last - first) if last > first else 0.5
+        return LEFT + place * (WIDTH - LEFT - RIGHT)
 
     def y(value: float) -> float:
         return HEIGHT - BOTTOM - (value - low) / ((high - low) or 1) * (HEIGHT - TOP - BOTTOM)
@@ -55,9 +56,11 @@ def curve(title: str, series: Sequence[Series], zero: bool = False) -> str:
     for tick in ticks:
         drawn.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
         drawn.append(f'<text x="{LEFT - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{_number(tick)}</text>')
-    for step, anchor in ((first, "start"), (last, "end")):
+    ends_of_axis = ((first, "start"), (last, "end")) if last > first else ((first, "middle"),)
+    for step, anchor in ends_of_axis:
         drawn.append(f'<text x="{x(step):.1f}" y="{HEIGHT - 6}" text-anchor="{anchor}">{_number(step)}</text>')
-    drawn.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 6}" text-anchor="middle">step</text>')
+    if last > first:
+        drawn.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 6}" text-anchor="middle">step</text>')
     for each, points in lines:
         colour = f"var(--c{each.colour % COLOURS})"
         band = [(step, bottom, top) for step, bottom, top in each.band if math.isfinite(bottom) and math.isfinite(top)]

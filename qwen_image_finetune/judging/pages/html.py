@@ -62,7 +62,7 @@ def cards(values: Sequence[tuple[str, str]]) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], marked: Sequence[int] = ()) -> str:
-    """Text in rows and columns; wide ones scroll inside themselves.
+    """Text in rows and columns; on a narrow screen each row becomes a block, each cell with the head of its column.
 
     Args:
         marked: numbers of the rows that stand out.
@@ -71,7 +71,9 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], marked: Sequence[i
     lines = []
     for number, row in enumerate(rows):
         first, *rest = row
-        cells = f'<th scope="row">{escape(first)}</th>' + "".join(f"<td>{escape(cell)}</td>" for cell in rest)
+        cells = f'<th scope="row">{escape(first)}</th>' + "".join(
+            f'<td data-head="{escape(name)}">{escape(cell)}</td>' for name, cell in zip(head[1:], rest, strict=True)
+        )
         lines.append(f"<tr{' class=marked' if number in marked else ''}>{cells}</tr>")
     return (
         f'<div class="scroll" tabindex="0"><table><thead><tr>{top}</tr></thead>'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,12 +16,11 @@ from qwen_image_finetune.config.text import read_yaml
 from qwen_image_finetune.data.listing import Row
 from qwen_image_finetune.data.sources import read_folder
 from qwen_image_finetune.disk import history, runs, versions
+from qwen_image_finetune.disk.reading import Unreadable, read_regular
+from qwen_image_finetune.encoding import remembered
+from qwen_image_finetune.judging.pages.shapes import Environment, Evaluation, Part, ReportError, Strip, shaped
 
 REQUIRED = ("model.pretrained_model_name_or_path", "data.init_args.dataset_path")  # of every run
-
-
-class ReportError(ValueError):
-    """A folder about which nothing can be written."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Version:
     def __init__(self, path: Path) -> None:
         """
         Raises:
-            ReportError: `path` is no run, or its configuration lacks what every run has.
+            ReportError: `path` is no run, or a file of it lacks what every run has there.
             ConfigError, RunError: a file of the run is damaged.
         """
         if not (path / "config.yaml").is_file():
@@ -53,8 +53,13 @@ class Version:
             raise ReportError(f"{path / 'config.yaml'} is damaged: it lacks {lacking[0]}; put it back from a copy")
         self.metrics = history.read_metrics(path)
         self.environment: dict[str, Any] = self._json(history.ENVIRONMENT)
-        self.best: dict[str, Any] = self._json(history.BEST)
-        self.evaluation: dict[str, Any] = self._json("evaluation/evaluation.json")
+        self.best = history.read_best(path)
+        measured = self._json("evaluation/evaluation.json")
+        self.evaluation: Evaluation | None = (
+            shaped(Evaluation, measured, path / "evaluation/evaluation.json") if measured else None
+        )
+        self.packages: dict[str, str] = shaped(Environment, self.environment, path / history.ENVIRONMENT).packages
+        self.pairs = remembered.read(path)
         self.state = runs.outcome(path)
 
     def _json(self, name: str) -> dict[str, Any]:
@@ -63,6 +68,32 @@ class Version:
     def points(self, name: str) -> list[tuple[float, float]]:
         """(step, value) of one of the metrics."""
         return [(line["step"], line[name]) for line in self.metrics if name in line]
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more is to come, unless it is resumed."""
+        return self.state != "running"
+
+    @property
+    def first_samples(self) -> int | None:
+        """The step after which samples are drawn first; None where the run draws none."""
+        return int(self.settings["validation.steps"]) if self.settings.get("validation.enabled") else None
+
+    @property
+    def first_measure(self) -> int | None:
+        """The step after which the held-out loss is measured first; None where the run holds no pairs out."""
+        chosen = self.settings.get("validation.dataset_path") or self.settings.get("validation.share")
+        if self.first_samples is None or not chosen or not self.settings.get("validation.num_loss_pairs"):
+            return None
+        last = self.settings.get("train.max_train_steps") or math.inf  # where the run is saved, and so measured
+        return int(min(self.first_samples, self.settings["train.checkpointing_steps"], last))
+
+    def to_come(self, what: str, step: int) -> str:
+        """When something that was not done yet is, in words."""
+        total = self.settings.get("train.max_train_steps") or math.inf
+        if self.is_over:
+            return f"{what} come after step {step:,}; the run ended at step {self.steps:,}."
+        return f"{what} come after step {step:,}" + (f", of which the run has {total:,}." if step > total else ".")
 
     @property
     def steps(self) -> int:
@@ -86,26 +117,46 @@ class Version:
         found: dict[str, Sample] = {}
         folders = sorted(self.path.glob("samples/step-*"), key=lambda path: int(path.name.removeprefix("step-")))
         for folder in folders:
-            layout = folder / "layout.json"
-            for place, strip in enumerate(json.loads(layout.read_text(encoding="utf-8")) if layout.is_file() else []):
-                with Image.open(folder / f"{place}.png") as image:
-                    parts = _cut(image.convert("RGB"), strip["parts"])
+            for place, strip in enumerate(_layout(folder / "layout.json")):
+                try:
+                    with Image.open(folder / f"{place}.png") as image:
+                        parts = _cut(image.convert("RGB"), strip.parts)
+                except (OSError, SyntaxError):  # a picture that is gone or torn: the others are shown
+                    continue
+                if "drawn" not in parts:
+                    continue
                 drawn = parts.pop("drawn")
-                sample = found.setdefault(strip["key"], Sample(strip["key"], strip["prompt"], parts, {}))
+                sample = found.setdefault(strip.key, Sample(strip.key, strip.prompt, parts, {}))
                 sample.pictures.update(parts)
                 sample.drawn[int(folder.name.removeprefix("step-"))] = drawn
         return list(found.values())
 
 
-def _cut(strip: Image.Image, parts: list[dict[str, Any]]) -> dict[str, Image.Image]:
+def _layout(file: Path) -> list[Strip]:
+    """What is side by side in the pictures of a round; nothing where it was not kept.
+
+    Raises:
+        ReportError: the file holds something else.
+    """
+    try:
+        return shaped(list[Strip], json.loads(read_regular(file)), file)
+    except FileNotFoundError:
+        return []
+    except (Unreadable, ValueError, RecursionError) as error:
+        if isinstance(error, ReportError):
+            raise
+        raise ReportError(f"{file} is damaged: {error}; put it back from a copy, or remove it") from error
+
+
+def _cut(strip: Image.Image, parts: list[Part]) -> dict[str, Image.Image]:
     """The pictures of a strip by name; a second reference is called "reference 2"."""
     found: dict[str, Image.Image] = {}
     for part in parts:
-        name, number = part["name"], 1
+        name, number = part.name, 1
         while name in found:
             number += 1
-            name = f"{part['name']} {number}"
-        found[name] = strip.crop((part["left"], 0, part["left"] + part["width"], strip.height))
+            name = f"{part.name} {number}"
+        found[name] = strip.crop((part.left, 0, part.left + part.width, strip.height))
     return found
 
 

@@ -86,9 +86,10 @@ def run_training(config_file: Path, overrides: Sequence[str], dry_run: bool = Fa
         tell(config.notes)
         if dry_run:
             from qwen_image_finetune.command.dry_run import describe
-            from qwen_image_finetune.training.check import check_run
+            from qwen_image_finetune.training.check import check_run, model_notes
 
             print(describe(config))
+            tell(model_notes(config))
             check_run(config)
             return
         check_folders(config, only_cache)
@@ -129,10 +130,10 @@ def check(options: argparse.Namespace) -> None:
     from qwen_image_finetune.data.images import DataError
     from qwen_image_finetune.encoding.pairs import open_pairs
     from qwen_image_finetune.families import get_family
-    from qwen_image_finetune.training.check import refusal, run_problems
+    from qwen_image_finetune.training.check import model_notes, refusal, run_problems
 
     config = load_config(options.config, options.overrides)
-    tell(config.notes)
+    tell([*config.notes, *model_notes(config)])
     problems = run_problems(config)
     try:
         pairs = open_pairs(config, get_family(resolve_family(config)[0]), decode=True)

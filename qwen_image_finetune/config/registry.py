@@ -19,6 +19,12 @@ class Entry:
 
 
 FAMILIES: dict[str, Entry] = {
+    "Flux2": Entry(
+        "flux2", "Flux2", "Flux2Pipeline", "black-forest-labs/FLUX.2-dev"
+    ),
+    "Flux2Klein": Entry(
+        "flux2_klein", "Flux2Klein", "Flux2KleinPipeline", "black-forest-labs/FLUX.2-klein-base-4B"
+    ),
     "FluxKontext": Entry(
         "flux_kontext", "FluxKontext", "FluxKontextPipeline", "black-forest-labs/FLUX.1-Kontext-dev"
     ),

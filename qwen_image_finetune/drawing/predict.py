@@ -224,6 +224,8 @@ class Predictor:
         scale = self.defaults.guidance_scale if scale is None else scale
         if self.family.distilled_guidance(self.transformer.config):
             return Guidance(embedded=scale, prompt=1.0 if true_cfg_scale is None else true_cfg_scale, image=image)
+        if self.family.distilled(self.pipe.config) is not None:
+            scale = 1.0  # it has learnt the guidance: the pipelines do not look at a scale either
         return Guidance(prompt=scale if true_cfg_scale is None else true_cfg_scale, image=image)
 
     def _picture_size(self, images: Sequence[Image], width: int | None, height: int | None) -> tuple[int, int]:

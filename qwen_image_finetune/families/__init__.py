@@ -31,5 +31,6 @@ def with_targets(config: Config, family: Family) -> Config:
     lora = config.model.lora
     if lora is None or lora.target_modules is not None:
         return config
-    named = lora.model_copy(update={"target_modules": list(family.adapter_targets)})
+    targets = family.adapter_targets if isinstance(family.adapter_targets, str) else list(family.adapter_targets)
+    named = lora.model_copy(update={"target_modules": targets})
     return config.model_copy(update={"model": config.model.model_copy(update={"lora": named})})

@@ -60,7 +60,7 @@ class Family(ABC):
     num_inference_steps: ClassVar[int]  # of prediction, with a checkpoint that is not distilled
     guidance_scale: ClassVar[float]
     negative_prompt: ClassVar[str] = " "  # the pipelines' own word for "no prompt" in classifier-free guidance
-    adapter_targets: ClassVar[tuple[str, ...]] = USUAL_TARGETS  # of a LoRA, unless configured
+    adapter_targets: ClassVar[tuple[str, ...] | str] = USUAL_TARGETS  # of a LoRA, unless configured
     lora_names: ClassVar[Mapping[str, Native]] = {}  # modules that their authors call otherwise
     lora_readers: ClassVar[tuple[Reader, ...]] = USUAL_READERS  # programs that read its LoRA files
     published: ClassVar[tuple[Published, ...]]  # the one that most people train first

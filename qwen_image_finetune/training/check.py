@@ -76,6 +76,17 @@ def run_problems(config: Config, download: bool = False) -> list[str]:
     return problems
 
 
+def model_notes(config: Config) -> list[str]:
+    """What should be said of a checkpoint of this machine before it is trained; nothing about others."""
+    checkpoint = local_checkpoint(config.model)
+    if checkpoint is None or find_spec("torch") is None:
+        return []
+    from qwen_image_finetune.loading import pipeline_config
+
+    said = get_family(resolve_family(config)[0]).distilled(pipeline_config(checkpoint))
+    return [] if said is None else [f"{config.model.pretrained_model_name_or_path}: {said}"]
+
+
 def check_transformer(config: Config, family: Family, checkpoint: Path) -> None:
     """Refuse a transformer whose tensors are not those of its configuration, by their headers; an adapter, or a LoRA
     that it starts from, that does not fit it. No weight of it is read.

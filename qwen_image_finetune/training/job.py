@@ -23,7 +23,7 @@ from qwen_image_finetune.levers.stored_precision import base_precision, check_in
 from qwen_image_finetune.machine import console
 from qwen_image_finetune.machine.accelerator import build_accelerator, build_team
 from qwen_image_finetune.machine.processes import Team
-from qwen_image_finetune.training.check import check_run, check_transformer
+from qwen_image_finetune.training.check import check_run, check_transformer, model_notes
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -95,6 +95,8 @@ def open_job(config: Config) -> Job:
     pairs = open_pairs(config, family)
     folder = loading.checkpoint_folder(config, family)
     place = folder / "transformer"
+    for line in model_notes(config):
+        console.note(line)
     precision = base_precision(place, config.model)  # a contradiction is refused before embeddings are computed
     check_installed(config.model, folder)
     check_transformer(config, family, folder)

@@ -8,12 +8,21 @@ import numpy as np
 import pytest
 import torch
 
-from qwen_image_finetune.config import LoraConfig
+from qwen_image_finetune.config import Config, LoraConfig
 from qwen_image_finetune.drawing.predict import Predictor
-from qwen_image_finetune.families import FAMILIES, get_family
+from qwen_image_finetune.families import FAMILIES, get_family, with_targets
+from qwen_image_finetune.families.base import Family
 from qwen_image_finetune.lora import adapters
 from qwen_image_finetune.lora import files as lora_files
 from tests.families.test_conditioning import AREA, GUIDANCE, PROMPT, picture, run_pipeline
+
+
+def adapter_of(family: Family) -> LoraConfig:
+    """The adapter that a run of the family has."""
+    model = {"pretrained_model_name_or_path": family.published[0].name, "lora": {"r": 4, "lora_alpha": 8}}
+    lora = with_targets(Config.model_validate({"model": model}), family).model.lora
+    assert lora is not None
+    return lora
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
@@ -28,7 +37,7 @@ def test_the_pipeline_draws_our_picture_with_our_file(
     without = run_pipeline(family, pipe, [picture(128, 96)], 128, 96)
 
     # A LoRA that does something, written as training writes it
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=list(family.adapter_targets))
+    config = adapter_of(family)
     trained = family.transformer.from_pretrained(folder, subfolder="transformer")
     adapters.add_adapter(trained, config, seed=0)
     generator = torch.Generator().manual_seed(1)
@@ -52,12 +61,11 @@ def test_the_pipeline_draws_our_picture_with_our_file(
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_in_bfloat16_too(name: str, tiny_checkpoints: dict[str, Path], tmp_path: Path) -> None:
     """Through the class that users call, in the precision of a GPU."""
-    from qwen_image_finetune.config import Config
     from qwen_image_finetune.trainer import Trainer
 
     family, folder = get_family(name), tiny_checkpoints[name]
     trained = family.transformer.from_pretrained(folder, subfolder="transformer")
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=list(family.adapter_targets))
+    config = adapter_of(family)
     adapters.add_adapter(trained, config, seed=0)
     for parameter in trained.parameters():
         if parameter.requires_grad:

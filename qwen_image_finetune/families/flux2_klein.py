@@ -1,0 +1,307 @@
+"""FLUX.2 [klein]: double- and single-stream transformer; three inner states of Qwen3, side by side, are the text.
+
+Oracle: `diffusers.Flux2KleinPipeline`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import (
+    AutoencoderKLFlux2,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
+    ModelMixin,
+)
+from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+from PIL.Image import Image
+from torch import Tensor
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from qwen_image_finetune.families.base import Defaults, Family, Published, Reference, covering
+from qwen_image_finetune.lora.names import Native
+from qwen_image_finetune.records import Batch
+
+MODEL_AREA = 1024 * 1024
+MAX_PROMPT_TOKENS = 512
+APART = 10  # between the first coordinates of target, first reference, second reference, ...
+
+# The usual four are in the double blocks alone, and those are 5 of the 25 blocks of klein 4B, 8 of the 56 of dev: a
+# single block has one matrix for query, key, value and feed-forward, and another behind them. "attn.to_out" alone would
+# mean a list of layers in the double blocks as well.
+TARGETS = (
+    r"transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_out\.0)"
+    r"|single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)"
+)
+
+# Of Qwen3, without thinking.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}"
+)
+TINY_LANGUAGE: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+}
+
+
+def authors_names() -> dict[str, Native]:
+    """Names of FLUX.2 modules in its authors' code; {} stands for the number of a block."""
+    single, double = "single_transformer_blocks.{}", "transformer_blocks.{}"
+    names = {
+        "img_in": Native(("x_embedder",)),
+        "txt_in": Native(("context_embedder",)),
+        "final_layer.linear": Native(("proj_out",)),
+        "final_layer.adaLN_modulation.1": Native(("norm_out.linear",), halves_swapped=True),
+        "single_blocks.{}.linear1": Native((f"{single}.attn.to_qkv_mlp_proj",)),
+        "single_blocks.{}.linear2": Native((f"{single}.attn.to_out",)),
+    }
+    for modulation in ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation"):
+        names[f"{modulation}.lin"] = Native((f"{modulation}.linear",))
+    for embedder, native in (("timestep", "time"), ("guidance", "guidance")):
+        for number, layer in ((1, "in_layer"), (2, "out_layer")):
+            names[f"{native}_in.{layer}"] = Native((f"time_guidance_embed.{embedder}_embedder.linear_{number}",))
+    for stream, qkv, out, feed_forward in (
+        ("img", "to_{}", "to_out.0", "ff"),
+        ("txt", "add_{}_proj", "to_add_out", "ff_context"),
+    ):
+        block = f"double_blocks.{{}}.{stream}"
+        parts = tuple(f"{double}.attn.{qkv.format(letter)}" for letter in "qkv")
+        names[f"{block}_attn.qkv"] = Native(parts, rows=(1, 1, 1))
+        names[f"{block}_attn.proj"] = Native((f"{double}.attn.{out}",))
+        names[f"{block}_mlp.0"] = Native((f"{double}.{feed_forward}.linear_in",))
+        names[f"{block}_mlp.2"] = Native((f"{double}.{feed_forward}.linear_out",))
+    return names
+
+
+def klein(name: str, encoders: float, licence: str, blocks: tuple[int, int], heads: int, text: int) -> Published:
+    """A published klein: `blocks` double and single ones, of as many heads of 128; text embeddings of width `text`.
+
+    Source: `Klein4BParams` and `Klein9BParams` of the authors' code.
+    """
+    double, single = blocks
+    transformer = dict(
+        num_layers=double, num_single_layers=single, num_attention_heads=heads, joint_attention_dim=text,
+        guidance_embeds=False,
+    )  # fmt: skip
+    return Published(f"black-forest-labs/{name}", encoders, licence, transformer)
+
+
+class Flux2Klein(Family):
+    """FLUX.2 [klein], 4B and 9B, base and distilled."""
+
+    name = "Flux2Klein"
+    pipeline: ClassVar[type[DiffusionPipeline]] = Flux2KleinPipeline
+    transformer = Flux2Transformer2DModel
+    text_components = ("text_encoder", "tokenizer")
+    text_embeddings = ("prompt_embeds",)
+    text_sees_references = False
+    max_references = 4  # by the authors' documentation of editing
+    side_multiple = 16
+    num_inference_steps = 50
+    guidance_scale = 4.0
+    negative_prompt = ""
+    adapter_targets = TARGETS
+    lora_names = authors_names()
+    published: ClassVar[tuple[Published, ...]] = (
+        klein("FLUX.2-klein-base-4B", 4.11e9, "Apache 2.0", (5, 20), 24, 7680),
+        klein("FLUX.2-klein-base-9B", 8.27e9, "FLUX non-commercial", (8, 24), 32, 12288),
+        klein("FLUX.2-klein-4B", 4.11e9, "Apache 2.0", (5, 20), 24, 7680),
+        klein("FLUX.2-klein-9B", 8.27e9, "FLUX non-commercial", (8, 24), 32, 12288),
+    )
+
+    def size(self, width: int, height: int, area: int | None = None) -> tuple[int, int]:
+        """Its own size, scaled down to a megapixel if it is larger; both sides then cut to multiples of 16."""
+        width, height = whole(width, height, area)
+        return max(width // 16, 1) * 16, max(height // 16, 1) * 16
+
+    def scaled(self, picture: tuple[int, int], size: tuple[int, int], area: int | None = None) -> tuple[int, int]:
+        """What stands over the multiples of 16 is cut off, and what stands over another size where one was set."""
+        width, height = whole(*picture, area)
+        return (width, height) if (width // 16 * 16, height // 16 * 16) == size else covering(picture, size)
+
+    @torch.no_grad()
+    def encode_image(self, pipe: DiffusionPipeline, image: Image) -> Tensor:
+        """(128, H/16, W/16): 2 x 2 latents side by side, normalised by the running statistics of the VAE's norm."""
+        pixels = pipe.image_processor.preprocess(image).to(pipe.vae.device, pipe.vae.dtype)
+        latent: Tensor = pipe._encode_vae_image(pixels, generator=None)[0]
+        return latent
+
+    @torch.no_grad()
+    def encode_text(
+        self, pipe: DiffusionPipeline, prompt: str, references: Sequence[Reference] = ()
+    ) -> dict[str, Tensor]:
+        """Three inner states side by side (512, 3 D), padding included and not masked, as the model was trained.
+
+        A checkpoint whose tokenizer says that its prompts are shorter gets what it says.
+        """
+        length = self.prompt_length(pipe)
+        embeds, _ = pipe.encode_prompt(prompt, device=pipe.text_encoder.device, max_sequence_length=length)
+        return {"prompt_embeds": embeds[0]}
+
+    def prompt_length(self, pipe: DiffusionPipeline) -> int:
+        """Tokens to which prompts are padded."""
+        return min(MAX_PROMPT_TOKENS, pipe.tokenizer.model_max_length)
+
+    def text_tokens(self, references: Sequence[tuple[int, int]]) -> int:
+        return MAX_PROMPT_TOKENS
+
+    def velocity(
+        self, transformer: ModelMixin, noisy: Tensor, timestep: Tensor, batch: Batch, guidance: float | None = None
+    ) -> Tensor:
+        text, pictures = batch.text["prompt_embeds"], [noisy, *batch.references]
+        ids = [
+            grid(index * APART, *picture.shape[-2:], 1, device=noisy.device) for index, picture in enumerate(pictures)
+        ]
+        words = grid(0, 1, 1, text.shape[1], device=noisy.device)
+        predicted: Tensor = transformer(
+            hidden_states=torch.cat([picture.to(noisy.dtype).flatten(2).transpose(1, 2) for picture in pictures], 1),
+            timestep=timestep,
+            guidance=None if guidance is None else torch.full_like(timestep, guidance, dtype=torch.float32),
+            encoder_hidden_states=text,
+            txt_ids=words.expand(len(noisy), -1, -1),
+            img_ids=torch.cat(ids).expand(len(noisy), -1, -1),
+            return_dict=False,
+        )[0]
+        return predicted[:, : self.tokens(noisy.shape)].transpose(1, 2).unflatten(2, noisy.shape[-2:])
+
+    @torch.no_grad()
+    def decode(self, pipe: DiffusionPipeline, latents: Tensor) -> list[Image]:
+        vae = pipe.vae
+        latents = latents.to(vae.device, vae.dtype)
+        mean = vae.bn.running_mean.view(1, -1, 1, 1).to(latents)
+        std = torch.sqrt(vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps).to(latents)
+        pixels = vae.decode(pipe._unpatchify_latents(latents * std + mean), return_dict=False)[0]
+        pictures: list[Image] = pipe.image_processor.postprocess(pixels)
+        return pictures
+
+    def guide(self, conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+        return unconditional + scale * (conditional - unconditional)
+
+    def defaults(self, pipeline_config: Mapping[str, Any]) -> Defaults:
+        """A distilled checkpoint draws in four steps."""
+        return Defaults(4, 1.0) if pipeline_config.get("is_distilled") else super().defaults(pipeline_config)
+
+    def distilled(self, pipeline_config: Mapping[str, Any]) -> str | None:
+        if not pipeline_config.get("is_distilled"):
+            return None
+        return (
+            "this checkpoint is distilled to four steps, and training undoes that: pictures turn grey, and a LoRA "
+            "works only at strengths of 1.5 to 2. Train on its base, FLUX.2-klein-base-4B or FLUX.2-klein-base-9B; "
+            "the LoRA works on the distilled model too"
+        )
+
+    def mu(self, tokens: int, scheduler_config: Mapping[str, Any], steps: int) -> float:
+        """The authors' fit to the number of tokens and of sampler steps. Of the scheduler nothing enters."""
+        return float(compute_empirical_mu(tokens, steps))
+
+    def tokens(self, latent_shape: Sequence[int]) -> int:
+        return latent_shape[-2] * latent_shape[-1]
+
+    def latent_shape(
+        self, width: int, height: int, transformer_config: Mapping[str, Any], vae_scale_factor: int | None = None
+    ) -> tuple[int, int, int]:
+        """2 x 2 of the VAE's latents are one of ours, as they are one token."""
+        pixels = 2 * (vae_scale_factor or self.side_multiple // 2)
+        return transformer_config["in_channels"], height // pixels, width // pixels
+
+    def tiny(self, folder: Path) -> None:
+        """2 double and 2 single blocks, latents 128 x f16, a Qwen3 of 28 layers."""
+        from qwen_image_finetune.families import tiny
+
+        tiny.write_once(
+            folder,
+            {"pipeline": self.pipeline.__name__},
+            lambda: self.pipeline(**tiny_parts(guidance_embeds=False), **tiny_qwen3(), is_distilled=False),
+        )
+
+    def oracle(
+        self,
+        pipe: DiffusionPipeline,
+        prompt: str,
+        references: Sequence[Image],
+        size: tuple[int, int],
+        *,
+        steps: int,
+        guidance: float,
+        seed: int,
+        area: int,
+    ) -> Image:
+        shrink = pipe.image_processor._resize_to_target_area  # which the pipeline does from a megapixel on
+        picture: Image = pipe(
+            image=[shrink(reference, area) for reference in references] or None,
+            prompt=prompt, width=size[0], height=size[1], num_inference_steps=steps, guidance_scale=guidance,
+            generator=torch.Generator().manual_seed(seed), max_sequence_length=self.prompt_length(pipe),
+        ).images[0]  # fmt: skip
+        return picture
+
+
+def whole(width: int, height: int, area: int | None) -> tuple[int, int]:
+    """Size of a picture before the cut: scaled to `area`; with None, down to a megapixel if it is larger.
+
+    Source: `_resize_to_target_area` of diffusers' `Flux2ImageProcessor`.
+    """
+    if area is None and width * height <= MODEL_AREA:
+        return width, height
+    scale = math.sqrt((area or MODEL_AREA) / (width * height))
+    return int(width * scale), int(height * scale)
+
+
+def grid(first: int, rows: int, columns: int, words: int, device: torch.device) -> Tensor:
+    """Position ids (rows * columns * words, 4): which picture, row, column, place in the text."""
+    axes = [torch.arange(number, device=device) for number in (1, rows, columns, words)]
+    return torch.cartesian_prod(axes[0] + first, *axes[1:])
+
+
+def tiny_parts(guidance_embeds: bool) -> dict[str, Any]:
+    """Scheduler, VAE and transformer of the checkpoints that `tiny` writes."""
+    from qwen_image_finetune.families import tiny
+
+    vae = AutoencoderKLFlux2(block_out_channels=(8, 16, 32, 32), layers_per_block=1, norm_num_groups=8)
+    tiny.amplify(tiny.randomise(vae, seed=1).encoder.conv_out, rows=vae.config.latent_channels, factor=2.5)
+    generator = torch.Generator().manual_seed(5)
+    vae.bn.running_mean.normal_(0, 0.3, generator=generator)
+    vae.bn.running_var.uniform_(0.5, 2.0, generator=generator)
+    transformer = Flux2Transformer2DModel(
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=tiny.HEAD_DIM,
+        num_attention_heads=tiny.HEADS,
+        joint_attention_dim=3 * TINY_LANGUAGE["hidden_size"],
+        axes_dims_rope=(8, 8, 8, 8),
+        guidance_embeds=guidance_embeds,
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        shift=3.0,
+        use_dynamic_shifting=True,
+        base_shift=0.5,
+        max_shift=1.15,
+        base_image_seq_len=256,
+        max_image_seq_len=4096,
+        time_shift_type="exponential",
+    )
+    tiny.sharpen(tiny.randomise(transformer, seed=3))
+    for block in transformer.transformer_blocks:  # or little of the text, most of it padding, would reach the picture
+        tiny.amplify(block.attn.to_out[0], rows=transformer.inner_dim, factor=3.0)
+    return {"scheduler": scheduler, "vae": vae, "transformer": transformer}
+
+
+def tiny_qwen3() -> dict[str, Any]:
+    """Tokenizer and language model of the checkpoint that `Flux2Klein.tiny` writes."""
+    from qwen_image_finetune.families import tiny, tiny_tokenizers
+
+    tokenizer = tiny_tokenizers.qwen_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.model_max_length = tiny_tokenizers.MAX_T5_TOKENS
+    config = Qwen3Config(vocab_size=len(tokenizer), num_hidden_layers=28, **TINY_LANGUAGE)
+    return {"text_encoder": tiny.randomise(Qwen3ForCausalLM(config), seed=2), "tokenizer": tokenizer}

@@ -19,12 +19,6 @@ class Entry:
 
 
 FAMILIES: dict[str, Entry] = {
-    "Flux2": Entry(
-        "flux2", "Flux2", "Flux2Pipeline", "black-forest-labs/FLUX.2-dev"
-    ),
-    "Flux2Klein": Entry(
-        "flux2_klein", "Flux2Klein", "Flux2KleinPipeline", "black-forest-labs/FLUX.2-klein-base-4B"
-    ),
     "FluxKontext": Entry(
         "flux_kontext", "FluxKontext", "FluxKontextPipeline", "black-forest-labs/FLUX.1-Kontext-dev"
     ),
@@ -33,6 +27,12 @@ FAMILIES: dict[str, Entry] = {
     ),
     "QwenImageEditPlus": Entry(
         "qwen_image_edit_plus", "QwenImageEditPlus", "QwenImageEditPlusPipeline", "Qwen/Qwen-Image-Edit-2509"
+    ),
+    "Flux2Klein": Entry(
+        "flux2_klein", "Flux2Klein", "Flux2KleinPipeline", "black-forest-labs/FLUX.2-klein-base-4B"
+    ),
+    "Flux2": Entry(
+        "flux2", "Flux2", "Flux2Pipeline", "black-forest-labs/FLUX.2-dev"
     ),
 }  # fmt: skip
 

@@ -160,10 +160,9 @@ class Flux2Klein(Family):
         self, transformer: ModelMixin, noisy: Tensor, timestep: Tensor, batch: Batch, guidance: float | None = None
     ) -> Tensor:
         text, pictures = batch.text["prompt_embeds"], [noisy, *batch.references]
-        ids = [
-            grid(index * APART, *picture.shape[-2:], 1, device=noisy.device) for index, picture in enumerate(pictures)
-        ]
-        words = grid(0, 1, 1, text.shape[1], device=noisy.device)
+        sides = [(picture.shape[-2], picture.shape[-1]) for picture in pictures]
+        ids = [grid(number * APART, *side, 1, noisy.device) for number, side in enumerate(sides)]
+        words = grid(0, 1, 1, text.shape[1], noisy.device)
         predicted: Tensor = transformer(
             hidden_states=torch.cat([picture.to(noisy.dtype).flatten(2).transpose(1, 2) for picture in pictures], 1),
             timestep=timestep,

@@ -8,13 +8,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
+
+from accelerate import init_empty_weights
 
 from qwen_image_finetune.config import Config
 from qwen_image_finetune.disk.files import write_atomic
 from qwen_image_finetune.families import FAMILIES, get_family
 from qwen_image_finetune.families.base import Family, Published
-from qwen_image_finetune.fitting.estimate import GIB, Estimator
+from qwen_image_finetune.fitting.estimate import GIB, Estimator, transformer_config
 from qwen_image_finetune.fitting.plan import changes
+from qwen_image_finetune.lora.targets import endings, target_modules
 
 BEGIN, END = "<!-- models: written by python -m qwen_image_finetune.fitting.models -->", "<!-- end of models -->"
 CARDS = (8, 12, 16, 24, 32, 48, 80)  # GB of memory that cards are sold with
@@ -45,11 +49,20 @@ def row(family: Family, one: Published) -> tuple[str, ...]:
         "cache": {"use_cache": True},
     }
     estimator = Estimator(family, Config.model_validate(values), None)
-    targets = ", ".join(f"`{target}`" for target in family.adapter_targets)
+    targets = ", ".join(f"`{target}`" for target in target_endings(family, one))
     weights = f"{estimator.footprint.weights / 1e9:.1f} billion"
     references = f"up to {family.max_references}" if family.max_references > 1 else str(family.max_references)
     cards = smallest_card(estimator, swapping=False), smallest_card(estimator, swapping=True)
     return f"`{one.name}`", family.name, weights, references, *cards, targets, one.licence
+
+
+def target_endings(family: Family, one: Published) -> tuple[str, ...]:
+    """How the names of the modules end that a LoRA sits on; an expression is no reading."""
+    if not isinstance(family.adapter_targets, str):
+        return family.adapter_targets
+    with init_empty_weights():
+        model = cast(Any, family.transformer).from_config(transformer_config(family, None, one))
+    return tuple(endings(target_modules(model, family.adapter_targets)))
 
 
 def smallest_card(estimator: Estimator, swapping: bool) -> str:

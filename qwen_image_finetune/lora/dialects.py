@@ -144,7 +144,7 @@ def _layer(parts: Mapping[str, Tensor], module: str, declared: Declared, path: P
 
 
 def _take_apart(layer: Layer, native: Native, module: str, path: Path) -> dict[str, Layer]:
-    """Adapters of the diffusers modules inside a fused one; those that change nothing are left out."""
+    """Adapters of the diffusers modules in a fused one; those that change nothing, and have no block, are left out."""
     if native.halves_swapped:
         layer = replace(layer, up=torch.cat(layer.up.chunk(2)[::-1]))
     if len(native.modules) == 1:
@@ -154,16 +154,20 @@ def _take_apart(layer: Layer, native: Native, module: str, path: Path) -> dict[s
         raise LoraFileError(f"{path}: {module} has {layer.up.shape[0]} outputs, which cannot be divided {native.rows}")
     ups = dict(zip(native.modules, layer.up.split([unit * share for share in native.rows]), strict=True))
     active = [name for name, up in ups.items() if up.any()] or list(ups)
-    rank = layer.rank // len(active)
-    blocks = {name: slice(index * rank, (index + 1) * rank) for index, name in enumerate(active)}
-    diagonal = layer.rank == rank * len(active) and all(
-        torch.count_nonzero(ups[name]) == torch.count_nonzero(ups[name][:, block]) for name, block in blocks.items()
-    )
-    if not diagonal:  # one adapter trained on the fused matrix: its lower factor serves all of them
-        return {name: Layer(layer.down, ups[name], layer.alpha) for name in active}
-    return {
-        name: Layer(layer.down[block], ups[name][:, block], layer.alpha / len(active)) for name, block in blocks.items()
-    }
+    for names in (list(ups), active):  # a part that changes nothing may have its own block all the same
+        if blocks := _diagonal({name: ups[name] for name in names}, layer.rank):
+            alpha = layer.alpha / len(names)
+            return {name: Layer(layer.down[block], ups[name][:, block], alpha) for name, block in blocks.items()}
+    # One adapter trained on the fused matrix: its lower factor serves all of them.
+    return {name: Layer(layer.down, ups[name], layer.alpha) for name in active}
+
+
+def _diagonal(ups: Mapping[str, Tensor], rank: int) -> dict[str, slice] | None:
+    """The columns of each part, where parts of one rank lie block-diagonally in a fused matrix; None where not."""
+    own, rest = divmod(rank, len(ups))
+    blocks = {name: slice(index * own, (index + 1) * own) for index, name in enumerate(ups)}
+    lie = all(torch.count_nonzero(up) == torch.count_nonzero(up[:, blocks[name]]) for name, up in ups.items())
+    return blocks if lie and not rest else None
 
 
 def _put_together(parts: Mapping[str, Layer], native: Native) -> Layer:

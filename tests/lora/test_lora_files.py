@@ -266,6 +266,22 @@ def test_fused_matrices_hold_the_changes_of_their_parts(dialect: Any, down: str,
     assert not [key for key in state if "transformer_blocks" in key]
 
 
+@pytest.mark.parametrize("part", ["to_q", "to_k", "to_v"])
+def test_a_part_that_changes_nothing_keeps_its_place(part: str, tmp_path: Path) -> None:
+    """As the projection of a text that nothing looks at any more: training goes on from an export of it."""
+    fields = {"target_modules": ["to_q", "to_k", "to_v"]}
+    model = trained("flux", **fields)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if f".{part}.lora_B" in name:
+                parameter.zero_()
+    save_lora(tmp_path / LORA_WEIGHTS, model, config(**fields), {})
+    export(tmp_path / LORA_WEIGHTS, tmp_path / "x.safetensors", "comfy", FLUX)
+    again = tiny_transformer("flux")
+    load_lora(again, tmp_path / "x.safetensors", FLUX, config(**fields))
+    torch.testing.assert_close(deltas(again), deltas(model))
+
+
 def test_a_fused_matrix_trained_as_one_comes_apart_exactly(tmp_path: Path) -> None:
     state = random_factors("lora_unet_single_blocks_1_linear1", 8, 32, 3 * 32 + 128, alpha=2.0)
     state |= random_factors("lora_unet_double_blocks_0_img_attn_qkv", 6, 32, 96, alpha=3.0)

@@ -16,11 +16,15 @@ from qwen_image_finetune.config import ConfigError, OptimizerConfig, SchedulerCo
 
 KEY = "optimizer.init_args"
 # Arguments that choose an implementation of the same update; whoever gives one has said what they want.
+FUSED_ON = ("cuda", "cpu", "mps", "xpu")
 IMPLEMENTATIONS = {"fused", "foreach", "capturable", "differentiable"}
 
 
 def build_optimizer(config: OptimizerConfig, parameters: Iterable[Tensor]) -> Optimizer:
-    """The configured optimizer over `parameters`; fused Adam and AdamW where all of them are on CUDA.
+    """The configured optimizer over `parameters`; Adam and AdamW fused where torch has that for the device.
+
+    A fused update is one call for all weights in place of several for each, which on small weights, such as those of
+    adapters, are what an update costs. A resume goes on with the update that the checkpoint was made with.
 
     Raises:
         ConfigError: the class is no optimizer, or does not take the arguments it is given.
@@ -36,7 +40,7 @@ def build_optimizer(config: OptimizerConfig, parameters: Iterable[Tensor]) -> Op
         )
     arguments = _checked_arguments(config, optimizer_class)
     if optimizer_class in (torch.optim.Adam, torch.optim.AdamW) and not IMPLEMENTATIONS & set(arguments):
-        arguments["fused"] = all(tensor.is_cuda and tensor.is_floating_point() for tensor in trained) or None
+        arguments["fused"] = all(tensor.device.type in FUSED_ON for tensor in trained) or None
     try:
         return optimizer_class(trained, **arguments)
     except (TypeError, ValueError) as error:
@@ -109,6 +113,7 @@ def restore_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> tuple[s
         for group, other in zip(optimizer.param_groups, saved["state"]["param_groups"], strict=True)
         for name in optimizer.defaults
         if (ours := _option(group, name)) != (theirs := _option(other, name))
+        and (name not in IMPLEMENTATIONS or None not in (ours, theirs))  # None left it to us, or to torch
         and name in inspect.signature(type(optimizer)).parameters
     ]
     optimizer.load_state_dict(saved["state"])

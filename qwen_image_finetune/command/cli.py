@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from qwen_image_finetune.machine import console, journal
 from qwen_image_finetune.machine.streams import unfailing_streams
+from qwen_image_finetune.machine.threads import sleep_while_waiting
 
 if TYPE_CHECKING:
     from qwen_image_finetune.config import Config
@@ -49,6 +50,7 @@ def guarded(run: Callable[[argparse.Namespace], None], options: argparse.Namespa
             "error: Windows has no locks and signals of Unix, which runs are kept safe with: use WSL2", file=sys.stderr
         )
         return 2
+    sleep_while_waiting()
     try:
         with unfailing_streams():
             run(options)

@@ -167,7 +167,7 @@ def read(path: Path) -> dict[str, Any] | None:
     """The JSON object in a file; None where there is no file, or a torn one."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
     return found if isinstance(found, dict) else None
 

@@ -189,9 +189,8 @@ class Curves {
   }
 
   draw() {
-    for (const chart of this.charts) {
-      if (chart.empty) chart.element.remove();
-      else { if (!chart.element.isConnected) this.place.append(chart.element); chart.draw(); }
-    }
+    const shown = this.charts.filter((chart) => !chart.empty);
+    if (shown.some((chart) => !chart.element.isConnected) || this.place.children.length > shown.length) this.place.replaceChildren(...shown.map((chart) => chart.element));
+    for (const chart of shown) chart.draw();
   }
 }

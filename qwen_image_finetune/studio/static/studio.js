@@ -240,7 +240,9 @@ $("#large")?.addEventListener("keydown", (event) => {
 
 const dropping = (drop, take) => {
   const input = $("input", drop);
-  input.addEventListener("change", () => { if (input.files.length) take([...input.files].map((file) => [file.webkitRelativePath || file.name, file])); });
+  const chosen = () => { if (input.files.length) take([...input.files].map((file) => [file.webkitRelativePath || file.name, file])); };
+  input.addEventListener("change", chosen);
+  chosen(); // what was chosen before this script had loaded
   for (const kind of ["dragenter", "dragover"]) drop.addEventListener(kind, (event) => { event.preventDefault(); drop.classList.add("over-it"); });
   for (const kind of ["dragleave", "drop"]) drop.addEventListener(kind, () => drop.classList.remove("over-it"));
   drop.addEventListener("drop", async (event) => { event.preventDefault(); take(await filesOf(event.dataTransfer)); });
@@ -298,7 +300,7 @@ const form = {
         field.value = value;
       }
       for (const label of $$("[data-key]", place)) {
-        const wrong = told.problems.filter((each) => each.keys.includes(label.dataset.key)).map((each) => each.words);
+        const wrong = told.problems.filter((each) => each.keys.includes(label.dataset.key)).map((each) => each.words.replace(`${label.dataset.key}=`, ""));
         label.classList.toggle("has-problem", wrong.length > 0);
         const words = $(".wrong", label);
         words.hidden = !wrong.length; words.textContent = wrong.join("\n");
@@ -431,14 +433,15 @@ const watching = {
     });
 
     const show = (told) => {
-      const state = told.job && kind === "train" && told.job !== "done" ? told.job : told.state ?? told.job ?? "waiting";
+      const state = told.job && (kind !== "train" || told.job !== "done") ? told.job : told.state ?? told.job ?? "waiting";
       const words = { running: "running", finished: "finished", done: "done", failed: "failed", killed: "broke off", interrupted: "stopped", stopped: "stopped", waiting: "waiting" };
       $("[data-state]", place).replaceChildren(make("span", { className: `tag ${state}`, textContent: words[state] ?? state }));
       const going = state === "running" || state === "waiting";
       for (const each of $$("[data-when]", place)) each.hidden = !(each.dataset.when === state || (each.dataset.when === "ended" && !going && state !== "finished" && told.checkpoints?.length));
       const bar = $("[data-bar]", place);
       bar.hidden = !going;
-      if (told.total && told.step) { bar.max = told.total; bar.value = told.step; } else bar.removeAttribute("value");
+      if (kind === "train" && told.total && told.step) { bar.max = told.total; bar.value = told.step; } else bar.removeAttribute("value");
+      $("[data-last]", place).textContent = going && (kind !== "train" || !told.step) ? told.log.trimEnd().split("\n").at(-1) : "";
       const log = $("[data-log]", place);
       if (told.log && log.textContent !== told.log) { log.textContent = told.log; log.scrollTop = log.scrollHeight; }
       if (told.step === undefined) return going;

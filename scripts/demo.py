@@ -114,6 +114,7 @@ def main() -> None:
         print(f"  held-out faces      {result.sheet.relative_to(ROOT)}, rows: reference, base, LoRA, truth")
         print(f"  foreground IoU      {result.before:.2f} with the base alone, {result.after:.2f} with the LoRA")
     print("\nCurves of every version side by side:  .venv/bin/tensorboard --logdir demo/output")
+    print("Pictures, runs and samples in the browser:  .venv/bin/qif studio .")
 
 
 if __name__ == "__main__":

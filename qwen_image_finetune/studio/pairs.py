@@ -106,14 +106,22 @@ class DataSets:
         before, after = (_stems(folder / side) for side in (REFERENCES, TARGETS))
         masks = {stem for stem in after if stem.endswith("_mask") and stem.removesuffix("_mask") in after}
         targets = {stem: file for stem, file in after.items() if stem not in masks}
-        further = {stem for stem in before if stem.partition("_control_")[0] in targets and stem not in targets}
         has_references = (folder / REFERENCES).is_dir()
-        captions = {path.stem for path in (folder / TARGETS).glob("*.txt")} if (folder / TARGETS).is_dir() else set()
-        paired = [stem for stem in targets if stem in before or not has_references]
+        names = os.listdir(folder / TARGETS) if (folder / TARGETS).is_dir() else []
+        captions = {file.removesuffix(".txt") for file in names if file.endswith(".txt")}
+        lone_before = [
+            file
+            for stem, file in before.items()
+            if stem not in targets and stem.partition("_control_")[0] not in targets
+        ]
+        lone_after = [file for stem, file in targets.items() if has_references and stem not in before]
+        uncaptioned = [
+            file for stem, file in targets.items() if (stem in before or not has_references) and stem not in captions
+        ]
         return Orphans(
-            [f"{name}/{REFERENCES}/{file}" for stem, file in before.items() if stem not in {*targets, *further}],
-            [f"{name}/{TARGETS}/{file}" for stem, file in targets.items() if has_references and stem not in before],
-            [f"{name}/{TARGETS}/{targets[stem]}" for stem in paired if stem not in captions],
+            [f"{name}/{REFERENCES}/{file}" for file in lone_before],
+            [f"{name}/{TARGETS}/{file}" for file in lone_after],
+            [f"{name}/{TARGETS}/{file}" for file in uncaptioned],
         )
 
     def join(self, name: str, before: str, after: str) -> str:

@@ -225,7 +225,7 @@ def start_run(page: playwright.Page) -> None:
     field.press("Tab")
     page.get_by_text("The same as text").click()
     playwright.expect(page.get_by_label("the configuration as YAML")).to_have_value(re.compile("batch_size: 1\n"))
-    page.get_by_label("card").select_option("24GB")
+    page.get_by_label("card", exact=True).select_option("24GB")
     page.get_by_text("It fits").wait_for()
     page.get_by_role("button", name="Put it in the queue").click()
     page.wait_for_url("**/watch?**")

@@ -17,6 +17,8 @@ from starlette.routing import Mount
 from starlette.staticfiles import StaticFiles
 
 from qwen_image_finetune.disk.files import DiskFull
+from qwen_image_finetune.disk.reading import Unreadable
+from qwen_image_finetune.disk.versions import RunError
 from qwen_image_finetune.studio import routes_data, routes_judging, routes_runs
 from qwen_image_finetune.studio.guard import Guard
 from qwen_image_finetune.studio.routes_common import Studio
@@ -53,7 +55,13 @@ def application(folder: Path, host: str | None = None, token: str | None = None,
             Mount("/static", StaticFiles(directory=STATIC)),
         ],
         middleware=[Middleware(Guard, host=host, token=token)],
-        exception_handlers={Refused: _refused, HTTPException: _missing, DiskFull: _full},
+        exception_handlers={
+            Refused: _refused,
+            HTTPException: _missing,
+            DiskFull: _full,
+            RunError: _damaged,
+            Unreadable: _damaged,
+        },
         lifespan=life,
     )
     app.state.studio = studio
@@ -87,6 +95,10 @@ async def _missing(request: Request, error: Exception) -> Response:
     return _said(
         request, "There is nothing at this address." if error.status_code == 404 else error.detail, error.status_code
     )
+
+
+async def _damaged(request: Request, error: Exception) -> Response:
+    return _said(request, str(error), 422)
 
 
 async def _full(request: Request, error: Exception) -> Response:

@@ -37,6 +37,7 @@ CONFIGURATION = "config.yaml"  # of a job that trains
 VERBS = ("train", "evaluate", "report", "predict", "export", "look")  # that a job may consist of
 Kind = Literal["train", "evaluate", "report", "predict", "look"]
 State = Literal["waiting", "running", "done", "failed", "stopped", "killed"]
+MOST_LOG = 60_000  # bytes of a log that are shown
 PATIENCE = 20  # hundredths of a second
 STOPPED = (130, 143, -signal.SIGTERM, -signal.SIGINT)  # exit codes
 
@@ -96,14 +97,10 @@ class Job:
                 return int(found["pid"])
         return None
 
-    def log(self, most: int = 60_000) -> str:
+    def log(self, most: int = MOST_LOG) -> str:
         """The end of what it has printed."""
         path = self.folder / LOG
-        if not path.is_file():
-            return ""
-        with open(path, "rb") as file:
-            file.seek(max(0, path.stat().st_size - most))
-            return without_secrets(file.read().decode("utf-8", "replace"))
+        return end_of(path, most) if path.is_file() else ""
 
     def stop(self) -> None:
         """Ask it to end: a run saves first."""
@@ -129,13 +126,13 @@ class Jobs:
         configuration: str | None = None,
         about: dict[str, str] | None = None,
     ) -> Job:
-        """Write a job down; it waits until the queue starts it. `{job}` in an argument stands for its folder."""
+        """Write a job down; it waits until the queue starts it. `{job}` before a path stands for its folder."""
         identity = f"{time.time_ns() // 1_000_000:013d}-{secrets.token_hex(3)}"  # sorts by time
         folder, partial = self.folder / identity, self.folder / f".{identity}"
         partial.mkdir(parents=True)
         if configuration is not None:
             write_atomic(partial / CONFIGURATION, configuration)
-        placed = [Step(each.verb, [word.replace("{job}", str(folder)) for word in each.arguments]) for each in steps]
+        placed = [Step(each.verb, [_placed(word, folder) for word in each.arguments]) for each in steps]
         job = Job(folder, kind, title, placed, time.time(), card, about or {})
         told = {name: value for name, value in asdict(job).items() if name != "folder"}
         write_atomic(partial / JOB, json.dumps(told, ensure_ascii=False))
@@ -163,6 +160,10 @@ class Jobs:
         return Job(folder=self.folder / identity, steps=steps, **told)
 
 
+def _placed(word: str, folder: Path) -> str:
+    return f"{folder}{word.removeprefix('{job}')}" if word.startswith("{job}") else word
+
+
 def read(path: Path) -> dict[str, Any] | None:
     """The JSON object in a file; None where there is no file, or a torn one."""
     try:
@@ -170,6 +171,13 @@ def read(path: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
     return found if isinstance(found, dict) else None
+
+
+def end_of(path: Path, most: int = MOST_LOG) -> str:
+    """The last bytes of a log, secrets made unreadable."""
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - most))
+        return without_secrets(file.read().decode("utf-8", "replace"))
 
 
 def is_held(path: Path) -> bool:

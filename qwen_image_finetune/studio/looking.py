@@ -82,9 +82,9 @@ def look(row: Row, caption: str) -> dict[str, Any]:
     """What is noted of one pair."""
     paths = [str(path) for path in (row.target, *row.references, *([row.mask] if row.mask else []))]
     noted = ["empty"] if not caption else []
-    problems, found = looks.decode(paths, row.mask is not None, caption)
+    found = looks.decode(paths, row.mask is not None, caption).look
     content = None
-    if found is None or problems:
+    if found is None:
         noted.append("damaged")
     else:
         content = found.content.hex()

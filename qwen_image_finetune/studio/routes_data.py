@@ -24,6 +24,7 @@ from qwen_image_finetune.studio.thumbnails import small
 
 PAGE = 48  # pairs on one
 KINDS = {".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".png": "image/png", ".webp": "image/webp"}
+MOST_RUNS = 40  # that are asked for the pairs they keep aside
 MOST_SHOWN = 200  # captions in a preview, problems, orphans
 
 
@@ -37,6 +38,7 @@ def data_page(studio: Studio, request: Request) -> Response:
         rows = [r for r in rows if words in r.key.casefold() or words in studio.data.caption(r).casefold()]
     pages = max(-(-len(rows) // PAGE), 1)
     page = min(number(request, "page", 1), pages)
+    aside = kept_aside(studio, name)
     orphans, waiting = studio.data.orphans(name), Inbox(studio.shelf, name).waiting()
     jobs = [job for job in studio.jobs.all() if job.kind == "look" and job.about.get("set") == name]
     return studio.page(
@@ -45,6 +47,7 @@ def data_page(studio: Studio, request: Request) -> Response:
         total=len(listing.rows),
         found=len(rows),
         pairs=[seen(studio, name, row, notes) for row in rows[(page - 1) * PAGE : page * PAGE]],
+        aside=aside,
         page=page,
         pages=pages,
         only=chosen,
@@ -61,6 +64,15 @@ def data_page(studio: Studio, request: Request) -> Response:
         ready=sum(each.after is not None and bool(each.before) for each in waiting),
         has_table=any(row.caption_name is None for row in listing.rows[:1]),
     )
+
+
+def kept_aside(studio: Studio, name: str) -> set[str]:
+    """Keys of the pairs that the newest run of this set does not learn from, so that it can be measured on them."""
+    names = studio.shelf.found().runs
+    for run in sorted(names, key=lambda each: (studio.shelf.root / each).stat().st_mtime_ns, reverse=True)[:MOST_RUNS]:
+        if studio.runs.settings(run).get("data.init_args.dataset_path") == name:
+            return studio.runs.held_out(run)
+    return set()
 
 
 def seen(studio: Studio, name: str, row: Row, notes: looking.Notes) -> dict[str, Any]:

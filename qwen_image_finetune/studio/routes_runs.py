@@ -265,6 +265,7 @@ def watch(studio: Studio, request: Request) -> Response:
         changed=form.changed_settings(settings),
         pairs=studio.runs.pairs(run) if settings else None,
         evaluation=evaluation,
+        held_out=len(studio.runs.held_out(run)) if run else 0,
         sets=studio.shelf.found().data_sets,
         family=settings.get("train.trainer") or "",
     )
@@ -291,6 +292,8 @@ def live(studio: Studio, request: Request) -> Response:
         told |= {"job": job.state, "log": job.log()}
         if not run and job.kind == "train":
             told["run"] = run = studio.runs.of_job(job) or ""
+    if run and not told["log"]:  # of a run that was started in a terminal
+        told["log"] = studio.runs.log(run)
     if run:
         told |= studio.runs.live(run, number(request, "offset"))
     return JSONResponse(told)

@@ -78,12 +78,18 @@ def go_on(shelf: Shelf, jobs: Jobs, run: str) -> Job:
 
 
 def evaluate(shelf: Shelf, jobs: Jobs, run: str, data_set: str, count: int | None, checkpoints: str) -> Job:
-    """Queue measuring a run on pairs that it has not seen."""
-    path, pairs = shelf.sealed(shelf.run(run)), shelf.sealed(shelf.folder(data_set))
+    """Queue measuring a run on pairs that it has not seen.
+
+    Args:
+        data_set: folder of the pairs; "" for those that the run has kept aside.
+        count: how many of them; None for all.
+    """
+    path = shelf.sealed(shelf.run(run))
+    pairs = [str(shelf.sealed(shelf.folder(data_set)))] if data_set else []
     configuration(shelf, run)
     if checkpoints not in ("best", "latest", "all"):
         raise Refused("checkpoints are best, latest or all")
-    words = [str(path), str(pairs), "--checkpoints", checkpoints]
+    words = [str(path), *pairs, "--checkpoints", checkpoints]
     if count is not None:
         if not 1 <= count <= 10_000:
             raise Refused("at least one pair is measured")
@@ -120,15 +126,8 @@ def draw(
         raise Refused(f"{len(cells)} pictures at once; at most {MOST_PICTURES}")
     work = []
     for number, (_, lora, strength) in enumerate(cells):
-        words = [
-            f"{{job}}/{CONFIGURATION}",
-            "--prompt",
-            prompt,
-            "--output",
-            f"{{job}}/{number}.png",
-            "--seed",
-            str(seed),
-        ]
+        words = [f"{{job}}/{CONFIGURATION}", f"--prompt={prompt}"]  # one word: a prompt may begin with a dash
+        words += ["--output", f"{{job}}/{number}.png", "--seed", str(seed)]
         words += [word for picture in pictures for word in ("--image", str(picture))]
         words += [] if lora is None else ["--lora", str(lora), "--strength", f"{strength:g}"]
         words += [] if steps is None else ["--steps", str(steps)]

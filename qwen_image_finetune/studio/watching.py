@@ -16,14 +16,16 @@ from PIL import Image
 from qwen_image_finetune.data.images import DataError, open_upright
 from qwen_image_finetune.data.sources import read_folder
 from qwen_image_finetune.disk import history, runs, versions
+from qwen_image_finetune.disk.reading import Unreadable
+from qwen_image_finetune.disk.versions import RunError
 from qwen_image_finetune.judging.pages.reading import flat
-from qwen_image_finetune.studio.jobs import Job
+from qwen_image_finetune.studio.jobs import Job, end_of
 from qwen_image_finetune.studio.shelf import Refused, Shelf
 
 TAIL = 16_384  # bytes at the end of the metrics that a short look reads
 MOST_LINES = 3_000  # of the metrics that are sent at once; where there are more, every second, third, ...
 RECENT = 50  # steps whose median says how long one takes
-LARGEST_CONFIGURATION = 1_000_000  # bytes
+LARGEST_CONFIGURATION, LARGEST_DATA = 1_000_000, 50_000_000  # bytes of files of a run that are read
 
 
 @dataclass(frozen=True)
@@ -78,11 +80,17 @@ class Runs:
     def brief(self, name: str) -> Brief:
         """A run in a line; read anew where its files have changed."""
         path = self.shelf.run(name)
-        state = runs.outcome(path)
+        try:
+            state = runs.outcome(path)
+        except (RunError, Unreadable):
+            state = "damaged"
         stamp = tuple(_changed(path / each) for each in ("", history.METRICS, history.STATE, "samples", "config.yaml"))
         known = self._briefs.get(name)
         if known is None or known[0] != stamp or known[1].state != state:
-            known = (stamp, self._read(name, path, state))
+            try:
+                known = (stamp, self._read(name, path, state))
+            except (RunError, Unreadable):  # one damaged run does not hide the others; its own page says what it is
+                known = (stamp, Brief(name, "damaged", 0, None, None, None, "", None, 0))
             self._briefs[name] = known
         return known[1]
 
@@ -186,6 +194,19 @@ class Runs:
         stride = -(-len(found) // MOST_LINES)
         kept = [line for place, line in enumerate(found) if place % max(stride, 1) == 0 or "loss" not in line]
         return kept, (0 if again else offset) + len(whole), again
+
+    def log(self, name: str) -> str:
+        """The end of what it has said."""
+        path = self.file(name, history.LOG)
+        return "" if path is None else end_of(path)
+
+    def held_out(self, name: str) -> set[str]:
+        """Keys of the pairs that it has kept aside of its data set."""
+        path = self.file(name, history.DATA)
+        if path is None or path.stat().st_size > LARGEST_DATA:
+            return set()
+        found = json.loads(path.read_text(encoding="utf-8")).get("held_out")
+        return set(found) if isinstance(found, dict) else set()
 
     def pairs(self, name: str) -> int | None:
         """How many pairs it learns from; None where they are not in this folder."""

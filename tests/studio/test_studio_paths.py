@@ -106,7 +106,7 @@ def test_files_of_a_run_that_are_links_are_not_read(client: TestClient, folder: 
     run = folder / "output/project/v0"
     run.mkdir(parents=True)
     (run / "run.json").write_text('{"state": "finished", "step": 3}')
-    for name in ("config.yaml", "metrics.jsonl"):
+    for name in ("config.yaml", "metrics.jsonl", "log.txt", "data.json"):
         os.symlink(folder.parent / "secret.txt", run / name)
     for address in (
         "/watch?run=output/project/v0",

@@ -287,7 +287,7 @@ ON_MODULES = {"copy": "shutil", "copy2": "shutil", "copyfile": "shutil", "copytr
 # `save` of these is another one's: they write through the door themselves.
 SAVERS = frozenset({"samples", "trained", "book", "fingerprints"})
 DOORS = frozenset({"disk.files", "disk.locks", "disk.runs"})  # what stages, locks, and moves what is whole
-APART = frozenset({"studio"})  # uploads and jobs of its own; nothing of a run
+APART = frozenset({"studio"})  # stages uploads, jobs and thumbnails in a hidden folder of its own; writes no run
 
 
 def unstaged_writes(source: str) -> Iterator[tuple[int, str]]:

@@ -14,6 +14,7 @@ from starlette.routing import Route
 
 from qwen_image_finetune.data.listing import Row
 from qwen_image_finetune.data.sources import REFERENCES, TARGETS
+from qwen_image_finetune.disk.files import write_atomic
 from qwen_image_finetune.studio import looking, uploads
 from qwen_image_finetune.studio.inbox import Inbox
 from qwen_image_finetune.studio.jobs import Step
@@ -201,7 +202,7 @@ def add_captions(studio: Studio, ask: WriteEmpty) -> dict[str, int]:
     for name in names:
         path = studio.shelf.inside(name).with_suffix(".txt")
         if not path.exists():
-            path.write_text(ask.caption.strip() + "\n", encoding="utf-8")
+            write_atomic(path, ask.caption.strip() + "\n")
     return {"written": len(names)}
 
 

@@ -153,21 +153,40 @@ def _take_apart(layer: Layer, native: Native, module: str, path: Path) -> dict[s
     if rest:
         raise LoraFileError(f"{path}: {module} has {layer.up.shape[0]} outputs, which cannot be divided {native.rows}")
     ups = dict(zip(native.modules, layer.up.split([unit * share for share in native.rows]), strict=True))
-    active = [name for name, up in ups.items() if up.any()] or list(ups)
-    for names in (list(ups), active):  # a part that changes nothing may have its own block all the same
-        if blocks := _diagonal({name: ups[name] for name in names}, layer.rank):
-            alpha = layer.alpha / len(names)
-            return {name: Layer(layer.down[block], ups[name][:, block], alpha) for name, block in blocks.items()}
-    # One adapter trained on the fused matrix: its lower factor serves all of them.
-    return {name: Layer(layer.down, ups[name], layer.alpha) for name in active}
+    blocks = _diagonal(ups, layer.rank)
+    if not blocks:  # one adapter trained on the fused matrix: its lower factor serves all of them
+        return {name: Layer(layer.down, up, layer.alpha) for name, up in ups.items() if up.any()}
+    alpha = layer.alpha / len(blocks)
+    return {name: Layer(layer.down[block], ups[name][:, block], alpha) for name, block in blocks.items()}
 
 
-def _diagonal(ups: Mapping[str, Tensor], rank: int) -> dict[str, slice] | None:
-    """The columns of each part, where parts of one rank lie block-diagonally in a fused matrix; None where not."""
-    own, rest = divmod(rank, len(ups))
-    blocks = {name: slice(index * own, (index + 1) * own) for index, name in enumerate(ups)}
-    lie = all(torch.count_nonzero(up) == torch.count_nonzero(up[:, blocks[name]]) for name, up in ups.items())
-    return blocks if lie and not rest else None
+def _diagonal(ups: Mapping[str, Tensor], rank: int) -> dict[str, slice]:
+    """The columns of each part, where parts of one rank lie block-diagonally in a fused matrix; empty where not.
+
+    A part that changes nothing leaves its block empty, which is known by the place of the others.
+    """
+    columns = {name: up.any(dim=0).nonzero().flatten().tolist() for name, up in ups.items()}
+    active = sum(map(bool, columns.values()))
+    for count in range(len(ups), max(active, 1) - 1, -1):  # with fewer blocks, wider ones would hold them by chance
+        own, rest = divmod(rank, count)
+        found: dict[str, int] = {}
+        waiting: list[str] = []
+        for name, used in columns.items() if not rest else ():
+            if not used:
+                waiting.append(name)
+                continue
+            place = used[0] // own
+            if place != used[-1] // own:
+                break
+            found.update(zip(waiting, range(len(found), place), strict=False))
+            if len(found) != place:
+                break
+            found[name], waiting = place, []
+        else:
+            found.update(zip(waiting, range(len(found), count), strict=False))
+            if len(found) == count:
+                return {name: slice(place * own, (place + 1) * own) for name, place in found.items()}
+    return {}
 
 
 def _put_together(parts: Mapping[str, Layer], native: Native) -> Layer:

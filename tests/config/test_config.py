@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from qwen_image_finetune.config import SPELLINGS, Config, ConfigError, load_config
 from qwen_image_finetune.config.idle import IDLE
 from qwen_image_finetune.config.reference import reference
+from qwen_image_finetune.config.registry import FAMILIES
 from qwen_image_finetune.config.tree import ABSENT, find, put
 from qwen_image_finetune.config.words import distance, known_keys, section_of
 
@@ -206,8 +207,7 @@ def test_a_data_set_class_of_ones_own_takes_its_own_arguments(load: Load) -> Non
         ({"train": 3}, "train=3 is refused; allowed: a section with keys of trainer, num_epochs"),
         (
             {"train.trainer": "FluxKontxt"},
-            "train.trainer='FluxKontxt' is not one of ['FluxKontext', 'QwenImageEdit', 'QwenImageEditPlus']; "
-            "did you mean 'Flux",
+            f"train.trainer='FluxKontxt' is not one of {sorted(FAMILIES)}; did you mean 'FluxKontext'",
         ),
         (
             {"train.vae_encoder_device": "gpu:0"},

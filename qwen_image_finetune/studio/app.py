@@ -16,9 +16,10 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Mount
 from starlette.staticfiles import StaticFiles
 
-from qwen_image_finetune.disk.files import DiskFull
+from qwen_image_finetune.disk.files import DiskFull, is_disk_full
 from qwen_image_finetune.disk.reading import Unreadable
 from qwen_image_finetune.disk.versions import RunError
+from qwen_image_finetune.machine import console
 from qwen_image_finetune.studio import routes_data, routes_judging, routes_runs
 from qwen_image_finetune.studio.guard import Guard
 from qwen_image_finetune.studio.routes_common import Studio
@@ -58,7 +59,7 @@ def application(folder: Path, host: str | None = None, token: str | None = None,
         exception_handlers={
             Refused: _refused,
             HTTPException: _missing,
-            DiskFull: _full,
+            OSError: _unwritten,
             RunError: _damaged,
             Unreadable: _damaged,
         },
@@ -69,8 +70,14 @@ def application(folder: Path, host: str | None = None, token: str | None = None,
 
 
 async def _tick(studio: Studio) -> None:
+    said = ""
     while True:
-        await run_in_threadpool(studio.queue.tick)
+        try:
+            await run_in_threadpool(studio.queue.tick)
+        except OSError as error:  # a full disk, say: the queue goes on once there is room
+            if str(error) != said:
+                said = str(error)
+                console.say(f"the queue cannot go on for now: {error}")
         await asyncio.sleep(SECONDS_BETWEEN_TICKS)
 
 
@@ -101,5 +108,8 @@ async def _damaged(request: Request, error: Exception) -> Response:
     return _said(request, str(error), 422)
 
 
-async def _full(request: Request, error: Exception) -> Response:
-    return _said(request, str(error), 507)
+async def _unwritten(request: Request, error: Exception) -> Response:
+    assert isinstance(error, OSError)
+    if is_disk_full(error):
+        return _said(request, str(error) if isinstance(error, DiskFull) else "no space left on this disk", 507)
+    return _said(request, f"{error.filename or 'a file'}: {error.strerror or error}", 500)

@@ -27,7 +27,7 @@ def start(shelf: Shelf, jobs: Jobs, text: str, title: str | None = None) -> Job:
         Refused: the configuration cannot be run.
     """
     config = checked(shelf, text)
-    project = config.logging.project_dir.as_posix()
+    project = (shelf.root / config.logging.project_dir).resolve().relative_to(shelf.root).as_posix()
     for folder in config.data.init_args.folders:
         if (shelf.root / folder).is_dir():
             shelf.sealed(shelf.root / folder)

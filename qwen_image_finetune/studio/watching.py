@@ -228,7 +228,10 @@ class Runs:
         project, process = job.about.get("project"), job.process
         if project is None or process is None:
             return None
-        folder = self.shelf.inside(project)
+        try:
+            folder = self.shelf.inside(project)
+        except Refused:  # hidden: it runs, and is not shown
+            return None
         for path in folder.iterdir() if folder.is_dir() else ():
             lock = path / runs.LOCK
             if versions.VERSION.match(path.name) and lock.is_file():

@@ -18,6 +18,7 @@ from qwen_image_finetune.families import get_family
 from qwen_image_finetune.fitting.estimate import AT_WORK, GIB, Estimator, transformer_config
 from qwen_image_finetune.fitting.footprint import Footprint, footprint, stand_in
 from qwen_image_finetune.fitting.plan import KEEPS, as_overrides, cheapest_change, memory_changes, parse_memory, settled
+from qwen_image_finetune.fitting.plan_numbers import numbers
 from qwen_image_finetune.fitting.plan_words import describe, summary
 from qwen_image_finetune.fitting.speed import Step, card_called, seconds
 from qwen_image_finetune.levers.stored_precision import WEIGHTS, local_checkpoint
@@ -340,3 +341,20 @@ def test_without_a_card_auto_changes_nothing(configured: Callable[..., Config]) 
     assert words is not None
     plain = configured("FluxKontext")
     assert settled(plain, get_family("FluxKontext"), None, [(64, 64)], None) == (plain, None)
+
+
+def test_a_plan_in_numbers_says_what_the_words_say(configured: Callable[..., Config]) -> None:
+    config = configured("FluxKontext", "train.max_train_steps=100")
+    for card, fits in (("H100", True), ("24GB", False)):
+        found, words = numbers(config, card), describe(config, card)
+        assert found["fits"] is fits
+        assert f"{found['peak']:7.2f} GiB  together" in words
+        assert (found["change"] is None) is fits
+        if fits:
+            assert found["step_seconds"] is not None and f"about {found['step_seconds']:.2f} s" in words
+            assert found["seconds"] == pytest.approx(100 * found["step_seconds"])
+        else:
+            assert as_overrides(config, found["change"]["keys"]) in words
+            assert f"({found['change']['peak']:.1f} GiB)" in words
+    assert numbers(config, "1GB")["last_resort"] is not None
+    assert json.loads(json.dumps(found)) == found

@@ -92,6 +92,17 @@ def test_text_and_form_are_one(client: TestClient, draft: str) -> None:
     assert yaml.safe_load(size["yaml"])["data"]["init_args"]["image_size"] == [64, 64]
 
 
+def test_a_proposed_change_is_applied_at_once(client: TestClient, draft: str) -> None:
+    keys = {"model.quantize": "nf4", "train.gradient_checkpointing": True, "train.keep_activations": 0.4,
+            "cache.text_encoder_device": "cpu", "train.max_grad_norm": None}  # fmt: skip
+    told = client.post("/new/change", json={"yaml": draft, "keys": keys}).json()
+    assert told["problems"] == []
+    tree = yaml.safe_load(told["yaml"])
+    assert (tree["model"]["quantize"], tree["train"]["keep_activations"]) == ("nf4", 0.4)
+    assert (tree["train"]["max_grad_norm"], tree["cache"]["text_encoder_device"]) == (None, "cpu")
+    assert client.post("/new/change", json={"yaml": draft, "keys": {"os.system": "x"}}).status_code == 400
+
+
 @pytest.mark.parametrize("text", ["", "a: [", "- 1", "!!python/object:os.system {}", "model: {*x}", "\0", "a: &a [*a]"])
 def test_no_text_breaks_the_form(client: TestClient, text: str) -> None:
     answer = client.post("/new/check", json={"yaml": text})

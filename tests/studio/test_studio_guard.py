@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
 from starlette.testclient import TestClient
 
+from qwen_image_finetune.command import extras
+from qwen_image_finetune.command.cli import main
 from qwen_image_finetune.studio.app import application
 from qwen_image_finetune.studio.guard import COOKIE
 
@@ -145,6 +151,42 @@ def test_the_key_lasts_and_is_for_its_owner_alone(tmp_path: Path) -> None:
     assert len(first) >= 32
     assert kept_token(tmp_path / "token") == first
     assert (tmp_path / "token").stat().st_mode & 0o077 == 0
+
+
+def test_the_printed_link_is_the_key(folder: Path) -> None:
+    """The whole command, as on a server that others reach."""
+    command = [
+        sys.executable,
+        "-m",
+        "qwen_image_finetune.cli",
+        "studio",
+        str(folder),
+        "--host",
+        "0.0.0.0",
+        "--port",
+        "0",
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        printed = server.stdout.readline()
+        found = re.search(r"http://[^:]+:(\d+)/\?token=([\w-]{32,})", printed)
+        assert found, printed
+        address = f"http://127.0.0.1:{found[1]}/"
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(address)
+        opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
+        with opener.open(f"{address}?token={found[2]}") as answer:
+            assert answer.url == address
+            assert b"faces" in answer.read()
+        server.terminate()
+
+
+def test_without_its_packages_it_says_which(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(extras, "find_spec", lambda name: None)
+    assert main(["studio", "."]) == 2
+    assert "pip install 'qwen-image-finetune[studio]'" in capsys.readouterr().err
 
 
 def test_secrets_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -175,7 +175,7 @@ def bring_pictures(page: playwright.Page, camera: Path) -> None:
     slider = page.get_by_label("before and after of face_00")
     slider.focus()
     page.keyboard.press("End")
-    assert page.locator(".sides").first.evaluate("each => each.style.getPropertyValue('--cut')") == "100%"
+    playwright.expect(page.locator(".sides").first).to_have_attribute("style", re.compile("--cut: 100%"))
     page.get_by_label("choose face_01").check()
     page.get_by_role("button", name="Delete").click()
     page.get_by_text("6 pairs in masks").wait_for()

@@ -105,7 +105,9 @@ for (const select of $$("[data-go-select]")) select.addEventListener("change", (
 
 const wipe = (sides) => {
   const range = $("input[type=range]", sides);
-  range?.addEventListener("input", () => sides.style.setProperty("--cut", `${range.value}%`));
+  const show = () => sides.style.setProperty("--cut", `${range.value}%`);
+  range?.addEventListener("input", show);
+  if (range) show(); // a browser may have kept another value
 };
 $$(".sides").forEach(wipe);
 
@@ -134,7 +136,7 @@ const pictures = {
     const set = $("[data-set]").dataset.set;
     for (const pair of $$(".pair")) {
       const field = $("[data-caption]", pair);
-      field.dataset.stored = field.value;
+      field.dataset.stored = field.defaultValue; // what came with the page, whatever a browser has kept of an edit
       field.addEventListener("change", () => writeCaption(set, pair.dataset.key, field));
       field.addEventListener("keydown", (event) => {
         if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) field.blur();
@@ -181,6 +183,7 @@ const choose = (set) => {
   };
   $("[data-scope]").dataset.all = $("[data-scope]").textContent;
   picks.forEach((each) => each.addEventListener("change", show));
+  show();
   $("[data-none]", bar).addEventListener("click", () => { picks.forEach((each) => { each.checked = false; }); show(); });
   $("[data-throw]", bar).addEventListener("click", async () => {
     if (await attempt(() => post("/data/throw", { set, keys: chosen() }))) { say("In the bin."); location.reload(); }

@@ -184,6 +184,24 @@ def test_runs_side_by_side(client: TestClient, run: Run, folder: Path) -> None:
     assert "Learning rate" not in page.partition("Curves")[0]
 
 
+def test_what_was_measured_is_said_with_units(client: TestClient, run: Run) -> None:
+    value = {"mean": 12.345, "low": 11.0, "high": 13.0}
+    (run.path / "evaluation").mkdir()
+    found = {
+        "pictures": 3, "dataset": "<b>held out</b>", "seed": 0,
+        "metrics": {"psnr": {"words": "w", "unit": "dB", "better": "higher"},
+                    "lpips": {"words": "w", "unit": "", "better": "lower"}},
+        "candidates": [{"name": "base", "means": {"psnr": value, "lpips": None}}],
+    }  # fmt: skip
+    (run.path / "evaluation/evaluation.json").write_text(json.dumps(found))
+    for address in (f"/watch?run={NAME}", f"/compare?run={NAME}"):
+        page = client.get(address).text
+        assert "likeness to the truth (PSNR), dB ↑" in page
+        assert "12.35" in page or "12.34" in page
+        assert "LPIPS" not in page, "nothing was measured"
+        assert "<b>held" not in page
+
+
 @pytest.mark.parametrize(
     ("lines", "total", "seconds"),
     [

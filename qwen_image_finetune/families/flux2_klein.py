@@ -26,6 +26,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from qwen_image_finetune.families.base import Defaults, Family, Published, Reference, covering
 from qwen_image_finetune.lora.names import Native
+from qwen_image_finetune.lora.readers import EVERYTHING, Reader
 from qwen_image_finetune.records import Batch
 
 MODEL_AREA = 1024 * 1024
@@ -84,6 +85,15 @@ def authors_names() -> dict[str, Native]:
     return names
 
 
+# diffusers refuses an alpha beside authors' names in the comfy dialect.
+READERS = (
+    Reader("diffusers", "diffusers"),
+    *(Reader("ComfyUI", dialect) for dialect in ("comfy", "kohya")),
+    Reader("diffusers", "comfy", EVERYTHING),
+    Reader("diffusers", "kohya", r".*_stream_modulation.*|final_layer\.adaLN.*|guidance_in\..*"),
+)
+
+
 def klein(name: str, encoders: float, licence: str, blocks: tuple[int, int], heads: int, text: int) -> Published:
     """A published klein: `blocks` double and single ones, of as many heads of 128; text embeddings of width `text`.
 
@@ -113,6 +123,7 @@ class Flux2Klein(Family):
     negative_prompt = ""
     adapter_targets = TARGETS
     lora_names = authors_names()
+    lora_readers = READERS
     published: ClassVar[tuple[Published, ...]] = (
         klein("FLUX.2-klein-base-4B", 4.11e9, "Apache 2.0", (5, 20), 24, 7680),
         klein("FLUX.2-klein-base-9B", 8.27e9, "FLUX non-commercial", (8, 24), 32, 12288),

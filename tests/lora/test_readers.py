@@ -42,8 +42,10 @@ def modules_read(program: str, dialect: str, name: str) -> set[str]:
     state = write_state(layers, family.lora_names, dialect)
     homes = homes_of(name)
     if program == "diffusers":
-        with torch.no_grad():
+        try:
             read = family.pipeline.lora_state_dict(dict(state))
+        except ValueError:  # FLUX.2: an alpha beside the weights is no key that it knows
+            return set()
         read = read[0] if isinstance(read, tuple) else read
         keys = [key for key in read if key.startswith("transformer.") or not family.lora_names]
         return {re.sub(r"^transformer\.|\.lora_[AB]\.weight$", "", key) for key in keys} & layers.keys()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +31,15 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.getbasetemp()
     # A worker's own folder lies inside the session's.
     return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _temporary_files_of_the_session(shared_folder: Path) -> None:
+    """What libraries leave in the temporary folder, such as torch's launchers, goes when the session's folder goes."""
+    folder = shared_folder / "temporary"
+    folder.mkdir(exist_ok=True)
+    os.environ["TMPDIR"] = str(folder)  # of processes that tests start
+    tempfile.tempdir = str(folder)
 
 
 @pytest.fixture(scope="session")

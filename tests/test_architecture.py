@@ -5,9 +5,11 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import json
+import os
 import re
 import subprocess
 import sys
+import tempfile
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -445,6 +447,11 @@ def test_every_dependency_is_declared() -> None:
             if declared.isdisjoint(_normalised(owner) for owner in distributions.get(top, [top])):
                 undeclared.append(f"{where(name, found.line)}: {top} is not in pyproject.toml")
     assert not undeclared, "\n".join(undeclared)
+
+
+def test_what_tests_leave_lies_in_the_folder_of_their_session(shared_folder: Path) -> None:
+    """Launchers of torch leave files in the temporary folder, of this process and of those that it starts."""
+    assert {Path(tempfile.gettempdir()), Path(os.environ["TMPDIR"])} == {shared_folder / "temporary"}
 
 
 def test_test_files_have_names_of_their_own() -> None:

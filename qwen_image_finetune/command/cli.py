@@ -87,14 +87,19 @@ def run_training(config_file: Path, overrides: Sequence[str], dry_run: bool = Fa
         config = load_config(config_file, overrides)
         tell(config.notes)
         if dry_run:
-            from qwen_image_finetune.command.dry_run import describe
+            from qwen_image_finetune.command.dry_run import lines
+            from qwen_image_finetune.levers.stored_precision import local_checkpoint
             from qwen_image_finetune.training.check import check_run, model_notes
 
-            print(describe(config))
+            if local_checkpoint(config.model) is not None:
+                loading()  # its memory is predicted, and its modules are compared with the adapter
+            for line in lines(config):
+                print(line, flush=True)
             tell(model_notes(config))
             check_run(config)
             return
         check_folders(config, only_cache)
+        loading()
         if only_cache:
             from qwen_image_finetune.trainer import Trainer
 
@@ -117,6 +122,7 @@ def check_folders(config: Config, only_cache: bool) -> None:
 
 def predict(options: argparse.Namespace) -> None:
     """Draw pictures: one from its references, or one for each picture of a folder."""
+    loading()
     from qwen_image_finetune.config import load_config
     from qwen_image_finetune.drawing.draw import Request, draw
     from qwen_image_finetune.lora.sources import checkpoint_notes
@@ -129,13 +135,16 @@ def predict(options: argparse.Namespace) -> None:
 def check(options: argparse.Namespace) -> None:
     """Check configuration and data, decoding every picture, and load nothing else."""
     from qwen_image_finetune.config import load_config, resolve_family
+
+    config = load_config(options.config, options.overrides)
+    tell(config.notes)
+    loading()
     from qwen_image_finetune.data.images import DataError
     from qwen_image_finetune.encoding.pairs import open_pairs
     from qwen_image_finetune.families import get_family
     from qwen_image_finetune.training.check import model_notes, refusal, run_problems
 
-    config = load_config(options.config, options.overrides)
-    tell([*config.notes, *model_notes(config)])
+    tell(model_notes(config))
     problems = run_problems(config)
     try:
         pairs = open_pairs(config, get_family(resolve_family(config)[0]), decode=True)
@@ -150,6 +159,7 @@ def check(options: argparse.Namespace) -> None:
 
 def evaluate(options: argparse.Namespace) -> None:
     """Measure base, LoRAs and a copy of the input on pairs that were not trained on."""
+    loading()
     from qwen_image_finetune.judging.evaluate import evaluate
     from qwen_image_finetune.judging.request import Request
 
@@ -180,6 +190,7 @@ def plan(options: argparse.Namespace) -> None:
 
     config = load_config(options.config, options.overrides)
     tell(config.notes)
+    loading()
     if options.json:
         from qwen_image_finetune.fitting.plan_numbers import numbers
         from qwen_image_finetune.training.check import run_problems
@@ -193,6 +204,7 @@ def plan(options: argparse.Namespace) -> None:
 
 def bench(options: argparse.Namespace) -> None:
     """Measure training steps of a full-size model with random weights, one setting beside the other."""
+    loading()
     from qwen_image_finetune.fitting.bench import Options, run
 
     run(filled(Options, options))
@@ -200,6 +212,7 @@ def bench(options: argparse.Namespace) -> None:
 
 def export(options: argparse.Namespace) -> None:
     """Write a LoRA, or a transformer that was tuned as a whole, as one file for another program."""
+    loading()
     from qwen_image_finetune.families import get_family
     from qwen_image_finetune.lora.export import export
     from qwen_image_finetune.lora.sources import checkpoint_notes
@@ -222,6 +235,7 @@ def studio(options: argparse.Namespace) -> None:
 
 def tiny(options: argparse.Namespace) -> None:
     """Write a tiny random checkpoint of a family's real architecture."""
+    loading()
     from qwen_image_finetune.families import get_family
 
     get_family(options.family).tiny(options.folder)
@@ -235,6 +249,12 @@ def filled(request: type[Asked], options: argparse.Namespace) -> Asked:
     """A dataclass whose fields are options of the same names; options that can be repeated become tuples."""
     given = {field.name: getattr(options, field.name) for field in fields(cast(Any, request))}
     return request(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+
+
+def loading() -> None:
+    """Say that packages load, which takes seconds in which nothing else is seen; once, and only if they do."""
+    if "torch" not in sys.modules:
+        console.note("loading torch and diffusers", sys.stderr)
 
 
 def tell(notes: Sequence[str]) -> None:

@@ -16,7 +16,13 @@ def describe(config: Config) -> str:
     Raises:
         ConfigError: the checkpoint contradicts the configuration.
     """
-    return "\n".join(["# resolved configuration", config.to_yaml().rstrip(), "", "# plan", *_plan(config)])
+    return "\n".join(lines(config))
+
+
+def lines(config: Config) -> Iterator[str]:
+    """The same line by line, each as soon as it is known."""
+    yield from ("# resolved configuration", config.to_yaml().rstrip(), "", "# plan")
+    yield from _plan(config)
 
 
 def _plan(config: Config) -> Iterator[str]:

@@ -28,6 +28,8 @@ from qwen_image_finetune.levers import attention
 from qwen_image_finetune.levers.stored_precision import local_checkpoint
 from qwen_image_finetune.loading import weight_dtype
 
+PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}  # of a base that is not quantised
+
 
 def describe(config: Config, card: str | None) -> str:
     """The plan of a run in words.
@@ -51,10 +53,10 @@ def summary(config: Config) -> Iterator[str]:
     yield from _decide(estimator, card)
     estimate = estimator.estimate()
     largest = sorted(estimate.device.items(), key=lambda part: -part[1])[:2]
-    parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in largest)
-    yield f"{estimate.peak / GIB:.1f} GiB on the card while training: {parts}, ..."
+    parts = ", ".join(f"{name} {size_words(size, 1)}" for name, size in largest)
+    yield f"{size_words(estimate.peak, 1)} on the card while training: {parts}, ..."
     if estimate.encoding:
-        yield f"{estimate.encoding / GIB:.1f} GiB on the card while encoding, if the cache is not complete"
+        yield f"{size_words(estimate.encoding, 1)} on the card while encoding, if the cache is not complete"
     yield f"{sum(estimate.host_parts.values()) / GIB:.1f} GiB on the host"
     if card is None:
         yield "no card here: `qif plan CONFIG --card 24GB` says whether it fits, and what would"
@@ -71,8 +73,8 @@ def _lines(estimator: Estimator, card: int | None, named: speed.Card | None, her
         notes += _decide(estimator, card)
     family, config, estimate, found = estimator.family, estimator.config, estimator.estimate(), estimator.footprint
     sizes = ", ".join(f"{width}x{height}" for width, height in estimator.sizes)
-    base = estimator.format or config.train.mixed_precision
-    yield f"{family.name}, {found.weights / 1e9:.2f} billion weights, base in {base}"
+    base = estimator.format or PRECISIONS[config.train.mixed_precision]
+    yield f"{family.name}, {count_words(found.weights)} weights, base in {base}"
     yield f"target and references {sizes}, {config.data.batch_size} a batch, {estimator.text_tokens} tokens of text"
     if estimator.folder is None and estimator.format is None and config.model.lora is not None:
         name = config.model.pretrained_model_name_or_path
@@ -81,15 +83,16 @@ def _lines(estimator: Estimator, card: int | None, named: speed.Card | None, her
     yield from notes
     yield "on the card while training:"
     for name, size in estimate.device.items():
-        yield f"  {size / GIB:7.2f} GiB  {name}"
-    yield f"  {estimate.peak / GIB:7.2f} GiB  together, and about {OUTSIDE / GIB:.0f} GiB for the driver"
+        yield f"  {size_words(size):>11}  {name}"
+    yield f"  {size_words(estimate.peak):>11}  together, and about {OUTSIDE / GIB:.0f} GiB for the driver"
     if estimate.encoding:
-        yield f"  {estimate.encoding / GIB:7.2f} GiB  encoders, before, if the cache is not complete"
+        yield f"  {size_words(estimate.encoding):>11}  encoders, before, if the cache is not complete"
     for name, size in (estimate.host | estimate.host_before).items():
-        yield f"host: {size / GIB:7.2f} GiB  {name}"
+        yield f"host: {size_words(size):>11}  {name}"
     if here and card is not None:
         yield from host_warnings(estimate)
-    yield f"one forward and backward pass: {estimate.operations / 1e12:.1f} TFLOP"
+    tera = estimate.operations / 1e12
+    yield f"one forward and backward pass: {f'{tera:.1f} TFLOP' if tera >= 0.1 else f'{1000 * tera:.1f} GFLOP'}"
     yield step_words(estimator, config, estimator.format, named, here)
     if card is None:
         yield "no card here and none named (--card 24GB): whether it fits is not said"
@@ -107,6 +110,26 @@ def _lines(estimator: Estimator, card: int | None, named: speed.Card | None, her
     yield f"it costs {change.price}"
     format = change.keys.get("model.quantize", estimator.format)
     yield f"with it, {step_words(estimator, with_keys(config, change.keys), format, named, here)}"
+
+
+def count_words(number: int) -> str:
+    """A number of weights as people say it."""
+    for name, unit in (("billion", 1e9), ("million", 1e6)):
+        if number >= unit / 10:
+            return f"{number / unit:.2f} {name}"
+    return f"{number:,}"
+
+
+def size_words(size: float, digits: int = 2) -> str:
+    """Bytes in GiB, and in MiB or KiB where GiB would show nothing of them.
+
+    Args:
+        digits: behind the point of GiB.
+    """
+    for name, unit in (("GiB", GIB), ("MiB", 2**20)):
+        if size >= unit * 10**-digits:
+            return f"{size / unit:.{digits}f} {name}"
+    return f"{size / 2**10:.{digits}f} KiB" if size else "nothing"
 
 
 def _decide(estimator: Estimator, card: int | None) -> Iterator[str]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qwen_image_finetune.config import (
     OUR_DATASETS,
@@ -153,14 +154,36 @@ def _check_lora(config: Config, download: bool) -> None:
 
 
 def _check_optimizer(config: Config) -> None:
-    if config.optimizer == OptimizerConfig() and config.lr_scheduler == SchedulerConfig():
-        return  # as they are meant to be: no reason to load torch for a look
+    if is_plain(config.optimizer, config.lr_scheduler):
+        return  # no reason to load torch for a look
     import torch
 
     from qwen_image_finetune.training.optim import build_optimizer, build_scheduler
 
     stand_in = build_optimizer(config.optimizer, [torch.nn.Parameter(torch.zeros(1))])
     build_scheduler(config.lr_scheduler, stand_in, total_steps=config.max_steps or 1)
+
+
+def is_plain(optimizer: OptimizerConfig, scheduler: SchedulerConfig) -> bool:
+    """Whether optimizer and schedule can certainly be built: Adam or AdamW with numbers that they take, and any
+    schedule but a polynomial decay, which depends on the learning rate."""
+    adam = optimizer.class_path in ("torch.optim.Adam", "torch.optim.AdamW")
+    return (
+        adam
+        and scheduler.scheduler_type != "polynomial"
+        and all(_is_taken(name, value) for name, value in optimizer.init_args.items())
+    )
+
+
+def _is_taken(name: str, value: Any) -> bool:
+    """Whether Adam takes this argument; not all that it takes is known here."""
+    if name == "betas":
+        return isinstance(value, list | tuple) and len(value) == 2 and all(_lies_below(beta, 1.0) for beta in value)
+    return name in ("lr", "eps", "weight_decay") and _lies_below(value, math.inf)
+
+
+def _lies_below(value: Any, end: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < end
 
 
 def _check_drop_keys(config: Config, download: bool) -> None:

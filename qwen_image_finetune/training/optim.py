@@ -43,7 +43,7 @@ def build_optimizer(config: OptimizerConfig, parameters: Iterable[Tensor]) -> Op
         arguments["fused"] = all(tensor.device.type in FUSED_ON for tensor in trained) or None
     try:
         return optimizer_class(trained, **arguments)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, IndexError) as error:  # the last one of torch, for a single beta
         raise ConfigError(f"{KEY}={config.init_args} is refused by {config.class_path}: {error}") from error
 
 

@@ -123,6 +123,27 @@ def test_dry_run_needs_no_network_no_gpu_and_no_model(
     assert not (tmp_path / "output").exists(), "a dry run writes nothing"
 
 
+def test_an_ordinary_dry_run_leaves_torch_alone(hub_config: Path) -> None:
+    """Though torch is there: an optimizer with a learning rate, and a schedule, are no reason to load it."""
+    program = (
+        "import sys; from qwen_image_finetune.command.cli import main; code = main(sys.argv[1:]); "
+        "print('loaded', [name for name in ('torch', 'diffusers', 'transformers') if name in sys.modules], code)"
+    )
+    words = ["train", str(hub_config), "--dry-run", "optimizer.init_args={lr: 2e-4, betas: [0.9, 0.99]}",
+             "lr_scheduler.scheduler_type=cosine", "validation={enabled: true, share: 0.1}"]  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", program, *words], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("loaded [] 0\n") and done.stderr == ""
+
+
+def test_what_loads_torch_says_so_at_once(tmp_path: Path, configure: Configure) -> None:
+    """And nothing comes from libraries that nobody asked, while all that is known already comes before."""
+    configure("FluxKontext")
+    done = run("train", tmp_path / "config.yaml", "--dry-run")
+    assert (done.returncode, done.stderr) == (0, "note: loading torch and diffusers\n")
+    assert "# plan" in done.stdout and "on the card while training" in done.stdout
+    assert run("check", tmp_path / "config.yaml", "train.max_train_stps=3").stderr.startswith("error:")
+
+
 def test_dry_run_assumes_the_default_family_and_says_so(hub_config: Path, offline: dict[str, str]) -> None:
     done = run("train", hub_config, "--dry-run", **offline)
     assert "QwenImageEdit (assumed (checkpoint cannot be reached))" in done.stdout

@@ -19,7 +19,7 @@ from qwen_image_finetune.fitting.estimate import AT_WORK, GIB, Estimator, transf
 from qwen_image_finetune.fitting.footprint import Footprint, footprint, stand_in
 from qwen_image_finetune.fitting.plan import KEEPS, as_overrides, cheapest_change, memory_changes, parse_memory, settled
 from qwen_image_finetune.fitting.plan_numbers import numbers
-from qwen_image_finetune.fitting.plan_words import describe, summary
+from qwen_image_finetune.fitting.plan_words import count_words, describe, size_words, summary
 from qwen_image_finetune.fitting.speed import Step, card_called, seconds
 from qwen_image_finetune.levers.stored_precision import WEIGHTS, local_checkpoint
 
@@ -358,3 +358,17 @@ def test_a_plan_in_numbers_says_what_the_words_say(configured: Callable[..., Con
             assert f"({found['change']['peak']:.1f} GiB)" in words
     assert numbers(config, "1GB")["last_resort"] is not None
     assert json.loads(json.dumps(found)) == found
+
+
+def test_small_sizes_and_numbers_have_words_too() -> None:
+    assert [count_words(number) for number in (11_900_000_000, 473_000, 512)] == [
+        "11.90 billion",
+        "0.47 million",
+        "512",
+    ]
+    assert [size_words(size) for size in (24 * GIB, 3 * 2**20, 100, 0)] == [
+        "24.00 GiB",
+        "3.00 MiB",
+        "0.10 KiB",
+        "nothing",
+    ]

@@ -6,14 +6,16 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qwen_image_finetune.config import Config, ConfigError
-from qwen_image_finetune.training.check import run_problems
+from qwen_image_finetune.config import Config, ConfigError, OptimizerConfig, SchedulerConfig
+from qwen_image_finetune.training.check import is_plain, run_problems
+from qwen_image_finetune.training.optim import build_optimizer, build_scheduler
 from qwen_image_finetune.training.train import train
 
 Configure = Callable[..., Config]
@@ -88,3 +90,27 @@ def test_it_is_refused_before_anything_is_encoded(
 
 def test_a_sound_configuration_has_no_problems(configure: Configure) -> None:
     assert run_problems(configure("FluxKontext")) == []
+
+
+SOUND: list[dict[str, Any]] = [{"lr": 1e-3}, {"lr": 0, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.1}]
+ODD: list[dict[str, Any]] = [
+    {"lr": -1}, {"lr": "1e-3"}, {"betas": [0.9, 1.0]}, {"betas": 0.9}, {"betas": [0.9]}, {"eps": [1e-8]}, {"eps": -1.0},
+    {"weight_decay": True}, {"momentum": 0.9}, {"lr": float("nan")},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("class_path", ["torch.optim.Adam", "torch.optim.AdamW", "torch.optim.SGD"])
+@pytest.mark.parametrize("given", SOUND + ODD)
+def test_what_is_plain_can_be_built(class_path: str, given: dict[str, Any]) -> None:
+    """What is believed without torch is what torch takes; and torch says in words what it does not."""
+    optimizer = OptimizerConfig.model_construct(class_path=class_path, init_args=given)
+    names = get_args(SchedulerConfig.model_fields["scheduler_type"].annotation)
+    plain = {name for name in names if is_plain(optimizer, SchedulerConfig(scheduler_type=name))}
+    assert plain == ({*names} - {"polynomial"} if given in SOUND and class_path != "torch.optim.SGD" else set())
+    try:
+        built = build_optimizer(optimizer, [torch.nn.Parameter(torch.zeros(1))])
+    except ConfigError:
+        assert not plain
+        return
+    for name in plain:
+        build_scheduler(SchedulerConfig(scheduler_type=name), built, 10)

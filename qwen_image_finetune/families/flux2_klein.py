@@ -82,6 +82,11 @@ def authors_names() -> dict[str, Native]:
         names[f"{block}_attn.proj"] = Native((f"{double}.attn.{out}",))
         names[f"{block}_mlp.0"] = Native((f"{double}.{feed_forward}.linear_in",))
         names[f"{block}_mlp.2"] = Native((f"{double}.{feed_forward}.linear_out",))
+        added = "added_" if stream == "txt" else ""
+        for long, short in (("query", "q"), ("key", "k")):
+            names[f"{block}_attn.norm.{long}_norm"] = Native((f"{double}.attn.norm_{added}{short}",), weight="scale")
+    for long, short in (("query", "q"), ("key", "k")):
+        names[f"single_blocks.{{}}.norm.{long}_norm"] = Native((f"{single}.attn.norm_{short}",), weight="scale")
     return names
 
 

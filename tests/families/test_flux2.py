@@ -21,7 +21,8 @@ from qwen_image_finetune.drawing.predict import Predictor
 from qwen_image_finetune.families import get_family
 from qwen_image_finetune.families.base import Family
 from qwen_image_finetune.lora import adapters
-from qwen_image_finetune.lora.files import export_lora, save_lora
+from qwen_image_finetune.lora.export import export
+from qwen_image_finetune.lora.files import save_lora
 from qwen_image_finetune.training.train import train
 from tests.families.test_conditioning import assert_same_calls, calls_of, picture
 
@@ -151,7 +152,7 @@ def test_the_authors_names_are_those_of_their_checkpoints(
     """The change of every weight, under the authors' name, goes through diffusers' conversion of their checkpoints."""
     family = get_family(name)
     source, model = lora_file(family, tiny_checkpoints[name], tmp_path, "all-linear")
-    export_lora(source, tmp_path / "x.safetensors", dialect, family.naming)
+    export(source, tmp_path / "x.safetensors", dialect, family.naming)
     state = load_file(tmp_path / "x.safetensors")
     flat = {key.replace(".", "_"): key for key in expected_names(family)}
     down, up = ("lora_A", "lora_B") if dialect == "comfy" else ("lora_down", "lora_up")
@@ -183,7 +184,7 @@ def test_diffusers_reads_the_exported_file(
 ) -> None:
     """The four targets of the double blocks, fused by their authors, and the two of the single ones."""
     source, model = lora_file(KLEIN, tiny_checkpoints["Flux2Klein"], tmp_path, KLEIN.adapter_targets)
-    export_lora(source, tmp_path / "x.safetensors", dialect, KLEIN.naming)
+    export(source, tmp_path / "x.safetensors", dialect, KLEIN.naming)
     state = load_file(tmp_path / "x.safetensors")
     if dialect == "comfy":  # diffusers knows no alpha there; ours is the rank, which means the same
         state = {key: tensor for key, tensor in state.items() if not key.endswith(".alpha")}

@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 import torch
 from accelerate import init_empty_weights
-from diffusers import FluxTransformer2DModel
-from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
+from diffusers import Flux2Transformer2DModel, FluxTransformer2DModel
+from diffusers.loaders.single_file_utils import (
+    convert_flux2_transformer_checkpoint_to_diffusers,
+    convert_flux_transformer_checkpoint_to_diffusers,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -45,6 +48,19 @@ def test_diffusers_reads_authors_names_back_to_the_same_weights() -> None:
     del state["transformer_blocks.0.attn.to_k.weight"]
     with pytest.raises(LoraFileError, match=r"double_blocks\.0\.img_attn\.qkv\.weight is made of .*; missing are"):
         authors_state(state, NAMINGS["flux"].native, Path("x"))
+
+
+def test_diffusers_reads_authors_names_of_flux_2_back_too() -> None:
+    with init_empty_weights():
+        model = Flux2Transformer2DModel(num_layers=1, num_single_layers=1)
+    generator = torch.Generator().manual_seed(1)
+    state = {key: torch.randn(tensor.shape[0], *(1,) * (tensor.ndim - 1), generator=generator)
+             for key, tensor in model.state_dict().items()}  # fmt: skip
+    back = convert_flux2_transformer_checkpoint_to_diffusers(
+        authors_state(state, get_family("Flux2").naming.native, Path("x"))
+    )
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[key], state[key]) for key in state)
 
 
 @pytest.mark.parametrize("family", ["flux", "qwen"])

@@ -96,6 +96,20 @@ def load_encoders(
     return pipe
 
 
+def load_tokenizers(family: Family, folder: Path) -> DiffusionPipeline:
+    """The family's pipeline with what turns prompts and pictures into the text encoders' input, and no weights.
+
+    Raises:
+        ConfigError: as `load_encoders`.
+    """
+    check_components(folder)
+    weights_of = [name for name in family.text_components if name.startswith("text_encoder")]
+    with readable(folder):
+        return family.pipeline.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, **dict.fromkeys(["transformer", "vae", *weights_of])
+        )
+
+
 @contextmanager
 def readable(folder: Path) -> Iterator[None]:
     """Around loading from `folder`: what the libraries raise on missing or broken files, as one message.

@@ -140,14 +140,17 @@ def check(options: argparse.Namespace) -> None:
     tell(config.notes)
     loading()
     from qwen_image_finetune.data.images import DataError
-    from qwen_image_finetune.encoding.pairs import open_pairs
+    from qwen_image_finetune.encoding.pairs import check_all_prompts, open_pairs
     from qwen_image_finetune.families import get_family
     from qwen_image_finetune.training.check import model_notes, refusal, run_problems
 
     tell(model_notes(config))
     problems = run_problems(config)
+    family = get_family(resolve_family(config)[0])
     try:
-        pairs = open_pairs(config, get_family(resolve_family(config)[0]), decode=True)
+        pairs = open_pairs(config, family, decode=True)
+        if not problems:  # among them would be a checkpoint without tokenizers
+            check_all_prompts(config, family, pairs)
     except DataError as error:
         more = [line for line in error.problems if not any(line in said for said in problems)]
         raise refusal([*problems, *more]) from error

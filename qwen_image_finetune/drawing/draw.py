@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qwen_image_finetune.config import Config
-from qwen_image_finetune.data.images import open_upright
+from qwen_image_finetune.data.images import open_upright, size_upright
 from qwen_image_finetune.data.writing import WRITTEN, is_drawn, write_picture
 from qwen_image_finetune.disk.outputs import check_output
 from qwen_image_finetune.machine import console
 
 READ = (".jpg", ".jpeg", ".png", ".webp")
+
+
+if TYPE_CHECKING:
+    from qwen_image_finetune.families.base import Family
 
 
 class DrawingError(ValueError):
@@ -73,6 +78,7 @@ def draw(config: Config, request: Request) -> list[Path]:
     family = get_family(resolve_family(config, download=True)[0])
     for drawing in drawings:
         check_request(family, drawing.references, request.width, request.height, request.steps)
+    _check_prompts(config, family, request, drawings)
     drawer = TunedPredictor(config)
     tuned, loras = chosen(request)
     if tuned is not None:
@@ -92,6 +98,29 @@ def draw(config: Config, request: Request) -> list[Path]:
             console.say(str(file))
             written.append(file)
     return written
+
+
+def _check_prompts(config: Config, family: Family, request: Request, drawings: Sequence[Drawing]) -> None:
+    """Refuse what the text encoder cannot take, while only tokenizers are loaded.
+
+    Raises:
+        DrawingError: names the prompt or the picture.
+    """
+    from qwen_image_finetune import loading
+    from qwen_image_finetune.drawing.predict import PredictionError, check_prompt
+
+    pipe = loading.load_tokenizers(family, loading.checkpoint_folder(config, family))
+    for drawing in drawings:
+        own = [size_upright(path) for path in drawing.references]
+        seen = [family.size(*each, config.data.init_args.area) for each in own]
+        asked = request.width is not None and request.height is not None
+        size = (request.width or 0, request.height or 0) if asked else seen[family.sizing_reference]
+        try:
+            for prompt in (request.prompt, request.negative_prompt or ""):
+                check_prompt(family, pipe, prompt, size, list(zip(own, seen, strict=True)))
+        except PredictionError as error:
+            names = ", ".join(map(str, drawing.references))
+            raise DrawingError(f"{names}: {error}" if names else str(error)) from error
 
 
 def chosen(request: Request) -> tuple[Path | None, list[tuple[str, float]]]:

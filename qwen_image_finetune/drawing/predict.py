@@ -14,7 +14,9 @@ from torch import Tensor
 
 from qwen_image_finetune import flow
 from qwen_image_finetune.data.images import fitted, upright
+from qwen_image_finetune.encoding.limits import References, prompt_faults, reference_faults
 from qwen_image_finetune.families.base import Family, Reference
+from qwen_image_finetune.machine import console
 from qwen_image_finetune.records import Batch, Encoded, collate
 
 if TYPE_CHECKING:
@@ -184,6 +186,10 @@ class Predictor:
         images = [upright(image) for image in images]
         check_request(family, images, width, height, num_inference_steps)
         size = self._picture_size(images, width, height)
+        shown = [(image.size, self.size(image)) for image in images]
+        for words in (prompt, negative_prompt or ""):
+            if read := check_prompt(family, self.pipe, words, size, shown):
+                console.note(f"the prompt is longer than the model reads: {read}")
         guidance = self.guidance(guidance_scale, true_cfg_scale, image_guidance_scale)
         seeds = [seed] if isinstance(seed, int) else list(seed)
 
@@ -232,6 +238,26 @@ class Predictor:
         if width is None or height is None:
             return self.size(images[self.family.sizing_reference])
         return width, height
+
+
+def check_prompt(
+    family: Family, pipe: DiffusionPipeline, prompt: str, size: tuple[int, int], references: References
+) -> str | None:
+    """Refuse a prompt, or references, that the family's encoders do not take; how much is read where that is not all.
+
+    Args:
+        pipe: its tokenizers.
+        size: (width, height) of the picture.
+
+    Raises:
+        PredictionError: names what is wrong with them.
+    """
+    for place, fault in reference_faults(family, references):
+        raise PredictionError(f"reference {place + 1}: {fault}")
+    faults, read = prompt_faults(family, pipe, prompt, size, references)
+    if faults:
+        raise PredictionError(f"the prompt {prompt[:60]!r}{'...' if len(prompt) > 60 else ''}: {faults[0]}")
+    return read
 
 
 def check_request(

@@ -15,6 +15,7 @@ from qwen_image_finetune.data.dataset import ImageDataset
 from qwen_image_finetune.data.images import DataError
 from qwen_image_finetune.encoding import cache
 from qwen_image_finetune.encoding.cache import EncodedDataset
+from qwen_image_finetune.encoding.limits import check_prompts
 from qwen_image_finetune.encoding.pairs import encoded, open_pairs
 from qwen_image_finetune.encoding.store import Fingerprints
 from qwen_image_finetune.families import get_family
@@ -55,6 +56,7 @@ def fill_cache(config: Config, rows: EncodedDataset, accelerator: Accelerator, s
         if missing:
             say(f"the cache in {rows.store.folder} lacks {len(missing.texts)} texts and {len(missing.images)} pictures "
                 f"of {missing.entries} entries: encoding them")  # fmt: skip
+            check_prompts(rows.family, rows.checkpoint, rows.dataset, rows.rows_lacking(share))
             check_pictures(rows.dataset, rows.rows_lacking(share))
             cache.fill(rows, share, homes, shown=team.main)
         else:
@@ -104,6 +106,7 @@ def prepare_embeddings(
         return None
     team = build_team(accelerator)
     if team.main:
+        check_prompts(rows.family, rows.checkpoint, rows.dataset, range(len(rows.dataset)))
         check_pictures(rows.dataset, range(len(rows.dataset)))
     team.meet("checking the pictures")
     train = config.train
@@ -117,6 +120,7 @@ def prepare_held_out(config: Config, rows: EncodedDataset, accelerator: Accelera
     if config.cache.use_cache:
         fill_cache(config, rows, accelerator, say)
     elif accelerator.is_main_process:
+        check_prompts(rows.family, rows.checkpoint, rows.dataset, range(len(rows.dataset)))
         check_pictures(rows.dataset, range(len(rows.dataset)))
 
 

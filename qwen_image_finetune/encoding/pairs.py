@@ -14,7 +14,9 @@ from qwen_image_finetune.data.images import DataError
 from qwen_image_finetune.data.part import Part, spread
 from qwen_image_finetune.data.suspects import few_note
 from qwen_image_finetune.encoding.cache import EncodedDataset
+from qwen_image_finetune.encoding.limits import check_prompts, reference_problems
 from qwen_image_finetune.families.base import Family
+from qwen_image_finetune.levers.stored_precision import local_checkpoint
 from qwen_image_finetune.machine import console
 
 
@@ -37,6 +39,7 @@ def open_dataset(config: Config, family: Family, decode: bool = False) -> ImageD
     problems = dataset.check(decode)
     if problems and not decode:  # nothing will be trained now: report what lies behind the headers as well
         problems = dataset.check(decode=True)
+    problems = problems or reference_problems(family, dataset)
     if problems:
         raise DataError(problems)
     for line in dataset.notes:
@@ -89,6 +92,18 @@ def open_pairs(config: Config, family: Family, decode: bool = False) -> Pairs:
             f"trained on ({names}{', ...' if len(leaking) > 3 else ''})"
         )
     return Pairs(dataset, Part(folder, sorted(set(range(len(folder))) - leaking)))
+
+
+def check_all_prompts(config: Config, family: Family, pairs: Pairs) -> None:
+    """Refuse captions that cannot be encoded, where the checkpoint is on this machine; say which are read in part.
+
+    Raises:
+        DataError: with all of them.
+    """
+    checkpoint = local_checkpoint(config.model)
+    for dataset in (pairs.training, pairs.held_out):
+        if checkpoint is not None and dataset is not None:
+            check_prompts(family, checkpoint, dataset, range(len(dataset)))
 
 
 def needed(config: Config, held_out: ImageDataset) -> ImageDataset:

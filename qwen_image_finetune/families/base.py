@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,6 +36,13 @@ class Defaults(NamedTuple):
     guidance_scale: float
 
 
+class Room(NamedTuple):
+    """How long a prompt may be."""
+
+    tokens: int
+    cut: bool  # a longer one is read up to there; else it cannot be read at all
+
+
 @dataclass(frozen=True)
 class Published:
     """A checkpoint on the hub, as the planner takes it where it is not on this machine."""
@@ -53,6 +61,7 @@ class Family(ABC):
     transformer: ClassVar[type[ModelMixin]]
     text_components: ClassVar[tuple[str, ...]]  # parts of the pipeline that decide the text embeddings
     text_embeddings: ClassVar[tuple[str, ...]]  # names in the result of `encode_text`
+    prompt_tokenizer: ClassVar[str] = "tokenizer"  # the one whose tokens are counted where prompts have a limit
     text_sees_references: ClassVar[bool]  # the text encoder looks at the references too
     max_references: ClassVar[int]
     sizing_reference: ClassVar[int] = 0  # which of several references gives the picture its size
@@ -117,6 +126,47 @@ class Family(ABC):
         Args:
             references: (width, height) at which the VAE sees each of them.
         """
+
+    def reference_fault(self, picture: tuple[int, int], size: tuple[int, int]) -> str | None:
+        """Why a reference cannot be shown to the model, or None.
+
+        Args:
+            picture: its own (width, height).
+            size: that at which the VAE sees it.
+        """
+        return None
+
+    def room(
+        self,
+        pipe: DiffusionPipeline,
+        target: tuple[int, int],
+        references: Sequence[tuple[tuple[int, int], tuple[int, int]]],
+    ) -> Room | None:
+        """How many tokens a prompt may have; None where there is no limit.
+
+        Args:
+            pipe: its tokenizers; nothing else of it need be loaded.
+            target: (width, height) of what is drawn.
+            references: of each, its own (width, height) and that at which the VAE sees it; see `reference_fault`.
+        """
+        return None
+
+    def prompt_tokens(self, pipe: DiffusionPipeline, prompt: str) -> list[int]:
+        """The tokens of a prompt as the tokenizer has them whose tokens `room` counts; nothing around them."""
+        return plain_tokens(pipe.components[self.prompt_tokenizer], prompt)
+
+    def control_words(self, pipe: DiffusionPipeline, prompt: str) -> list[str]:
+        """Parts of a prompt that a tokenizer takes for control tokens: they never reach the model as text."""
+        found: dict[str, None] = {}
+        for name in self.text_components:
+            if not name.startswith("tokenizer"):
+                continue
+            tokenizer = pipe.components[name]
+            control = set(tokenizer.added_tokens_decoder) - {tokenizer.unk_token_id}  # which unknown letters are, too
+            for token in plain_tokens(tokenizer, prompt):
+                if token in control:
+                    found.setdefault(tokenizer.added_tokens_decoder[token].content)
+        return list(found)
 
     @abstractmethod
     def velocity(
@@ -226,6 +276,12 @@ def covering(picture: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]
     return own_width * height // own_height, height
 
 
+def plain_tokens(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text alone, however many."""
+    tokens: list[int] = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
+    return tokens
+
+
 def pack(latents: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, H/2 * W/2, 4 C), channels of a token in the order (c, row, column)."""
     batch, channels, height, width = latents.shape
@@ -243,6 +299,20 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
 def concatenate_tokens(noisy: Tensor, references: Sequence[Tensor]) -> Tensor:
     """The image sequence [noisy target | reference 1 | ...], each (B, C, H, W) packed: (B, tokens, 4 C)."""
     return torch.cat([pack(noisy), *(pack(reference.to(noisy.dtype)) for reference in references)], dim=1)
+
+
+@contextmanager
+def quiet(*loggers: str) -> Iterator[None]:
+    """Nothing below an error from these loggers for a while: what they say was said before, with a file's name."""
+    found = [logging.getLogger(name) for name in loggers]
+    before = [logger.level for logger in found]
+    for logger in found:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(found, before, strict=True):
+            logger.setLevel(level)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RES
 from PIL.Image import Image, Resampling
 from torch import Tensor
 
-from qwen_image_finetune.families.base import Family, Published, Reference, concatenate_tokens, unpack
+from qwen_image_finetune.families.base import Family, Published, Reference, Room, concatenate_tokens, quiet, unpack
 from qwen_image_finetune.lora.names import Native
 from qwen_image_finetune.lora.readers import CONVERTED, EVERYTHING, OUTSIDE_BLOCKS, Reader
 from qwen_image_finetune.records import Batch
@@ -91,6 +91,7 @@ class FluxKontext(Family):
     transformer = FluxTransformer2DModel
     text_components = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     text_embeddings = ("prompt_embeds", "pooled_prompt_embeds")
+    prompt_tokenizer = "tokenizer_2"
     text_sees_references = False
     max_references = 8
     side_multiple = 16
@@ -129,9 +130,20 @@ class FluxKontext(Family):
 
         A checkpoint whose T5 tokenizer says that its prompts are shorter gets what it says.
         """
-        length = min(MAX_PROMPT_TOKENS, pipe.tokenizer_2.model_max_length)
-        embeds, pooled, _ = pipe.encode_prompt(prompt, device=pipe.text_encoder_2.device, max_sequence_length=length)
+        with quiet(FluxKontextPipeline.__module__, "transformers.tokenization_utils_base"):
+            embeds, pooled, _ = pipe.encode_prompt(
+                prompt, device=pipe.text_encoder_2.device, max_sequence_length=prompt_length(pipe)
+            )
         return {"prompt_embeds": embeds[0], "pooled_prompt_embeds": pooled[0]}
+
+    def room(
+        self,
+        pipe: DiffusionPipeline,
+        target: tuple[int, int],
+        references: Sequence[tuple[tuple[int, int], tuple[int, int]]],
+    ) -> Room:
+        """What T5 reads, less its closing token. CLIP's summary, of 77 tokens, is of the beginning at any length."""
+        return Room(prompt_length(pipe) - 1, cut=True)
 
     def text_tokens(self, references: Sequence[tuple[int, int]]) -> int:
         return MAX_PROMPT_TOKENS
@@ -195,6 +207,11 @@ class FluxKontext(Family):
             max_sequence_length=pipe.tokenizer_2.model_max_length,  # of the full-size checkpoint: the default, 512
         ).images[0]  # fmt: skip
         return picture
+
+
+def prompt_length(pipe: DiffusionPipeline) -> int:
+    """Tokens of T5, padding and closing token included."""
+    return min(MAX_PROMPT_TOKENS, int(pipe.tokenizer_2.model_max_length))
 
 
 def image_ids(index: int, latent: Tensor) -> Tensor:

@@ -28,8 +28,10 @@ from qwen_image_finetune.families.base import (
     Family,
     Published,
     Reference,
+    Room,
     concatenate_tokens,
     pack,
+    plain_tokens,
     replaced,
     unpack,
 )
@@ -37,6 +39,9 @@ from qwen_image_finetune.records import Batch
 
 MODEL_AREA = 1024 * 1024
 SEEN_SIDE = 28  # pixels of a side of what is one token to the language model
+LONGEST_RATIO = 200  # of the sides of a picture that the language model is shown (transformers' smart_resize)
+POSITIONS = 4096  # in the table of the transformer (QwenEmbedRope)
+SHOWN = "Picture 1: <|vision_start|><|image_pad|><|vision_end|>"  # before a prompt, where the template has no picture
 WORDS = 64  # tokens of a prompt of a few sentences, and of what the template has behind it
 
 
@@ -84,6 +89,38 @@ class QwenImageEdit(Family):
         picture = pipe.image_processor.resize(reference, height, width)
         embeds, _ = pipe.encode_prompt(prompt, image=picture, device=device)
         return {"prompt_embeds": embeds[0]}
+
+    def reference_fault(self, picture: tuple[int, int], size: tuple[int, int]) -> str | None:
+        """The picture processor of the language model refuses slivers."""
+        width, height = self.seen(picture, size)
+        if min(width, height) > 0 and max(width, height) <= LONGEST_RATIO * min(width, height):
+            return None
+        return (
+            f"{picture[0]} x {picture[1]} pixels are too long and narrow: the language model takes sides of which one "
+            f"is at most {LONGEST_RATIO} times the other, and would see {width} x {height}; crop it"
+        )
+
+    def seen(self, picture: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+        """(width, height) at which the language model sees a reference; see `reference_fault`."""
+        return size
+
+    def room(
+        self,
+        pipe: DiffusionPipeline,
+        target: tuple[int, int],
+        references: Sequence[tuple[tuple[int, int], tuple[int, int]]],
+    ) -> Room:
+        """The positions of the transformer that pictures and template leave; without references, the pipeline's cut."""
+        if not references and "{}" in pipe.prompt_template_encode and "image_pad" in pipe.prompt_template_encode:
+            return Room(text_to_image(pipe).tokenizer_max_length, cut=True)
+        start = max(max(size) // (2 * self.side_multiple) for size in (target, *(size for _, size in references)))
+        processor = pipe.processor.image_processor
+        seen = [self.seen(*reference) for reference in references]
+        patches = sum(processor.get_number_of_image_patches(height, width, {}) for width, height in seen)
+        before = "" if "image_pad" in pipe.prompt_template_encode else SHOWN * len(references)
+        around = len(plain_tokens(pipe.tokenizer, pipe.prompt_template_encode.format(before)))
+        behind = around - pipe.prompt_template_encode_start_idx - len(references) + patches // processor.merge_size**2
+        return Room(POSITIONS - start - behind, cut=False)
 
     def text_tokens(self, references: Sequence[tuple[int, int]]) -> int:
         """The language model sees the references: they are most of it."""

@@ -47,6 +47,10 @@ class QwenImageEditPlus(QwenImageEdit):
         embeds, _ = pipe.encode_prompt(prompt, image=pictures or None, device=pipe.text_encoder.device)
         return {"prompt_embeds": embeds[0]}
 
+    def seen(self, picture: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+        width, height = plus.calculate_dimensions(plus.CONDITION_IMAGE_SIZE, picture[0] / picture[1])
+        return width, height
+
     def text_tokens(self, references: Sequence[tuple[int, int]]) -> int:
         seen = [plus.calculate_dimensions(plus.CONDITION_IMAGE_SIZE, width / height) for width, height in references]
         return super().text_tokens(seen)

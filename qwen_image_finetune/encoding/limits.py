@@ -1,0 +1,98 @@
+"""What a family's encoders cannot take, found by its tokenizers and by sizes alone, before a weight is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from diffusers import DiffusionPipeline
+
+from qwen_image_finetune import loading
+from qwen_image_finetune.data.dataset import ImageDataset
+from qwen_image_finetune.data.geometry import Plan
+from qwen_image_finetune.data.images import DataError
+from qwen_image_finetune.data.listing import unwritable
+from qwen_image_finetune.families.base import Family
+from qwen_image_finetune.machine import console
+
+Size = tuple[int, int]
+References = Sequence[tuple[Size, Size]]  # of each its own (width, height), and that at which the VAE sees it
+_NAMED = 3  # captions in a note
+
+
+def prompt_faults(
+    family: Family, pipe: DiffusionPipeline, prompt: str, target: Size, references: References
+) -> tuple[list[str], str | None]:
+    """(why a prompt cannot be encoded beside such pictures, how much of it is read where that is not all).
+
+    Args:
+        pipe: its tokenizers.
+        target: (width, height) of the picture that is drawn.
+    """
+    if broken := unwritable(prompt):
+        return [broken], None
+    if words := family.control_words(pipe, prompt):
+        return [
+            f"{', '.join(words)} would be read as a control token of the model, not as text: take it out, or write it "
+            "otherwise"
+        ], None
+    room = family.room(pipe, target, references)
+    if room is None:
+        return [], None
+    tokens = len(family.prompt_tokens(pipe, prompt))
+    if tokens <= room.tokens:
+        return [], None
+    if room.cut:
+        return [], f"{tokens} tokens, the first {room.tokens} are read"
+    if room.tokens <= 0:
+        return ["pictures as large as these leave the model no room for a prompt: give them fewer pixels"], None
+    return [f"a prompt of {tokens} tokens; beside these pictures the model reads {room.tokens}: shorten it"], None
+
+
+def reference_faults(family: Family, references: References) -> Iterator[tuple[int, str]]:
+    """(place of a reference, why it cannot be shown to the model)."""
+    for place, reference in enumerate(references):
+        if fault := family.reference_fault(*reference):
+            yield place, fault
+
+
+def shown_references(plan: Plan) -> list[tuple[Size, Size]]:
+    """The references of a row as `prompt_faults` takes them."""
+    boxes = [(picture.box, picture.size) for picture in plan.references]
+    return [((right - left, lower - upper), size) for (left, upper, right, lower), size in boxes]
+
+
+def reference_problems(family: Family, dataset: ImageDataset) -> list[str]:
+    """One line for each reference of a data set that the family cannot take."""
+    problems: dict[str, None] = {}
+    for index in range(len(dataset)):
+        plan = dataset.plan(index)
+        for place, fault in reference_faults(family, shown_references(plan)):
+            problems.setdefault(f"{plan.references[place].path}: {fault}")
+    return list(problems)
+
+
+def check_prompts(family: Family, checkpoint: Path, dataset: ImageDataset, rows: Sequence[int]) -> None:
+    """Refuse captions that the family cannot encode, and say once which are read in part.
+
+    Raises:
+        DataError: with all of them, one line each.
+    """
+    if not rows:
+        return
+    pipe = loading.load_tokenizers(family, checkpoint)
+    problems: list[str] = []
+    cut: list[str] = []
+    for index in rows:
+        row, plan = dataset.rows[index], dataset.plan(index)
+        faults, read = prompt_faults(family, pipe, dataset.prompt(index), plan.target.size, shown_references(plan))
+        name = row.caption or f"the prompt of {row.target}"
+        problems += [f"{name}: {fault}" for fault in faults]
+        cut += [f"{name}: {read}"] if read else []
+    if problems:
+        raise DataError(problems)
+    if cut:
+        more = ", ..." if len(cut) > _NAMED else ""
+        console.note(
+            f"{len(cut)} of {len(rows)} prompts are longer than the model reads ({'; '.join(cut[:_NAMED])}{more})"
+        )

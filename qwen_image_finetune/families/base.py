@@ -153,7 +153,7 @@ class Family(ABC):
 
     def prompt_tokens(self, pipe: DiffusionPipeline, prompt: str) -> list[int]:
         """The tokens of a prompt as the tokenizer has them whose tokens `room` counts; nothing around them."""
-        return plain_tokens(pipe.components[self.prompt_tokenizer], prompt)
+        return plain_tokens(text_tokenizer(pipe.components[self.prompt_tokenizer]), prompt)
 
     def control_words(self, pipe: DiffusionPipeline, prompt: str) -> list[str]:
         """Parts of a prompt that a tokenizer takes for control tokens: they never reach the model as text."""
@@ -161,7 +161,7 @@ class Family(ABC):
         for name in self.text_components:
             if not name.startswith("tokenizer"):
                 continue
-            tokenizer = pipe.components[name]
+            tokenizer = text_tokenizer(pipe.components[name])
             control = set(tokenizer.added_tokens_decoder) - {tokenizer.unk_token_id}  # which unknown letters are, too
             for token in plain_tokens(tokenizer, prompt):
                 if token in control:
@@ -274,6 +274,11 @@ def covering(picture: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]
     if width * own_height > height * own_width:
         return width, own_height * width // own_width
     return own_width * height // own_height, height
+
+
+def text_tokenizer(component: Any) -> Any:
+    """The tokenizer of a pipeline, which some keep inside a processor of texts and pictures."""
+    return getattr(component, "tokenizer", component)
 
 
 def plain_tokens(tokenizer: Any, text: str) -> list[int]:

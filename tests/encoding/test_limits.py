@@ -12,7 +12,7 @@ from qwen_image_finetune import loading
 from qwen_image_finetune.config.registry import FAMILIES
 from qwen_image_finetune.encoding.limits import prompt_faults, reference_faults
 from qwen_image_finetune.families import get_family
-from qwen_image_finetune.families.base import Family
+from qwen_image_finetune.families.base import Family, text_tokenizer
 
 SQUARE = (64, 64)
 SHOWN = [(SQUARE, SQUARE)]
@@ -35,7 +35,7 @@ def test_only_tokenizers_are_loaded(pipe: DiffusionPipeline) -> None:
 def test_control_tokens_of_every_tokenizer_are_named(family: Family, pipe: DiffusionPipeline) -> None:
     assert prompt_faults(family, pipe, "a < b | c", SQUARE, SHOWN)[0] == []
     for name in (name for name in family.text_components if name.startswith("tokenizer")):
-        tokenizer = pipe.components[name]
+        tokenizer = text_tokenizer(pipe.components[name])
         for word in tokenizer.all_special_tokens:
             if word == tokenizer.unk_token:
                 continue

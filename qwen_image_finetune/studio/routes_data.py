@@ -71,8 +71,10 @@ def kept_aside(studio: Studio, name: str) -> set[str]:
     """Keys of the pairs that the newest run of this set does not learn from, so that it can be measured on them."""
     names = studio.shelf.found().runs
     for run in sorted(names, key=lambda each: (studio.shelf.root / each).stat().st_mtime_ns, reverse=True)[:MOST_RUNS]:
-        if studio.runs.settings(run).get("data.init_args.dataset_path") == name:
-            return studio.runs.held_out(run)
+        settings = studio.runs.settings(run)
+        if settings.get("data.init_args.dataset_path") == name:
+            elsewhere = settings.get("validation.dataset_path") is not None  # pairs of another folder
+            return set() if elsewhere else studio.runs.held_out(run)
     return set()
 
 

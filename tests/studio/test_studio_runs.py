@@ -104,6 +104,10 @@ def test_pairs_that_are_kept_aside_are_marked(client: TestClient, run: Run) -> N
     page = client.get("/data?set=faces").text
     assert page.count("kept aside</span>") == 1
     assert "the 1 kept aside" in client.get(f"/watch?run={NAME}").text
+    text = (run.path / "config.yaml").read_text()
+    (run.path / "config.yaml").write_text(text.replace("  dataset_path: null", "  dataset_path: elsewhere"))
+    assert "elsewhere" in (run.path / "config.yaml").read_text()
+    assert "kept aside</span>" not in client.get("/data?set=faces").text, "a pair of another folder is called alike"
 
 
 def test_a_damaged_run_hides_no_other(client: TestClient, run: Run) -> None:

@@ -32,7 +32,10 @@ def cli() -> list[str]:
 def program(verb: str) -> list[str]:
     """The command line of a verb that a job may consist of."""
     assert verb in VERBS, verb
-    return [sys.executable, "-P", "-m", "qwen_image_finetune.studio.looking"] if verb == "look" else [*cli(), verb]
+    ours = {"look": "looking", "caption": "captioning"}
+    if verb in ours:
+        return [sys.executable, "-P", "-m", f"qwen_image_finetune.studio.{ours[verb]}"]
+    return [*cli(), verb]
 
 
 def keep(job: Path, lane: Path, folder: Path) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from pydantic import Field
 from starlette.concurrency import run_in_threadpool
@@ -15,7 +15,7 @@ from starlette.routing import Route
 from qwen_image_finetune.data.listing import Row
 from qwen_image_finetune.data.sources import REFERENCES, TARGETS
 from qwen_image_finetune.disk.files import write_atomic
-from qwen_image_finetune.studio import looking, uploads
+from qwen_image_finetune.studio import captioning, looking, uploads
 from qwen_image_finetune.studio.inbox import Inbox
 from qwen_image_finetune.studio.jobs import Step
 from qwen_image_finetune.studio.pairs import Change
@@ -39,7 +39,7 @@ def data_page(studio: Studio, request: Request) -> Response:
         rows = [r for r in rows if words in r.key.casefold() or words in studio.data.caption(r).casefold()]
     pages = max(-(-len(rows) // PAGE), 1)
     page = min(number(request, "page", 1), pages)
-    aside = kept_aside(studio, name)
+    aside, proposals = kept_aside(studio, name), captioning.read_proposals(studio.shelf, name)
     orphans, waiting = studio.data.orphans(name), Inbox(studio.shelf, name).waiting()
     jobs = [job for job in studio.jobs.all() if job.kind == "look" and job.about.get("set") == name]
     return studio.page(
@@ -49,6 +49,7 @@ def data_page(studio: Studio, request: Request) -> Response:
         found=len(rows),
         pairs=[seen(studio, name, row, notes) for row in rows[(page - 1) * PAGE : page * PAGE]],
         aside=aside,
+        proposals=proposals,
         page=page,
         pages=pages,
         only=chosen,
@@ -288,6 +289,26 @@ def look(studio: Studio, ask: Named) -> dict[str, str]:
     return {"job": job.id}
 
 
+class Proposed(Ask):
+    """A data set, and the model that proposes captions for it."""
+
+    set: str
+    model: str
+    which: Literal["empty", "all"] = "empty"
+
+
+def propose(studio: Studio, ask: Proposed) -> dict[str, str]:
+    """Have captions proposed; none is written."""
+    folder = studio.shelf.sealed(studio.shelf.folder(ask.set))
+    place = captioning.model_place(studio.shelf, ask.model)
+    arguments = [str(studio.shelf.root), studio.shelf.name(folder), place, ask.which]
+    job = studio.jobs.add(
+        "caption", f"Propose captions for {ask.set}", [Step("caption", arguments)], True, about={"set": ask.set}
+    )
+    studio.queue.tick()
+    return {"job": job.id, "address": f"/watch?job={job.id}"}
+
+
 def looked(studio: Studio, request: Request) -> Response:
     """How far it is."""
     name = asked(request, "set")
@@ -312,6 +333,7 @@ ROUTES = [
     post("/data/join", Orphan, join),
     post("/data/add-captions", WriteEmpty, add_captions),
     post("/data/look", Named, look),
+    post("/data/propose", Proposed, propose),
     Route("/inbox/upload", upload, methods=["POST"]),
     post("/inbox/join", InboxJoin, join_inbox),
     post("/inbox/accept", Accept, accept),

@@ -82,7 +82,7 @@ def about(studio: Studio, job: Job) -> dict[str, Any]:
     if run is not None and job.kind == "train" and (studio.shelf.root / run).is_dir():
         brief = studio.runs.brief(run)
     return {"id": job.id, "kind": job.kind, "title": job.title, "state": job.state, "run": run, "brief": brief,
-            "card": job.card, "address": address(job)}  # fmt: skip
+            "card": job.card, "address": address(job), "set": job.about.get("set")}  # fmt: skip
 
 
 def address(job: Job) -> str:

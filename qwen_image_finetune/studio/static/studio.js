@@ -142,6 +142,11 @@ const pictures = {
         if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) field.blur();
         if (event.key === "Escape") { field.value = field.dataset.stored; field.blur(); }
       });
+      $("[data-take]", pair)?.addEventListener("click", async () => {
+        field.value = $("[data-proposal] span", pair).textContent;
+        await writeCaption(set, pair.dataset.key, field);
+        if (field.value === field.dataset.stored) $("[data-proposal]", pair).remove();
+      });
       $("[data-mask]", pair)?.addEventListener("click", (event) => {
         const mask = $(".mask", pair);
         mask.hidden = !mask.hidden;

@@ -37,12 +37,17 @@ LEVERS = {
 }
 
 
-@pytest.mark.parametrize("levers", LEVERS)
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_a_run_is_bit_equal_to_one_without(levers: str, precision: str, configure: Configure) -> None:
+@pytest.mark.parametrize(
+    "family,precision,levers",
+    [
+        *(("QwenImageEdit", precision, levers) for precision in ("no", "bf16") for levers in LEVERS),
+        ("Flux2Klein", "bf16", "together"),  # blocks of two kinds, and modulation that all of them share
+    ],
+)
+def test_a_run_is_bit_equal_to_one_without(family: str, precision: str, levers: str, configure: Configure) -> None:
     same = (STEPS, f"train.mixed_precision={precision}", "train.seed=3")
-    plain = train(configure("QwenImageEdit", *same))
-    levered = train(configure("QwenImageEdit", *same, *LEVERS[levers]))
+    plain = train(configure(family, *same))
+    levered = train(configure(family, *same, *LEVERS[levers]))
     assert plain != levered
     expected, found = weights(plain), weights(levered)
     assert expected.keys() == found.keys()

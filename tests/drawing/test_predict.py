@@ -104,10 +104,10 @@ def test_strengths_belong_to_loras_one_by_one() -> None:
             chosen(given)
 
 
-@pytest.mark.parametrize("strength", [float("nan"), float("inf"), 1e30, -101.0])
-def test_a_strength_out_of_range_is_refused(trainer: Trainer, lora: Path, strength: float) -> None:
-    with pytest.raises(ConfigError, match="it must be a number from -100 to 100"):
-        trainer.load_lora(lora, strength)
+def test_a_strength_out_of_range_is_refused(trainer: Trainer, lora: Path) -> None:
+    for strength in (float("nan"), float("inf"), 1e30, -101.0):
+        with pytest.raises(ConfigError, match="it must be a number from -100 to 100"):
+            trainer.load_lora(lora, strength)
 
 
 def test_a_lora_that_is_not_there_is_refused_at_once(trainer: Trainer, tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def test_pairs_that_are_trained_on_are_not_held_out(
         configure("FluxKontext", rounds(pairs, share=0.5))
 
 
-# Three runs with validation: two families stand for all, of which only the loss and the sampler of others are seen here.
+# Three runs with validation each: two families stand for all, whose loss and sampler are the same code.
 @pytest.mark.parametrize("name", ["FluxKontext", "QwenImageEdit"])
 def test_the_loss_of_the_base_is_that_of_the_untouched_model(name: str, configure: Configure, held_out: Path) -> None:
     """A LoRA at strength 0, after a start from trained values, and a model tuned as a whole, before its first step."""

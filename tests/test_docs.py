@@ -160,7 +160,7 @@ def test_memory_in_the_readme_is_what_its_commands_print(capsys: pytest.CaptureF
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| `(face_seg_\w+)` \|.*\|(.*)\|$", readme, flags=re.MULTILINE))
     plans = dict(re.findall(r"^qif plan configs/(face_seg_\w+)\.yaml (.*)$", readme, flags=re.MULTILINE))
-    assert rows.keys() == plans.keys() and len(rows) == 5
+    assert rows.keys() == plans.keys() and len(rows) == 7
     for name, row in rows.items():
         assert main(["plan", str(ROOT / "configs" / f"{name}.yaml"), *plans[name].split()]) == 0
         printed = capsys.readouterr().out

@@ -211,18 +211,20 @@ def test_a_reference_has_so_many_tokens_of_text(name: str, tokens: int) -> None:
 
 
 def test_padding_is_masked_and_changes_nothing(family: Family, pipe: DiffusionPipeline) -> None:
-    """A batch of two rows whose texts differ in length predicts what each row predicts alone."""
+    """A batch of two rows whose texts differ in length predicts what each row predicts alone, with references of unlike
+    sizes where the family takes several."""
     generator = torch.Generator().manual_seed(0)
     shape = family.latent_shape(96, 96, pipe.transformer.config)
     rows = []
     for place, prompt in enumerate(("remove the hat", "make the background red and keep everything else as it is")):
-        reference = picture(96, 96, seed=place)
+        sizes = [(96, 96), (64, 128)][: family.max_references]
+        references = [Reference(picture(*size, seed=10 * place + number), size) for number, size in enumerate(sizes)]
         rows.append(
             Encoded(
                 key=prompt,
                 target=torch.randn(shape, generator=generator),
-                references=(family.encode_image(pipe, reference),),
-                text=family.encode_text(pipe, prompt, [Reference(reference, (96, 96))]),
+                references=tuple(family.encode_image(pipe, one.picture) for one in references),
+                text=family.encode_text(pipe, prompt, references),
             )
         )
     both = collate(rows)

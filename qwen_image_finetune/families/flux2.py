@@ -5,12 +5,12 @@ Oracle: `diffusers.Flux2Pipeline`.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 from diffusers import DiffusionPipeline, Flux2Pipeline
+from diffusers.pipelines.flux2.pipeline_flux2 import format_input
 from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 from torch import Tensor
 from transformers import (
@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from qwen_image_finetune.families.base import Published, Reference
+from qwen_image_finetune.families.base import Published, Reference, quiet
 from qwen_image_finetune.families.flux2_klein import MAX_PROMPT_TOKENS, TINY_LANGUAGE, Flux2Klein, tiny_parts
 
 # Of Mistral 3, as far as prompts need it.
@@ -47,13 +47,15 @@ class Flux2(Flux2Klein):
     def encode_text(
         self, pipe: DiffusionPipeline, prompt: str, references: Sequence[Reference] = ()
     ) -> dict[str, Tensor]:
-        log = logging.getLogger("transformers.processing_utils")
-        before = log.level
-        log.setLevel(logging.ERROR)  # transformers complains of each call as the pipeline makes it
-        try:
+        with quiet("transformers.processing_utils"):  # which complains of each call as the pipeline makes it
             return super().encode_text(pipe, prompt, references)
-        finally:
-            log.setLevel(before)
+
+    def around(self, pipe: DiffusionPipeline) -> int:
+        with quiet("transformers.processing_utils"):
+            (chat,) = pipe.tokenizer.apply_chat_template(
+                format_input([""], SYSTEM_MESSAGE), add_generation_prompt=False, tokenize=True, return_dict=True
+            )["input_ids"]
+        return len(chat)
 
     def prompt_length(self, pipe: DiffusionPipeline) -> int:
         return min(MAX_PROMPT_TOKENS, pipe.tokenizer.tokenizer.model_max_length)

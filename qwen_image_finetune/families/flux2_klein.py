@@ -24,7 +24,7 @@ from PIL.Image import Image
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from qwen_image_finetune.families.base import Defaults, Family, Published, Reference, covering
+from qwen_image_finetune.families.base import Defaults, Family, Published, Reference, Room, covering, plain_tokens
 from qwen_image_finetune.lora.names import Native
 from qwen_image_finetune.lora.readers import EVERYTHING, Reader
 from qwen_image_finetune.records import Batch
@@ -168,6 +168,23 @@ class Flux2Klein(Family):
     def prompt_length(self, pipe: DiffusionPipeline) -> int:
         """Tokens to which prompts are padded."""
         return min(MAX_PROMPT_TOKENS, pipe.tokenizer.model_max_length)
+
+    def room(
+        self,
+        pipe: DiffusionPipeline,
+        target: tuple[int, int],
+        references: Sequence[tuple[tuple[int, int], tuple[int, int]]],
+    ) -> Room:
+        """What the words of the chat leave. Its closing words come last, so they are lost where a prompt is cut."""
+        return Room(self.prompt_length(pipe) - self.around(pipe), cut=True)
+
+    def around(self, pipe: DiffusionPipeline) -> int:
+        """Tokens of the chat with nothing in it."""
+        chat = [{"role": "user", "content": ""}]
+        text = pipe.tokenizer.apply_chat_template(
+            chat, tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+        return len(plain_tokens(pipe.tokenizer, text))
 
     def text_tokens(self, references: Sequence[tuple[int, int]]) -> int:
         return MAX_PROMPT_TOKENS

@@ -101,6 +101,24 @@ def test_what_is_cut_off(extent: tuple[int, int], size: tuple[int, int], scaled:
         assert KLEIN.size(*extent) == size
 
 
+# Prompts
+
+
+@pytest.mark.parametrize("name", ["Flux2", "Flux2Klein"])
+def test_a_prompt_that_has_room_is_read_to_its_end(name: str, tiny_checkpoints: dict[str, Path]) -> None:
+    """Its last word still counts where it just fits, and the closing words behind it; of a longer one they are lost."""
+    family = get_family(name)
+    pipe = family.pipeline.from_pretrained(tiny_checkpoints[name])
+    room = family.room(pipe, (64, 64), [])
+    assert room is not None and room.cut
+    for length, whole in ((room.tokens, True), (family.prompt_length(pipe) + 8, False)):
+        prompts = [" ".join(["a"] * (length - 1) + [last]) for last in ("a", "hat")]
+        assert [len(family.prompt_tokens(pipe, prompt)) for prompt in prompts] == [length, length]
+        one, other = (family.encode_text(pipe, prompt)["prompt_embeds"] for prompt in prompts)
+        assert torch.equal(one, other) != whole
+        assert len(one) == family.prompt_length(pipe)
+
+
 # Distilled checkpoints
 
 

@@ -8,11 +8,11 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 # Processes that the tests are spread over: most of their time is importing torch and building tiny models.
 WORKERS ?= 2
 
-.PHONY: help env demo test faults check lint format bench lock clean
+.PHONY: help env demo test faults check lint format release-check bench lock clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 16
 
 env: $(STAMP)  ## the development environment in .venv, from requirements.lock
 
@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml requirements.lock
 	@touch $(STAMP)
 
 demo: env  ## a whole fine-tune in miniature, on any machine
-	$(BIN)/python scripts/demo.py
+	$(BIN)/qif demo .
 
 test: env  ## the tests
 	$(BIN)/python -m pytest -n $(WORKERS)
@@ -42,6 +42,9 @@ check: lint test  ## everything that must pass before a commit
 format: env  ## rewrite the files as lint wants them
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+release-check: env  ## what must be true of a release: archives, metadata, an installation, the demo from it, links
+	$(BIN)/python scripts/release_check.py
 
 bench: env  ## the measurements of the documentation
 	$(BIN)/python scripts/bench.py

@@ -20,8 +20,11 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from qwen_image_finetune.command import materials
+from qwen_image_finetune.command.cli import VERBS
+
 ROOT = Path(__file__).parent.parent
-BUILT = ("pyproject.toml", "README.md", "LICENSE", "qwen_image_finetune", "src")
+BUILT = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "qwen_image_finetune", "src", "configs", "data", "toy")
 
 # One process for all verbs: most of the time goes into importing torch.
 JOURNEY = """
@@ -126,6 +129,27 @@ def test_nothing_but_what_is_declared(bare: Path, run: Callable[..., subprocess.
     )
     done = run(f"from importlib.util import find_spec; print(*[name for name in {names} if find_spec(name)])")
     assert (done.stdout, done.returncode) == ("torch skimage\n", 0), done.stderr
+
+
+def test_every_verb_says_what_it_takes(run: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    names = [verb.__name__ for verb in VERBS]
+    done = run(JOURNEY, json.dumps([["--help"], *([name, "--help"] for name in names)]))
+    assert json.loads(done.stdout.rpartition("CODES ")[2]) == [0] * (1 + len(names)), done.stderr
+    assert all(f"usage: qif {name}" in done.stdout for name in names)
+
+
+def test_the_wheel_brings_what_the_demonstration_needs(
+    run: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    """Byte for byte what lies in the repository, at the places its configurations name; and they are right there."""
+    program = "from pathlib import Path; from qwen_image_finetune.command.materials import lay_out; "
+    done = run(f"{program}print(len(lay_out(Path())), len(lay_out(Path())))")
+    assert done.stdout == "6 0\n", done.stderr
+    for name in (*materials.FOLDERS, *materials.FILES):
+        for file in [ROOT / name] if (ROOT / name).is_file() else (ROOT / name).rglob("*.*"):
+            assert (tmp_path / file.relative_to(ROOT)).read_bytes() == file.read_bytes(), file
+    done = run(JOURNEY, json.dumps([["check", name] for name in materials.FILES]))
+    assert done.stdout.count("20 pairs to train on, 20 to validate on, all readable") == 2, done.stdout + done.stderr
 
 
 def test_the_first_day(

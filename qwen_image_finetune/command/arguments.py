@@ -231,6 +231,25 @@ def _studio(verb: argparse.ArgumentParser) -> None:
     )
 
 
+def _init(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("folder", type=Path, nargs="?", help="of pairs: control_images/ and training_images/")
+    verb.add_argument("--model", help="its name, such as FLUX.1-Kontext-dev, a hub id or a folder")
+    verb.add_argument("--card", help="its memory, such as 24GB, its name, or 'this one', which is the default")
+    verb.add_argument("--prefer", choices=("quality", "speed", "memory"), help="what matters more; default: quality")
+    verb.add_argument("--output", type=Path, default=Path("my_run.yaml"), help="file; default: my_run.yaml")
+    _overwritten(verb)
+
+
+def _doctor(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--json", action="store_true", help="as one line of JSON")
+
+
+def _demo(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "folder", type=Path, nargs="?", default=Path("qif_demo"), help="where it works; default: ./qif_demo"
+    )
+
+
 def _tiny(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("family", choices=sorted(FAMILIES), help="whose architecture")
     verb.add_argument("folder", type=Path, help="where to write it")
@@ -248,5 +267,8 @@ ARGUMENTS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "bench": _bench,
     "export": _export,
     "studio": _studio,
+    "doctor": _doctor,
+    "init": _init,
+    "demo": _demo,
     "tiny": _tiny,
 }

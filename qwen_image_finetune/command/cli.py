@@ -236,6 +236,27 @@ def studio(options: argparse.Namespace) -> None:
     serve(options.folder, options.host, options.port)
 
 
+def init(options: argparse.Namespace) -> None:
+    """Ask four things, look at the pairs, and write a configuration that fits."""
+    from qwen_image_finetune.command.init import Answers, init
+
+    init(filled(Answers, options))
+
+
+def doctor(options: argparse.Namespace) -> None:
+    """Say what this machine can do for a run: each line is good, or says what to do."""
+    from qwen_image_finetune.command.doctor import doctor
+
+    doctor(options.json)
+
+
+def demo(options: argparse.Namespace) -> None:
+    """See it learn: small models of two families, each a LoRA from twenty pairs, and one page about it."""
+    from qwen_image_finetune.command.demo import demo
+
+    demo(options.folder)
+
+
 def tiny(options: argparse.Namespace) -> None:
     """Write a tiny random checkpoint of a family's real architecture."""
     loading()
@@ -245,7 +266,7 @@ def tiny(options: argparse.Namespace) -> None:
     print(options.folder)
 
 
-VERBS = (train, cache, check, predict, evaluate, report, compare, plan, bench, export, studio, tiny)
+VERBS = (init, train, cache, check, predict, evaluate, report, compare, plan, bench, export, studio, doctor, demo, tiny)
 
 
 def filled(request: type[Asked], options: argparse.Namespace) -> Asked:

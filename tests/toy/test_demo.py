@@ -27,7 +27,8 @@ def test_a_lora_from_twenty_pairs_segments_faces_nobody_trained_on(
     import draw_many
 
     overrides = [f"train.max_train_steps={STEPS}", f"cache.cache_dir={tmp_path / 'cache'}", "cache.num_variations=4",
-                 f"logging.output_dir={tmp_path / 'output'}", "logging.report_to=none"]  # fmt: skip
+                 f"logging.output_dir={tmp_path / 'output'}", "logging.report_to=none",
+                 "validation.enabled=false"]  # fmt: skip
     config = load_config(ROOT / f"configs/demo_{name}.yaml", overrides)
     version = train(config)
     assert version is not None

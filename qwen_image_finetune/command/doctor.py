@@ -150,7 +150,7 @@ def _tried(name: str, work: Work, remedy: str) -> Finding:
 
 def _attend(name: str, device: torch.device) -> None:
     query = torch.randn(1, 64, 2, 64, dtype=SIXTEEN_BITS[0], device=device, requires_grad=True)
-    attend(query, query, query, None, name).float().sum().backward()  # type: ignore[no-untyped-call]
+    attend(query, query, query, None, name).float().sum().backward()
     _synchronise(device)
 
 

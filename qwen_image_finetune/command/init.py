@@ -134,9 +134,17 @@ def named_model(name: str) -> str:
 
 
 def family_of(model: str, config: Config) -> str:
-    """The value of train.trainer: known of a published name, read from any other checkpoint."""
+    """The value of train.trainer: known of a published name, read from any other checkpoint.
+
+    Raises:
+        InitError: it cannot be read.
+    """
     known = [name for name in FAMILIES for one in get_family(name).published if one.name == model]
-    return known[0] if known else resolve_family(config, download=True)[0]
+    family, source = (known[0], "published") if known else resolve_family(config, download=True)
+    if source.startswith("assumed"):
+        raise InitError(f"{model} cannot be reached, so that its family is not known: "
+                        "download it first, or name its folder")  # fmt: skip
+    return family
 
 
 def memory_of(card: str) -> int:

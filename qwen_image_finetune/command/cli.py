@@ -254,7 +254,7 @@ def demo(options: argparse.Namespace) -> None:
     """See it learn: small models of two families, each a LoRA from twenty pairs, and one page about it."""
     from qwen_image_finetune.command.demo import demo
 
-    demo(options.folder)
+    demo(options.folder, main)
 
 
 def tiny(options: argparse.Namespace) -> None:

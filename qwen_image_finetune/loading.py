@@ -82,7 +82,7 @@ def load_encoders(
     """
     absent = {"transformer"} | (set() if vae else {"vae"})
     if not text:
-        absent |= set(family.text_components)
+        absent |= set(family.text_components) - set(family.always_loaded)
     for part in sorted({"vae", *family.text_components} - absent):
         refuse_scaled_fp8(folder / part)
     check_components(folder)

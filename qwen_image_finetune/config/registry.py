@@ -34,6 +34,7 @@ FAMILIES: dict[str, Entry] = {
     "Flux2": Entry(
         "flux2", "Flux2", "Flux2Pipeline", "black-forest-labs/FLUX.2-dev"
     ),
+    "QwenImage21": Entry("qwen_image_21", "QwenImage21", "QwenImage21Pipeline", "Qwen/Qwen-Image-2.1"),
 }  # fmt: skip
 
 DEFAULT_FAMILY = "QwenImageEdit"

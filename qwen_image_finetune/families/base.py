@@ -60,6 +60,7 @@ class Family(ABC):
     pipeline: ClassVar[type[DiffusionPipeline]]
     transformer: ClassVar[type[ModelMixin]]
     text_components: ClassVar[tuple[str, ...]]  # parts of the pipeline that decide the text embeddings
+    always_loaded: ClassVar[tuple[str, ...]] = ()  # those that its constructor asks something, and that are small
     text_embeddings: ClassVar[tuple[str, ...]]  # names in the result of `encode_text`
     prompt_tokenizer: ClassVar[str] = "tokenizer"  # the one whose tokens are counted where prompts have a limit
     text_sees_references: ClassVar[bool]  # the text encoder looks at the references too
@@ -104,6 +105,11 @@ class Family(ABC):
             area: as in `size`.
         """
         return size
+
+    def pixels(self, pipe: DiffusionPipeline, image: Image) -> Tensor:
+        """What the VAE is given of an RGB picture: (1, channels, H, W) in [-1, 1], or a film of it with a frame axis."""
+        pixels: Tensor = pipe.image_processor.preprocess(image)
+        return pixels
 
     @abstractmethod
     def encode_image(self, pipe: DiffusionPipeline, image: Image) -> Tensor:
@@ -238,6 +244,16 @@ class Family(ABC):
     def text_shape(self, name: str, tokens: int, transformer_config: Mapping[str, Any]) -> tuple[int, ...]:
         """Shape of the text embedding called `name`, one of `text_embeddings`, for a prompt of so many tokens."""
         return tokens, transformer_config["joint_attention_dim"]
+
+    def stand_in_text(
+        self, tokens: int, references: Sequence[tuple[int, ...]], transformer_config: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
+        """What `encode_text` gives for a prompt of so many tokens, without meaning.
+
+        Args:
+            references: shapes (C, H, W) of their latents.
+        """
+        return {name: torch.zeros(self.text_shape(name, tokens, transformer_config)) for name in self.text_embeddings}
 
     @abstractmethod
     def tiny(self, folder: Path) -> None:

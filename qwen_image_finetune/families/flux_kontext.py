@@ -118,7 +118,7 @@ class FluxKontext(Family):
     @torch.no_grad()
     def encode_image(self, pipe: DiffusionPipeline, image: Image) -> Tensor:
         """(16, H/8, W/8): (mode - shift_factor) * scaling_factor."""
-        pixels = pipe.image_processor.preprocess(image).to(pipe.vae.device, pipe.vae.dtype)
+        pixels = self.pixels(pipe, image).to(pipe.vae.device, pipe.vae.dtype)
         latent: Tensor = pipe._encode_vae_image(pixels, generator=None)[0]
         return latent
 

@@ -65,10 +65,14 @@ class QwenImageEdit(Family):
         width, height, _ = calculate_dimensions(area or MODEL_AREA, width / height)
         return max(width, 32), max(height, 32)
 
+    def pixels(self, pipe: DiffusionPipeline, image: Image) -> Tensor:
+        """A film of one frame, (1, 3, 1, H, W)."""
+        return super().pixels(pipe, image).unsqueeze(2)
+
     @torch.no_grad()
     def encode_image(self, pipe: DiffusionPipeline, image: Image) -> Tensor:
         """(16, H/8, W/8): (mode - latents_mean) / latents_std per channel, of a film of one frame."""
-        pixels = pipe.image_processor.preprocess(image).unsqueeze(2).to(pipe.vae.device, pipe.vae.dtype)
+        pixels = self.pixels(pipe, image).to(pipe.vae.device, pipe.vae.dtype)
         latent: Tensor = pipe._encode_vae_image(pixels, generator=None)[0, :, 0]
         return latent
 

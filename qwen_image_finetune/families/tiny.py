@@ -26,6 +26,10 @@ from transformers import (
     Qwen2VLImageProcessor,
     Qwen2VLProcessor,
     Qwen2VLVideoProcessor,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
     T5Config,
     T5EncoderModel,
 )
@@ -45,6 +49,10 @@ VERSION = 2  # raise it whenever the bytes written below change
 MARKER = "tiny.json"  # written last into a checkpoint: says which function and version made it
 WIDTH = 64  # of the text encoders that feed the transformers
 HEADS, HEAD_DIM = 4, 32  # of the transformers
+CHAT_TEMPLATE = (  # as much of Qwen3-VL's as a system message takes
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% for part in message.content %}{{ part.text }}{% endfor %}<|im_end|>\n{% endfor %}"
+)
 ROPE = (8, 12, 12)  # of HEAD_DIM: frame, row, column; the real proportions are 16 : 56 : 56
 
 
@@ -131,6 +139,54 @@ def _qwen_vl_processor(tokenizer: Qwen2Tokenizer) -> Qwen2VLProcessor:
     """Processor that shows the model between 4 and 128 image tokens (each 28 x 28 pixels) of a picture."""
     images = Qwen2VLImageProcessor(min_pixels=4 * 28 * 28, max_pixels=128 * 28 * 28)
     return Qwen2VLProcessor(image_processor=images, tokenizer=tokenizer, video_processor=Qwen2VLVideoProcessor())
+
+
+def qwen3_text(sentences: Sequence[str] = SENTENCES) -> dict[str, Any]:
+    """The same with Qwen3-VL, whose tokens of a picture are 32 x 32 pixels, and whose processor has the tokenizer."""
+    tokenizer = qwen_tokenizer((*sentences, "Comprehend and analyze the provided prompt."))
+    images = Qwen2VLImageProcessor(patch_size=16, min_pixels=32 * 32, max_pixels=128 * 32 * 32)
+    processor = Qwen3VLProcessor(
+        image_processor=images,
+        tokenizer=tokenizer,
+        video_processor=Qwen3VLVideoProcessor(),
+        chat_template=CHAT_TEMPLATE,
+    )
+    return {"text_encoder": randomise(_qwen3_vl(tokenizer), seed=2), "processor": processor}
+
+
+def _qwen3_vl(tokenizer: Qwen2Tokenizer) -> Qwen3VLForConditionalGeneration:
+    """2 language and 2 vision layers, the first of which reaches into the language model."""
+    ids = tokenizer.convert_tokens_to_ids
+    config = Qwen3VLConfig(
+        text_config={
+            "hidden_size": WIDTH,
+            "intermediate_size": 2 * WIDTH,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "vocab_size": len(tokenizer),
+            "max_position_embeddings": 4096,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [6, 5, 5]},
+            "bos_token_id": ids("<|endoftext|>"),
+            "eos_token_id": ids("<|im_end|>"),
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_heads": 2,
+            "out_hidden_size": WIDTH,
+            "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [0],
+        },
+        image_token_id=ids("<|image_pad|>"),
+        video_token_id=ids("<|video_pad|>"),
+        vision_start_token_id=ids("<|vision_start|>"),
+        vision_end_token_id=ids("<|vision_end|>"),
+        tie_word_embeddings=True,
+    )
+    return Qwen3VLForConditionalGeneration(config)
 
 
 # Weights

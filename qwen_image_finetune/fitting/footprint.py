@@ -251,11 +251,10 @@ def stand_in(
         rows: samples.
         text_tokens: of each prompt.
     """
-    latents = [torch.zeros(rows, *family.latent_shape(*size, transformer_config)) for size in sizes]
-    text = {
-        name: torch.zeros(rows, *family.text_shape(name, text_tokens, transformer_config))
-        for name in family.text_embeddings
-    }
+    shapes = [family.latent_shape(*size, transformer_config) for size in sizes]
+    latents = [torch.zeros(rows, *shape) for shape in shapes]
+    one = family.stand_in_text(text_tokens, shapes[1:], transformer_config)
+    text = {name: torch.stack([tensor] * rows) for name, tensor in one.items()}
     batch = Batch(tuple("" for _ in range(rows)), latents[0], tuple(latents[1:]), text)
     return batch.to("cpu", torch.bfloat16)
 

@@ -13,35 +13,39 @@ from typing import Any
 import torch
 from diffusers import ModelMixin
 from diffusers.models.embeddings import Timesteps
+from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21TemporalTimesteps
 from torch import Tensor
+
+# diffusers' sinusoids, each with its factor between what it is given and the angles of the slowest wave.
+SINUSOIDS = {Timesteps: "scale", QwenImage21TemporalTimesteps: "time_factor"}
 
 
 def keep_timestep_exact(transformer: ModelMixin) -> None:
     """Hand a float32 timestep that `transformer` is called with to the sinusoids of its embedding as it is.
 
-    The sinusoids are diffusers' `Timesteps`; what each is asked for first is the timestep, a guidance scale comes after
-    it. They compute in float32 whatever they are given, so only what goes in is exchanged.
+    What each of diffusers' sinusoids is asked for first is the timestep, a guidance scale comes after it. They compute in float32 whatever they are given, so only what goes in is exchanged.
 
     Raises:
         ValueError: the transformer has no such module.
     """
-    sinusoids = [module for module in transformer.modules() if isinstance(module, Timesteps)]
+    sinusoids = [module for module in transformer.modules() if type(module) in SINUSOIDS]
     if not sinusoids:
         raise ValueError(f"{type(transformer).__name__} has no sinusoidal timestep embedding of diffusers")
+    scales = [getattr(module, SINUSOIDS[type(module)]) for module in sinusoids]
     told: dict[int, Tensor] = {}  # by the number of the module that has not been asked yet
 
     def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         told.clear()
         if kwargs["timestep"].dtype == torch.float32:  # 1000 is what sinusoids of scale 1 expect for a noise level of 1
-            told.update((number, kwargs["timestep"] * (1000 / one.scale)) for number, one in enumerate(sinusoids))
+            told.update((number, kwargs["timestep"] * (1000 / scale)) for number, scale in enumerate(scales))
 
     def exchange(number: int, module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         timestep = told.pop(number, None)
         if timestep is None:
             return None
         rounded, *rest = args
-        if len(rounded) == 2 * len(timestep):  # zero_cond_t: the references are modulated at timestep 0
-            timestep = torch.cat([timestep, timestep * 0])
+        # Rows behind those of the batch: the level 0, at which some models modulate references.
+        timestep = torch.cat([timestep, timestep.new_zeros(len(rounded) - len(timestep))])
         return (timestep, *rest)
 
     transformer.register_forward_pre_hook(note, with_kwargs=True)

@@ -207,8 +207,10 @@ def empty_transformer(family: Family, folder: Path, dtype: torch.dtype) -> Model
     transformer = skeleton(family.transformer, folder / "transformer")
     for parameter in transformer.parameters():
         parameter.data = parameter.data.to(dtype)
-    for buffer in transformer.buffers():
-        buffer.data = buffer.data.to(dtype if buffer.is_floating_point() else buffer.dtype)
+    stored = transformer.state_dict()
+    for name, buffer in transformer.named_buffers():
+        if name in stored and buffer.is_floating_point():  # others are computed, and keep their precision
+            buffer.data = buffer.data.to(dtype)
     return cast(ModelMixin, transformer)
 
 

@@ -107,7 +107,7 @@ class Family(ABC):
         return size
 
     def pixels(self, pipe: DiffusionPipeline, image: Image) -> Tensor:
-        """What the VAE is given of an RGB picture: (1, channels, H, W) in [-1, 1], or a film of it with a frame axis."""
+        """What the VAE is given of an RGB picture: (1, channels, H, W) in [-1, 1]; with a frame axis for films."""
         pixels: Tensor = pipe.image_processor.preprocess(image)
         return pixels
 

@@ -101,21 +101,29 @@ class QwenImage21(Family):
     def velocity(
         self, transformer: ModelMixin, noisy: Tensor, timestep: Tensor, batch: Batch, guidance: float | None = None
     ) -> Tensor:
-        rows, tokens = len(noisy), self.tokens(noisy.shape)
-        pictures = [*(reference.to(noisy.dtype) for reference in batch.references), noisy]
-        text, slots = batch.text["prompt_embeds"], batch.text["image_slots"].bool()
-        words = slots.new_zeros(rows, text.shape[1] - slots.shape[1])
-        target = slots.new_ones(rows, tokens // LATENTS_OF_A_SLOT)
+        """One row after the other: where the target stands follows from the length of the prompt, and the transformer
+        reads that from its first row. So each row predicts what it predicts alone, as the pipeline does for one prompt.
+        """
+        rows = [self._row(transformer, noisy, timestep, batch, row) for row in range(len(noisy))]
+        return torch.cat(rows)
+
+    def _row(self, transformer: ModelMixin, noisy: Tensor, timestep: Tensor, batch: Batch, row: int) -> Tensor:
+        one, text = slice(row, row + 1), batch.text["prompt_embeds"]
+        mask = batch.text_masks.get("prompt_embeds")
+        length = text.shape[1] if mask is None else int(mask[row].sum())
+        pictures = [*(reference[one].to(noisy.dtype) for reference in batch.references), noisy[one]]
+        tokens, slots = self.tokens(noisy.shape), batch.text["image_slots"][one].bool()
+        words = slots.new_zeros(1, length - slots.shape[1])
+        target = slots.new_ones(1, tokens // LATENTS_OF_A_SLOT)
         predicted: Tensor = transformer(
             hidden_states=torch.cat([picture.flatten(2).transpose(1, 2) for picture in pictures], dim=1),
-            timestep=timestep,
-            encoder_hidden_states=text,
-            encoder_hidden_states_mask=batch.text_masks.get("prompt_embeds"),
-            img_shapes=[[(1, *picture.shape[-2:]) for picture in pictures]] * rows,
+            timestep=timestep[one],
+            encoder_hidden_states=text[one, :length],
+            img_shapes=[[(1, *picture.shape[-2:]) for picture in pictures]],
             img_mask=torch.cat([slots, words, target], dim=1),
             return_dict=False,
         )[0]
-        return predicted[:, -tokens:].transpose(1, 2).reshape(noisy.shape)
+        return predicted[:, -tokens:].transpose(1, 2).reshape(1, *noisy.shape[1:])
 
     @torch.no_grad()
     def decode(self, pipe: DiffusionPipeline, latents: Tensor) -> list[Image]:

@@ -143,7 +143,7 @@ def _qwen_vl_processor(tokenizer: Qwen2Tokenizer) -> Qwen2VLProcessor:
 
 def qwen3_text(sentences: Sequence[str] = SENTENCES) -> dict[str, Any]:
     """The same with Qwen3-VL, whose tokens of a picture are 32 x 32 pixels, and whose processor has the tokenizer."""
-    tokenizer = qwen_tokenizer((*sentences, "Comprehend and analyze the provided prompt."))
+    tokenizer = qwen_tokenizer(sentences)
     images = Qwen2VLImageProcessor(patch_size=16, min_pixels=32 * 32, max_pixels=128 * 32 * 32)
     processor = Qwen3VLProcessor(
         image_processor=images,

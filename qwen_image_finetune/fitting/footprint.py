@@ -7,15 +7,17 @@ the adapter in place; what autograd would save is counted. The full-size models 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from qwen_image_finetune.config import LoraConfig
@@ -161,6 +163,27 @@ class _Watch(TorchDispatchMode):
         return result
 
 
+class _Layouts(TorchDispatchMode):
+    """Computes integers: some models lay their sequence out by the values of masks, and shapes follow from that."""
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = [item for item in tree_leaves((args, kwargs)) if isinstance(item, Tensor)]
+        dtypes = {tensor.dtype for tensor in tensors} or {kwargs.get("dtype") or torch.float32}
+        fake = any(isinstance(tensor, FakeTensor) for tensor in tensors)
+        if fake or any(dtype.is_floating_point or dtype.is_complex for dtype in dtypes):
+            return operator(*args, **kwargs)
+        with unset_fake_temporarily():
+            return operator(*args, **kwargs)
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Around running a model for its shapes: tensors of numbers have no memory."""
+    with FakeTensorMode(allow_non_fake_inputs=True), _Layouts():  # type: ignore[no-untyped-call]
+        yield
+
+
 def footprint(
     family: Family,
     transformer_config: dict[str, Any],
@@ -195,7 +218,7 @@ def footprint(
         for block in blocks(model):
             added = sum(p.numel() for p in block.parameters() if p.requires_grad)
             adapter += kinds[type(block).__name__].count * added
-    with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
+    with without_memory(), warnings.catch_warnings():
         # Norms of a model that is trained itself are in float32; that no fused kernel takes them is of no use here.
         warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
         # What is trained keeps its own precision, whatever the forward pass computes in.

@@ -23,7 +23,8 @@ SINUSOIDS = {Timesteps: "scale", QwenImage21TemporalTimesteps: "time_factor"}
 def keep_timestep_exact(transformer: ModelMixin) -> None:
     """Hand a float32 timestep that `transformer` is called with to the sinusoids of its embedding as it is.
 
-    What each of diffusers' sinusoids is asked for first is the timestep, a guidance scale comes after it. They compute in float32 whatever they are given, so only what goes in is exchanged.
+    What each of diffusers' sinusoids is asked for first is the timestep, a guidance scale comes after it. They compute
+    in float32 whatever they are given, so only what goes in is exchanged.
 
     Raises:
         ValueError: the transformer has no such module.

@@ -61,7 +61,7 @@ def load(
     """
     model = skeleton(cls, folder)
     for buffer in model.buffers():
-        buffer.data = buffer.data.to(device, dtype if buffer.is_floating_point() else buffer.dtype)
+        buffer.data = buffer.data.to(device)  # those that are not in files keep their precision, as in diffusers
     shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     parameters = [name for name, _ in model.named_parameters()]
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 
 from qwen_image_finetune.config import LoraConfig
 from qwen_image_finetune.families.base import Family
-from qwen_image_finetune.fitting.footprint import replace_parameters, stand_in
+from qwen_image_finetune.fitting.footprint import replace_parameters, stand_in, without_memory
 from qwen_image_finetune.lora import adapters
 
 if TYPE_CHECKING:
@@ -57,7 +56,7 @@ def unreached(family: Family, transformer_config: dict[str, Any], lora: LoraConf
     side = 4 * family.side_multiple
     batch = stand_in(family, transformer_config, [(side, side)] * 2, rows=1, text_tokens=8)
     guidance = 1.0 if family.distilled_guidance(transformer_config) else None
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with without_memory():
         replace_parameters(model, lambda parameter: torch.bfloat16)
         output = family.velocity(model, batch.target, torch.empty(1), batch, guidance)
         reached = {id(leaf) for leaf in leaves(output)}

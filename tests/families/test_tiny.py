@@ -243,7 +243,7 @@ def test_sampling_is_finite_and_repeatable(family: Family, pipe: DiffusionPipeli
 
 
 def test_decoded_pictures_use_the_range(family: Family, pipe: DiffusionPipeline) -> None:
-    pixels = np.asarray(family.decode(pipe, sample(family, pipe))[0])
+    pixels = np.asarray(family.decode(pipe, sample(family, pipe))[0].convert("RGB"))
     assert pixels.shape == (HEIGHT, WIDTH, 3)
     assert pixels.std() > 30
     assert ((pixels == 0) | (pixels == 255)).mean() < 0.5
@@ -270,8 +270,10 @@ def test_every_input_of_the_transformer_reaches_its_output(family: Family, pipe:
     expected = velocity(given)
     assert 0.3 < expected.std() < 5
     changed = {"timestep": velocity(given, sigma=0.4)}
-    changed |= {
-        name: velocity(replace(given, text={**given.text, name: other.text[name]})) for name in family.text_embeddings
+    changed |= {  # integers say where tokens stand, the same for both
+        name: velocity(replace(given, text={**given.text, name: other.text[name]}))
+        for name in family.text_embeddings
+        if given.text[name].is_floating_point()
     }
     if family.max_references:
         changed["references"] = velocity(replace(given, references=other.references))

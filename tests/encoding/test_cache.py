@@ -178,7 +178,8 @@ def test_every_row_keeps_its_own_caption(name: str, configure: Configure, tiny_c
                 assert torch.equal(stored.text[key], tensor)
     for stream in rows.family.text_embeddings:
         with_caption, dropped = (rows.read(0, variant).text[stream] for variant in (TextVariant(), TextVariant("")))
-        assert with_caption.shape != dropped.shape or not torch.equal(with_caption, dropped)
+        if with_caption.is_floating_point():  # integers say where tokens stand
+            assert with_caption.shape != dropped.shape or not torch.equal(with_caption, dropped)
 
 
 @pytest.mark.parametrize("name", FAMILY_NAMES)

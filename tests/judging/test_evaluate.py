@@ -36,7 +36,7 @@ def squares(tmp_path: Path, write_pairs: Callable[..., Path]) -> Path:
 
 
 def opened(path: Path) -> np.ndarray:
-    return np.asarray(Image.open(path))
+    return np.asarray(Image.open(path).convert("RGB"))
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
@@ -63,7 +63,7 @@ def test_a_sweep_over_checkpoints_and_strengths(name: str, configure: Configure,
     for place, row in enumerate(by_name["base"]["pictures"]):
         reference = Image.open(squares / "control_images" / f"{row['key']}.png")
         predicted = trainer.predict(reference, row["prompt"], 2, guidance_scale=1.0, seed=place)[0]
-        difference = np.abs(np.asarray(predicted).astype(int) - picture(sweep[-1], place))
+        difference = np.abs(np.asarray(predicted.convert("RGB")).astype(int) - picture(sweep[-1], place))
         assert difference.max() <= 1, "drawn as prediction draws"
         assert np.array_equal(picture("copy of the input", place), np.asarray(reference))
 

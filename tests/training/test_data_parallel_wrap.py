@@ -32,6 +32,8 @@ def test_equals_backward_passes(name: str, kind: str, tiny_checkpoints: dict[str
     """With no, one and more references, and adapters whose second factor is not zero, so that gradients are not."""
     family = get_family(name)
     model: Any = loading.load_transformer(family, tiny_checkpoints[name], torch.float32)
+    if kind == "text of every block" and not any("add_k_proj" in key for key in model.state_dict()):
+        pytest.skip("text has no layers of its own")
     targets, last = TARGETS[kind], str(model.config.num_layers - 1)
     if isinstance(targets, str):
         targets = targets.replace("LAST", last)

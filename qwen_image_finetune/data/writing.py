@@ -7,6 +7,7 @@ from pathlib import Path
 
 from PIL import ExifTags, Image, PngImagePlugin
 
+from qwen_image_finetune.data.images import to_rgb
 from qwen_image_finetune.disk.files import write_atomic
 from qwen_image_finetune.disk.reading import MEBIBYTE, Unreadable, read_regular
 
@@ -16,7 +17,7 @@ WRITTEN = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # f
 
 
 def write_picture(path: Path, picture: Image.Image) -> None:
-    """Write a picture in the format of its ending.
+    """Write a picture in the format of its ending. Transparency, which JPEG has not, is laid over white there.
 
     Raises:
         DiskFull: no space is left; `path` is as it was.
@@ -27,6 +28,7 @@ def write_picture(path: Path, picture: Image.Image) -> None:
         about.add_text("Software", SOFTWARE)
         picture.save(content, kind, pnginfo=about)
     else:
+        picture = to_rgb(picture) if kind == "JPEG" else picture
         exif = Image.Exif()
         exif[ExifTags.Base.Software] = SOFTWARE
         picture.save(content, kind, exif=exif)

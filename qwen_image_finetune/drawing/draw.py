@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen_image_finetune.config import Config
-from qwen_image_finetune.data.images import open_upright, to_rgb, size_upright
+from qwen_image_finetune.data.images import open_upright, size_upright
 from qwen_image_finetune.data.writing import WRITTEN, is_drawn, write_picture
 from qwen_image_finetune.disk.outputs import check_output
 from qwen_image_finetune.machine import console

@@ -121,3 +121,11 @@ def test_what_is_no_file_of_ours(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     assert is_page(tmp_path / "page.html") and not is_page(tmp_path / "mine.html")
     assert not is_page(tmp_path / "pipe") and not is_drawn(tmp_path / "pipe") and not is_drawn(tmp_path / "absent")
+
+
+def test_transparency_is_laid_over_white_where_a_format_has_none(tmp_path: Path) -> None:
+    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    for ending, colour in ((".jpg", (255, 255, 255)), (".png", (255, 0, 0, 0))):
+        write_picture(tmp_path / f"one{ending}", clear)
+        with Image.open(tmp_path / f"one{ending}") as found:
+            assert found.getpixel((4, 4)) == colour

@@ -59,7 +59,7 @@ def guarded(run: Callable[[argparse.Namespace], None], options: argparse.Namespa
             raise
         if os.environ.get("RANK", "0") != "0":
             time.sleep(3)  # several processes refuse the same: the launcher ends the others once the first has said it
-        console.say(f"error: {error}", sys.stderr)
+        console.refuse(str(error))
         return 2
     return 0
 

@@ -27,6 +27,14 @@ def say(message: str, stream: TextIO | None = None) -> None:
     journal.write(message)
 
 
+def refuse(message: str) -> None:
+    """An error, on standard error; its first word is red on a terminal, unless NO_COLOR asks for none."""
+    stream = unfailing(sys.stderr)
+    coloured = stream.isatty() and not os.environ.get("NO_COLOR")
+    print(f"\033[1;31merror:\033[0m {message}" if coloured else f"error: {message}", file=stream, flush=True)
+    journal.write(f"error: {message}")
+
+
 def note(message: str, stream: TextIO | None = None) -> None:
     """A line for whoever started the run, once however many processes there are; on standard output by default."""
     if os.environ.get("RANK", "0") == "0":

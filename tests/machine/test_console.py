@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from qwen_image_finetune.machine import console
@@ -53,3 +55,16 @@ def test_processes_but_the_first_are_quiet(capsys: pytest.CaptureFixture[str]) -
 )
 def test_durations(seconds: float, words: str) -> None:
     assert console.duration(seconds) == words
+
+
+@pytest.mark.parametrize(
+    ("terminal", "variable", "coloured"), [(True, "", True), (True, "1", False), (False, "", False)]
+)
+def test_errors_are_red_where_somebody_looks(
+    terminal: bool, variable: str, coloured: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NO_COLOR", variable)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    console.refuse("train.lr=1 is no key")
+    said = capsys.readouterr().err
+    assert said == ("\033[1;31merror:\033[0m" if coloured else "error:") + " train.lr=1 is no key\n"

@@ -15,6 +15,7 @@ from qwen_image_finetune.config.spellings import SPELLINGS
 from qwen_image_finetune.config.text import omegaconf_words
 from qwen_image_finetune.config.tree import ABSENT, find, only, put, shown, texts
 
+MOST_TEXT = 100_000  # characters of a value, once its references are written out
 REFERENCE = re.compile(r"\$\{\s*([A-Za-z_][\w.]*)\s*\}")
 
 
@@ -35,11 +36,36 @@ def resolve(tree: dict[Any, Any], source: str) -> dict[Any, Any]:
     for _ in range(len(SPELLINGS)):  # a default or another spelling may itself be a reference
         if not _lend(lent):
             break
+    _check_growth(lent, source)
     try:
         resolved = OmegaConf.to_container(OmegaConf.create(lent), resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ConfigError(omegaconf_words(error, source)) from error
     return cast(dict[Any, Any], only(resolved, tree))
+
+
+def _check_growth(tree: dict[Any, Any], source: str) -> None:
+    """Refuse references to references that would write out more than anybody means.
+
+    Raises:
+        ConfigError: names a key and how much it would be.
+    """
+    sizes: dict[str, int] = {}
+
+    def size(key: str) -> int:
+        if key not in sizes:
+            sizes[key] = 0  # of a reference to itself, which OmegaConf names
+            value = find(tree, key)
+            below = [text for _, text in texts(value)] if isinstance(value, dict | list) else [value]
+            sizes[key] = sum(len(str(text)) + sum(map(size, REFERENCE.findall(str(text)))) for text in below)
+        return sizes[key]
+
+    for key, text in texts(tree):
+        grown = sum(map(size, REFERENCE.findall(text)))
+        if grown > MOST_TEXT:
+            raise ConfigError(
+                f"{source}: the references of {key} stand for {grown:,} characters; a value may become {MOST_TEXT:,}"
+            )
 
 
 def _calls(text: str) -> bool:

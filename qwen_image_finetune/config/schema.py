@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from qwen_image_finetune.config.tree import shown
 
@@ -53,14 +54,30 @@ def _expression(value: str) -> str:
     return value
 
 
+def _readable(value: str) -> str:
+    """Refuse what no path can be: a NUL, the home of nobody."""
+    if "\0" in value:
+        raise PydanticCustomError("path", "a NUL")
+    if value.startswith("~"):
+        try:
+            Path(value).expanduser()
+        except RuntimeError as error:
+            raise PydanticCustomError("path", "no such home") from error
+    return value
+
+
 def refuse(problems: Sequence[str]) -> None:
     """Raise all problems as one ValueError, if there are any."""
     if problems:
         raise ValueError("\n".join(problems))
 
 
-Count = Annotated[int, BeforeValidator(_whole), Field(ge=1), Allowed("whole number from 1")]
-Natural = Annotated[int, BeforeValidator(_whole), Field(ge=0), Allowed("whole number from 0")]
+LARGEST = 10**9  # of what is counted: above it stand mistakes, and numbers that libraries cannot hold
+Count = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=LARGEST), Allowed("whole number from 1 to 10^9")]
+Natural = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=LARGEST), Allowed("whole number from 0 to 10^9")]
+Rank = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=8192), Allowed("whole number from 1 to 8192")]
+Seconds = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=10**7), Allowed("whole number from 1 to 10^7")]
+Shift = Annotated[float, Field(gt=0.0, le=1000.0), Allowed("number above 0, to 1000")]
 Seed = Annotated[int, BeforeValidator(_whole), Field(ge=0, lt=2**63), Allowed("whole number from 0, below 2^63")]
 Number = Annotated[float, Allowed("number")]
 Rate = Annotated[float, Field(ge=0.0, le=1.0), Allowed("number from 0 to 1")]
@@ -68,7 +85,7 @@ Positive = Annotated[float, Field(gt=0.0), Allowed("number above 0")]
 NotNegative = Annotated[float, Field(ge=0.0), Allowed("number from 0")]
 Strength = Annotated[float, Field(ge=-100.0, le=100.0), Allowed("number from -100 to 100")]
 Switch = Annotated[bool, Allowed("true or false")]
-Text = Annotated[str, Field(min_length=1), Allowed("text")]
+Text = Annotated[str, Field(min_length=1), AfterValidator(_readable), Allowed("text")]
 Device = Annotated[
     str, Field(pattern=r"^(cpu|mps|(cuda|xpu|npu)(:[0-9]+)?)$"), Allowed("cpu, cuda, cuda:N, mps, xpu[:N] or npu[:N]")
 ]
@@ -110,7 +127,7 @@ class Section(BaseModel):
 class LoraConfig(Section):
     """A low-rank adapter, as in peft."""
 
-    r: Count = Field(16, description="rank of the adapter")
+    r: Rank = Field(16, description="rank of the adapter")
     lora_alpha: Positive = Field(16, description="the update is scaled by lora_alpha / r")
     lora_dropout: Rate = Field(0.0, description="share of adapter inputs zeroed while training")
     init_lora_weights: Switch | Initialisation = Field(True, description="first values; true: B = 0, A Kaiming")
@@ -281,7 +298,7 @@ class TrainConfig(Section):
     sigma_distribution: Literal["logit_normal", "uniform"] = Field(
         "logit_normal", description="how noise levels are drawn, before the shift"
     )
-    sigma_shift: Literal["model"] | Positive = Field(
+    sigma_shift: Literal["model"] | Shift = Field(
         "model", description='"model": the checkpoint\'s own resolution-dependent shift; or a constant factor'
     )
     guidance_scale: Positive = Field(1.0, description="value of the guidance embedding, for models that have one")
@@ -293,7 +310,7 @@ class TrainConfig(Section):
         description="blocks wait in host memory where the card is too small, encoders there while they are not needed; "
         "false with FSDP",
     )
-    collective_timeout: Count | None = Field(
+    collective_timeout: Seconds | None = Field(
         None,
         description="seconds that processes wait for one that hangs, from the second step on, before the run ends; "
         "default: 20, or 1800 with train.compile or without the cache",

@@ -6,6 +6,11 @@ from typing import Any
 
 from qwen_image_finetune.config.tree import ABSENT, find, put, remove, shown
 
+CAPTION_DROPOUT = "data.init_args.caption_dropout_rate"
+
+# Older names of text embeddings in cache.prompt_empty_drop_keys.
+EMBEDDINGS = {"prompt_embed": "prompt_embeds", "pooled_prompt_embed": "pooled_prompt_embeds"}
+
 # Older spellings and second homes of a key: (where configurations have it, where it lives). Today's place wins.
 SPELLINGS: tuple[tuple[str, str], ...] = (
     ("model.rank", "model.lora.r"),
@@ -13,9 +18,9 @@ SPELLINGS: tuple[tuple[str, str], ...] = (
     *((f"data.init_args.{key}", f"data.{key}")
       for key in ("batch_size", "num_workers", "prefetch_factor", "persistent_workers", "shuffle")),
     *((f"data.{key}", f"data.init_args.{key}") for key in ("caption_dropout_rate", "prompt_image_dropout_rate")),
-    ("data.init_args.cache_drop_rate", "data.init_args.caption_dropout_rate"),
-    ("data.cache_drop_rate", "data.init_args.caption_dropout_rate"),
     *((f"data.{place}{key}", f"cache.{key}") for place in ("", "init_args.") for key in ("use_cache", "cache_dir")),
+    ("data.init_args.cache_drop_rate", CAPTION_DROPOUT),
+    ("data.cache_drop_rate", CAPTION_DROPOUT),
     ("validation.validation_steps", "validation.steps"),
     ("loss.forground_weight", "loss.foreground_weight"),
 )  # fmt: skip
@@ -34,11 +39,30 @@ def canonicalise(tree: dict[str, Any]) -> tuple[list[str], list[str]]:
         remove(tree, older)
         current = find(tree, today)
         if current is not ABSENT:
+            # In the files that have both, the rate of the cache is the one that a cached run was trained with.
+            wins = older if today == CAPTION_DROPOUT and "cache_" in older and _is_cached(tree) else today
+            if wins == older:
+                put(tree, today, given)
             if current != given:
-                notes.append(f"{older}={shown(given)} and {today}={shown(current)} disagree; {today} wins")
+                notes.append(f"{older}={shown(given)} and {today}={shown(current)} disagree; {wins} wins")
         elif (obstacle := put(tree, today, given)) is not None:
             problems.append(
                 f"{older}={shown(given)} contradicts {obstacle}={shown(find(tree, obstacle))}, which leaves no {today} "
                 "to set: drop one of them"
             )
+    _read_older_values(tree)
     return notes, problems
+
+
+def _is_cached(tree: dict[str, Any]) -> bool:
+    return find(tree, "cache.use_cache") is True
+
+
+def _read_older_values(tree: dict[str, Any]) -> None:
+    """Values that were written otherwise: embeddings in the singular, a project with a slash behind it."""
+    keys, project = find(tree, "cache.prompt_empty_drop_keys"), find(tree, "logging.tracker_project_name")
+    if isinstance(keys, list):
+        names = [EMBEDDINGS.get(name, name) if isinstance(name, str) else name for name in keys]
+        put(tree, "cache.prompt_empty_drop_keys", names)
+    if isinstance(project, str) and project.rstrip("/"):
+        put(tree, "logging.tracker_project_name", project.rstrip("/"))

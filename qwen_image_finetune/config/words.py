@@ -31,6 +31,18 @@ ELSEWHERE = {
     **dict.fromkeys(("save", "save_every", "save_every_n_steps"), "train.checkpointing_steps"),
     "name_or_path": "model.pretrained_model_name_or_path",
     **dict.fromkeys(("datasets", "folder_path"), "data.init_args.dataset_path"),
+    # The later style of the framework that the guide comes from.
+    "resume": "train.resume_from_checkpoint",
+    "trainer": "train.trainer",
+    "dit": "predict.devices.transformer",
+    "sampling": "validation",
+    "repo_id": "data.init_args.dataset_path",
+}
+# Keys of that style that stand for several of ours, or for none.
+OTHERWISE = {
+    "cache.devices": "name them one by one: cache.vae_encoder_device, cache.text_encoder_device and "
+    "cache.text_encoder_2_device",
+    "fit_device": "a run takes the first card that it sees; choose it with CUDA_VISIBLE_DEVICES",
 }
 
 
@@ -90,6 +102,9 @@ def take_unknown(tree: dict[Any, Any], model: type[BaseModel] = Config, prefix: 
 
 def unknown(key: str) -> str:
     """The sentence about a key that is not one."""
+    for name, words in OTHERWISE.items():
+        if f".{key}".endswith(f".{name}"):
+            return f"{key!r} is not a key; {words}"
     candidates = nearest(key)
     if candidates == [key]:  # "train.num_epochs: 3" on one line
         outer, _, inner = key.rpartition(".")
@@ -164,8 +179,18 @@ def problems(error: ValidationError, tree: Mapping[str, Any]) -> list[str]:
         elif detail["type"] == "extra_forbidden":
             lines[unknown(".".join(str(part) for part in detail["loc"]))] = None
         else:
-            lines[f"{key}={shown(find(tree, key))} is refused; allowed: {_wanted(key, field)}"] = None
+            lines[f"{key}={shown(find(tree, key))} is refused; allowed: {_wanted(key, field)}{_hint(tree, key)}"] = None
     return list(lines)
+
+
+def _hint(tree: Mapping[str, Any], key: str) -> str:
+    """What to do with a data set that is named by its place on the hub."""
+    value = find(tree, key)
+    entries = value if isinstance(value, list) else [value]
+    names = [entry["repo_id"] for entry in entries if isinstance(entry, dict) and "repo_id" in entry]
+    if not key.endswith("dataset_path") or not names:
+        return ""
+    return f"; load it first (hf download {names[0]} --repo-type dataset --local-dir FOLDER) and give the folder"
 
 
 def _wanted(key: str, field: FieldInfo) -> str:

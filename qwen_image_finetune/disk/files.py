@@ -22,6 +22,7 @@ from qwen_image_finetune.disk import manifest
 from qwen_image_finetune.disk.locks import FileLock
 
 LEFTOVER = re.compile(r"^\.(?P<name>.+)\.(?P<kind>partial|trash|replaced)-\d+-[0-9a-f]{8}$")
+LONGEST_NAME = 220  # bytes: disks take 255, of which a staged file needs some for its hidden name
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _NO_SPACE_IN_RUST = tuple(f"(os error {code})" for code in _NO_SPACE)  # how safetensors words the same errors
 
@@ -87,6 +88,12 @@ def flush_file(path: Path) -> None:
     """Bring what was written to a file to the disk."""
     with _descriptor(path) as descriptor:
         os.fsync(descriptor)
+
+
+def short_name(stem: str, ending: str) -> str:
+    """`stem` and `ending` as the name of a file, the stem cut where a disk would refuse its length in bytes."""
+    room = LONGEST_NAME - len(os.fsencode(ending))
+    return os.fsencode(stem)[:room].decode(errors="ignore") + ending
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from qwen_image_finetune.config import Config
 from qwen_image_finetune.data.images import open_upright, size_upright
 from qwen_image_finetune.data.writing import WRITTEN, is_drawn, write_picture
+from qwen_image_finetune.disk.files import short_name
 from qwen_image_finetune.disk.outputs import check_output
 from qwen_image_finetune.machine import console
 
@@ -84,6 +85,8 @@ def draw(config: Config, request: Request) -> list[Path]:
     if tuned is not None:
         drawer.load_transformer(tuned)
     drawer.load_loras(loras)
+    if request.guidance is not None and drawer.predictor.ignores_guidance:
+        console.note("--guidance changes nothing: the guidance embedding of this model says the same for every scale")
 
     written = []
     for drawing in drawings:
@@ -211,5 +214,5 @@ def _files(request: Request, stem: str | None) -> tuple[Path, ...]:
     folder, name = (output, stem or "output") if is_folder else (output.parent, output.stem)
     ending = ".png" if is_folder else output.suffix
     if request.count == 1:
-        return (folder / f"{name}{ending}",)
-    return tuple(folder / f"{name}-{seed}{ending}" for seed in request.seeds)
+        return (folder / short_name(name, ending),)
+    return tuple(folder / short_name(name, f"-{seed}{ending}") for seed in request.seeds)

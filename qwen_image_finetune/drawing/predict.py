@@ -225,6 +225,12 @@ class Predictor:
         mu = self.family.mu(self.family.tokens(shape), self.scheduler.config, steps)
         return flow.sample(velocity, noise, self.scheduler, steps, mu, progress)
 
+    @property
+    def ignores_guidance(self) -> bool:
+        """Whether the guidance embedding says the same for every scale, as it may where one alone was trained."""
+        embedders = [module for name, module in self.transformer.named_modules() if name.endswith("guidance_embedder")]
+        return bool(embedders) and not any(bool(module.linear_2.weight.any()) for module in embedders)
+
     def guidance(self, scale: float | None, true_cfg_scale: float | None = None, image: float = 1.0) -> Guidance:
         """What `guidance_scale` means for this model; None is the family's default."""
         scale = self.defaults.guidance_scale if scale is None else scale

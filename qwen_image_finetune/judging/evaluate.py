@@ -25,7 +25,7 @@ from qwen_image_finetune import loading
 from qwen_image_finetune.config import Config, resolve_family
 from qwen_image_finetune.data.dataset import ImageDataset
 from qwen_image_finetune.data.part import Part, spread
-from qwen_image_finetune.disk.files import write_atomic
+from qwen_image_finetune.disk.files import short_name, write_atomic
 from qwen_image_finetune.disk.outputs import check_output
 from qwen_image_finetune.drawing import samples
 from qwen_image_finetune.drawing.build import check_loras
@@ -239,6 +239,7 @@ def folder_names(names: Sequence[str]) -> list[str]:
     found: list[str] = []
     for name in names:
         slug = re.sub(r"(?:[^\w.-]|-(?!\d))+", "-", name).strip("-.") or "candidate"  # the minus of a strength stays
+        slug = short_name(slug, "")
         numbered = itertools.chain([slug], (f"{slug}-{number}" for number in itertools.count(2)))
         taken = {TRUTH, INPUT, *(folder.casefold() for folder in found)}
         found.append(next(folder for folder in numbered if folder.casefold() not in taken))

@@ -66,6 +66,7 @@ def run_problems(config: Config, download: bool = False) -> list[str]:
     ]
     if find_spec("torch") is not None:  # a dry run goes without
         checks += [lambda: _check_optimizer(config), lambda: _check_drop_keys(config, download)]
+        checks.append(lambda: _check_adapter_name(config))
         if not download and (checkpoint := local_checkpoint(config.model)) is not None:
             checks.append(lambda: _check_checkpoint(config, checkpoint))
     for check in checks:
@@ -160,8 +161,28 @@ def _check_optimizer(config: Config) -> None:
 
     from qwen_image_finetune.training.optim import build_optimizer, build_scheduler
 
-    stand_in = build_optimizer(config.optimizer, [torch.nn.Parameter(torch.zeros(1))])
+    weight = torch.nn.Parameter(torch.zeros(1))
+    stand_in = build_optimizer(config.optimizer, [weight])
+    if config.optimizer.class_path.startswith("torch.optim."):
+        weight.grad = torch.zeros(1)
+        try:
+            stand_in.step()
+        except (RuntimeError, TypeError) as error:
+            raise ConfigError(
+                f"optimizer.class_path={config.optimizer.class_path} cannot take a step here: {error}"
+            ) from error
     build_scheduler(config.lr_scheduler, stand_in, total_steps=config.max_steps or 1)
+
+
+def _check_adapter_name(config: Config) -> None:
+    """peft keeps adapters in a ModuleDict by their names, which cannot be names of its own."""
+    name = config.model.lora.adapter_name if config.model.lora is not None else "default"
+    if name == "default":
+        return
+    import torch
+
+    if name in dir(torch.nn.ModuleDict()):
+        raise ConfigError(f"model.lora.adapter_name={name!r} is a word of torch's own; choose another name")
 
 
 def is_plain(optimizer: OptimizerConfig, scheduler: SchedulerConfig) -> bool:

@@ -190,7 +190,7 @@ def test_a_data_set_class_of_ones_own_takes_its_own_arguments(load: Load) -> Non
             {"data.init_args.image_sizes": 1},
             "'data.init_args.image_sizes' is not a key; the nearest is 'data.init_args.image_size'",
         ),
-        ({"train.num_epochs": 0}, "train.num_epochs=0 is refused; allowed: whole number from 1 or null"),
+        ({"train.num_epochs": 0}, "train.num_epochs=0 is refused; allowed: whole number from 1 to 10^9 or null"),
         ({"train.num_epochs": 1.5}, "train.num_epochs=1.5 is refused"),
         ({"train.num_epochs": True}, "train.num_epochs=true is refused"),
         ({"train.num_epochs": "3"}, "train.num_epochs='3' is refused"),

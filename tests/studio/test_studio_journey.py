@@ -218,7 +218,7 @@ def start_run(page: playwright.Page) -> None:
     field = page.get_by_label("Pairs a step")
     field.fill("many")
     field.press("Tab")
-    page.get_by_text("'many' is refused; allowed: whole number from 1").wait_for()
+    page.get_by_text("'many' is refused; allowed: whole number from 1 to 10^9").wait_for()
     assert page.get_by_role("button", name="Put it in the queue").is_disabled()
     kept(page, "form")
     field.fill("1")

@@ -114,3 +114,14 @@ def test_what_is_plain_can_be_built(class_path: str, given: dict[str, Any]) -> N
         return
     for name in plain:
         build_scheduler(SchedulerConfig(scheduler_type=name), built, 10)
+
+
+def test_an_optimizer_that_takes_no_such_gradients(configure: Configure) -> None:
+    config = configure("FluxKontext", "optimizer={class_path: torch.optim.SparseAdam, init_args: {lr: 0.1}}")
+    assert any("SparseAdam cannot take a step here" in line for line in run_problems(config))
+
+
+@pytest.mark.parametrize("name", ["forward", "keys", "training", "default"])
+def test_names_that_an_adapter_cannot_have(configure: Configure, name: str) -> None:
+    found = run_problems(configure("FluxKontext", f"model.lora.adapter_name={name}"))
+    assert (name == "default") == (not any("adapter_name" in line for line in found))

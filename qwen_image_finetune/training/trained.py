@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 from diffusers import ModelMixin
 from huggingface_hub import save_torch_state_dict
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qwen_image_finetune.config import Config, ConfigError, ModelConfig
+from qwen_image_finetune.disk.checkpoint import CheckpointError
 from qwen_image_finetune.disk.files import Staged
 from qwen_image_finetune.disk.versions import LORA_WEIGHTS
 from qwen_image_finetune.levers import parallel
@@ -101,11 +102,18 @@ def exact(folder: Path) -> dict[str, Tensor]:
 
 
 def ranks(folder: Path) -> dict[str, int]:
-    """Rank of each module of the adapter in a checkpoint, from the header of its file."""
+    """Rank of each module of the adapter in a checkpoint, from the header of its file.
+
+    Raises:
+        CheckpointError: the file is no such file.
+    """
     ending = ".lora_A.weight"
-    with safe_open(folder / ADAPTER, framework="np") as file:
-        names = [name for name in file.keys() if name.endswith(ending)]  # noqa: SIM118 (not a mapping)
-        return {name.removesuffix(ending): file.get_slice(name).get_shape()[0] for name in names}
+    try:
+        with safe_open(folder / ADAPTER, framework="np") as file:
+            names = [name for name in file.keys() if name.endswith(ending)]  # noqa: SIM118 (not a mapping)
+            return {name.removesuffix(ending): file.get_slice(name).get_shape()[0] for name in names}
+    except SafetensorError as error:
+        raise CheckpointError(f"{folder}: its weights cannot be read: {error}") from error
 
 
 def start_from(source: str, transformer: ModelMixin, naming: Naming, config: ModelConfig) -> None:

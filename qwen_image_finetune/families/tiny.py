@@ -56,6 +56,10 @@ CHAT_TEMPLATE = (  # as much of Qwen3-VL's as a system message takes
 ROPE = (8, 12, 12)  # of HEAD_DIM: frame, row, column; the real proportions are 16 : 56 : 56
 
 
+class OccupiedError(FileExistsError):
+    """A folder that a checkpoint would be written over."""
+
+
 # Text encoders
 
 
@@ -238,14 +242,14 @@ def write_once(folder: Path, identity: dict[str, Any], build: Callable[[], Diffu
     """Save what `build` makes as `folder`, whole or not at all; nothing to do where it already stands.
 
     Raises:
-        FileExistsError: `folder` holds something that was not written by this module.
+        OccupiedError: `folder` holds something that was not written by this module.
     """
     marker = {"version": VERSION, **identity}
     found = _read_marker(folder)
     if found == marker:
         return
     if found is None and folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} holds files that are no tiny checkpoint: give an empty or a new folder")
+        raise OccupiedError(f"{folder} holds files that are no tiny checkpoint: give an empty or a new folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         with staged_folder(folder, sealed=False) as stage:

@@ -335,3 +335,10 @@ def test_export_and_back(
 def test_tiny_writes_a_checkpoint_that_says_its_family(tmp_path: Path) -> None:
     assert main(["tiny", "FluxKontext", str(tmp_path / "tiny")]) == 0
     assert json.loads((tmp_path / "tiny" / "model_index.json").read_text())["_class_name"] == "FluxKontextPipeline"
+
+
+def test_a_folder_that_is_not_empty_gets_no_tiny_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.txt").touch()
+    assert main(["tiny", "FluxKontext", str(tmp_path)]) == 2
+    assert f"error: {tmp_path} holds files that are no tiny checkpoint" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]

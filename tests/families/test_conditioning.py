@@ -95,13 +95,14 @@ def assert_same_calls(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) 
 
 
 @pytest.mark.parametrize(
-    "image_size,output", [((128, 96), (128, 96)), ((150, 210), (96, 128)), ((280, 100), (160, 96))]
+    "image_size,output",
+    [((128, 96), (128, 96)), ((150, 210), (96, 128)), ((280, 100), (160, 96)), ((333, 777), (80, 176))],
 )
 def test_prediction_equals_the_pipeline_pixel_for_pixel(
     family: Family, pipe: DiffusionPipeline, predictor: Predictor, image_size: tuple[int, int], output: tuple[int, int]
 ) -> None:
     image = picture(*image_size)
-    width, height = output
+    width, height = (side // family.side_multiple * family.side_multiple for side in output)
     with calls_of(pipe.transformer) as theirs:
         expected = run_pipeline(family, pipe, [image], width, height)
     with calls_of(pipe.transformer) as ours:
@@ -258,6 +259,43 @@ def test_several_references_equal_the_pipeline(name: str, tiny_checkpoints: dict
         drawn = predictor.predict(images, PROMPT, 3, guidance_scale=GUIDANCE, width=64, height=160, seed=7)
     assert_same_calls(ours, theirs)
     assert np.array_equal(np.asarray(drawn[0]), np.asarray(expected))
+
+
+class Enough(Exception):
+    """Ends a pipeline once its transformer was asked."""
+
+
+@pytest.mark.parametrize("name", ["FluxKontext", "QwenImageEdit", "QwenImageEditPlus"])
+def test_at_the_models_own_areas(name: str, tiny_checkpoints: dict[str, Path]) -> None:
+    """A megapixel for picture and reference, 384 x 384 for the language model of Plus: nothing is replaced here.
+
+    Kontext's pipeline draws 1024 x 1024 whatever the reference is, and scales a size that is asked for to `max_area`: a
+    picture of another size is had by saying both.
+    """
+    family = get_family(name)
+    pipe = family.pipeline.from_pretrained(tiny_checkpoints[name])
+    pipe.set_progress_bar_config(disable=True)
+    predictor = Predictor(family, pipe, pipe.transformer, loading.load_scheduler(tiny_checkpoints[name]))
+    image = picture(333, 777)
+    embedded = family.distilled_guidance(pipe.transformer.config)
+    options: dict[str, Any] = {"true_cfg_scale": GUIDANCE, "negative_prompt": " "}
+    if embedded:
+        width, height = family.size(*image.size)
+        options = {"guidance_scale": GUIDANCE, "width": width, "height": height, "max_area": width * height}
+        options["max_sequence_length"] = pipe.tokenizer_2.model_max_length
+
+    def enough(*arguments: Any) -> None:
+        raise Enough
+
+    first = pipe.transformer.x_embedder if embedded else pipe.transformer.img_in
+    hook = first.register_forward_pre_hook(enough)
+    with calls_of(pipe.transformer) as theirs, pytest.raises(Enough):
+        pipe(image=image, prompt=PROMPT, num_inference_steps=2, generator=torch.Generator().manual_seed(7), **options)
+    with calls_of(pipe.transformer) as ours, pytest.raises(Enough):
+        predictor.predict(image, PROMPT, 2, guidance_scale=GUIDANCE, seed=7)
+    hook.remove()
+    assert_same_calls(ours, theirs)
+    assert ours[0]["hidden_states"].shape[1] > 2 * 3800  # tokens of both
 
 
 def test_position_ids_of_several_references_never_overlap() -> None:

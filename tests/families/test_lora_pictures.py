@@ -32,9 +32,10 @@ def test_the_pipeline_draws_our_picture_with_our_file(
     from qwen_image_finetune import loading
 
     family, folder = get_family(name), tiny_checkpoints[name]
+    size = [side // family.side_multiple * family.side_multiple for side in (80, 176)]
     pipe = family.pipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
-    without = run_pipeline(family, pipe, [picture(128, 96)], 128, 96)
+    without = run_pipeline(family, pipe, [picture(333, 777)], *size)
 
     # A LoRA that does something, written as training writes it
     config = adapter_of(family)
@@ -50,10 +51,12 @@ def test_the_pipeline_draws_our_picture_with_our_file(
     transformer = family.transformer.from_pretrained(folder, subfolder="transformer")
     lora_files.load_lora(transformer, tmp_path, family.naming)
     predictor = Predictor(family, pipe, transformer, loading.load_scheduler(folder), AREA)
-    ours = predictor.predict(picture(128, 96), PROMPT, 3, guidance_scale=GUIDANCE, width=128, height=96, seed=7)[0]
+    ours = predictor.predict(
+        picture(333, 777), PROMPT, 3, guidance_scale=GUIDANCE, width=size[0], height=size[1], seed=7
+    )[0]
 
     pipe.load_lora_weights(tmp_path)
-    theirs = run_pipeline(family, pipe, [picture(128, 96)], 128, 96)
+    theirs = run_pipeline(family, pipe, [picture(333, 777)], *size)
     assert np.array_equal(np.asarray(ours), np.asarray(theirs))
     assert not np.array_equal(np.asarray(theirs), np.asarray(without)), "the LoRA must show"
 

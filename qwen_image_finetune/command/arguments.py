@@ -11,7 +11,7 @@ from qwen_image_finetune import __version__
 from qwen_image_finetune.config import ConfigError
 from qwen_image_finetune.config.ranges import checked
 from qwen_image_finetune.config.registry import FAMILIES
-from qwen_image_finetune.config.schema import Count, NotNegative, Positive, Seed, Strength
+from qwen_image_finetune.config.schema import Count, NotNegative, Positive, Rank, Seed, Side, Strength
 
 
 def build_parser(verbs: Iterable[Callable[[argparse.Namespace], None]]) -> argparse.ArgumentParser:
@@ -147,9 +147,9 @@ def _predict(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--negative-prompt", help="what classifier-free guidance steers away from")
     verb.add_argument("--image-guidance", type=_of(NotNegative), default=1.0, help="guidance towards the references")
     verb.add_argument(
-        "--width", type=_of(Count), help="of the picture; default: that of the reference as the model sees it"
+        "--width", type=_of(Side), help="of the picture; default: that of the reference as the model sees it"
     )
-    verb.add_argument("--height", type=_of(Count), help="the same for its height")
+    verb.add_argument("--height", type=_of(Side), help="the same for its height")
     _overwritten(verb)
 
 
@@ -197,9 +197,9 @@ def _plan(verb: argparse.ArgumentParser) -> None:
 def _bench(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("family", choices=sorted(FAMILIES), help="whose architecture")
     verb.add_argument("variants", nargs="*", help="rows beside the baseline; default: all that can run here")
-    verb.add_argument("--size", type=_of(Count), nargs=2, default=(1024, 1024), help="width and height in pixels")
+    verb.add_argument("--size", type=_of(Side), nargs=2, default=(1024, 1024), help="width and height in pixels")
     verb.add_argument("--batch", type=_of(Count), default=1, help="samples a step")
-    verb.add_argument("--rank", type=_of(Count), default=16, help="of the adapter")
+    verb.add_argument("--rank", type=_of(Rank), default=16, help="of the adapter")
     verb.add_argument("--steps", type=_of(Count), default=5, help="timed steps of each row")
     verb.add_argument("--rounds", type=_of(Count), default=2, help="over all rows, each built anew in each")
     verb.add_argument(
@@ -209,7 +209,7 @@ def _bench(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--peak-tflops", type=_of(Positive), help="of the card's matrix products, for the utilisation")
     verb.add_argument("--output", type=Path, help="JSON file to write")
     verb.add_argument(
-        "--text-tokens", type=int, metavar="N", help="of the prompt; default: what the family has of them"
+        "--text-tokens", type=_of(Count), metavar="N", help="of the prompt; default: what the family has of them"
     )
     verb.add_argument("--tiny", action="store_true", help="a tiny model, to see that it runs, on a CPU say")
     _overwritten(verb)

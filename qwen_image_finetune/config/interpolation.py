@@ -15,15 +15,17 @@ from qwen_image_finetune.config.spellings import SPELLINGS
 from qwen_image_finetune.config.text import omegaconf_words
 from qwen_image_finetune.config.tree import ABSENT, find, only, put, shown, texts
 
-MOST_TEXT = 100_000  # characters of a value, once its references are written out
 REFERENCE = re.compile(r"\$\{\s*([A-Za-z_][\w.]*)\s*\}")
+OPENED = re.compile(r"(?<!\\)(?:\\\\)*\$\{")  # not written so that it is text
+MOST_CHARACTERS = 1_000_000  # that all references expanded may make of a configuration: as much as a file may have
 
 
 def resolve(tree: dict[Any, Any], source: str) -> dict[Any, Any]:
     """`tree` with every interpolation replaced by what it stands for.
 
     Raises:
-        ConfigError: a reference to nothing or to itself, or a call such as ``${oc.env:HOME}``.
+        ConfigError: a reference to nothing or to itself, a call such as ``${oc.env:HOME}``, a form that is not
+            ``${section.key}``, or references that grow beyond `MOST_CHARACTERS`.
     """
     for key, text in texts(tree):
         if _calls(text):
@@ -36,36 +38,12 @@ def resolve(tree: dict[Any, Any], source: str) -> dict[Any, Any]:
     for _ in range(len(SPELLINGS)):  # a default or another spelling may itself be a reference
         if not _lend(lent):
             break
-    _check_growth(lent, source)
+    _refuse_growth(lent, source)
     try:
         resolved = OmegaConf.to_container(OmegaConf.create(lent), resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ConfigError(omegaconf_words(error, source)) from error
     return cast(dict[Any, Any], only(resolved, tree))
-
-
-def _check_growth(tree: dict[Any, Any], source: str) -> None:
-    """Refuse references to references that would write out more than anybody means.
-
-    Raises:
-        ConfigError: names a key and how much it would be.
-    """
-    sizes: dict[str, int] = {}
-
-    def size(key: str) -> int:
-        if key not in sizes:
-            sizes[key] = 0  # of a reference to itself, which OmegaConf names
-            value = find(tree, key)
-            below = [text for _, text in texts(value)] if isinstance(value, dict | list) else [value]
-            sizes[key] = sum(len(str(text)) + sum(map(size, REFERENCE.findall(str(text)))) for text in below)
-        return sizes[key]
-
-    for key, text in texts(tree):
-        grown = sum(map(size, REFERENCE.findall(text)))
-        if grown > MOST_TEXT:
-            raise ConfigError(
-                f"{source}: the references of {key} stand for {grown:,} characters; a value may become {MOST_TEXT:,}"
-            )
 
 
 def _calls(text: str) -> bool:
@@ -78,6 +56,35 @@ def _calls(text: str) -> bool:
             continue  # written so that it is text
         depth = max(0, depth + {"${": 1, "}": -1, ":": 0}[token])
     return False
+
+
+def _refuse_growth(tree: dict[Any, Any], source: str) -> None:
+    """Ten references in each of a dozen keys are 10^12 texts: what they would make is counted before it is made."""
+    sizes: dict[str, int] = {}
+
+    def size(value: Any, key: str) -> int:
+        if key not in sizes:
+            sizes[key] = 0  # of a key within itself, which OmegaConf refuses
+            sizes[key] = counted(value, key)
+        return sizes[key]
+
+    def counted(value: Any, key: str) -> int:
+        if isinstance(value, dict):
+            return 1 + sum(size(inner, f"{key}.{name}" if key else str(name)) for name, inner in value.items())
+        if isinstance(value, list):
+            return 1 + sum(counted(inner, key) for inner in value)
+        if not isinstance(value, str):
+            return 1
+        if len(OPENED.findall(value)) > len(REFERENCE.findall(value)):
+            raise ConfigError(f"{source}: {key}={shown(value)}: a reference is written ${{section.key}}, in full")
+        return len(value) + sum(size(find(tree, other), other) for other in REFERENCE.findall(value))
+
+    if size(tree, "") > MOST_CHARACTERS:
+        key = next(key for key, reached in sizes.items() if reached > MOST_CHARACTERS and key not in ("", *tree))
+        raise ConfigError(
+            f"{source}: the references in {key} stand for more than {MOST_CHARACTERS:,} characters: "
+            "write out what is meant"
+        )
 
 
 def _lend(tree: dict[Any, Any]) -> bool:

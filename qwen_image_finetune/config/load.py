@@ -74,14 +74,15 @@ def _check(values: dict[str, Any]) -> tuple[Config | None, list[str]]:
 
 def _override(tree: dict[str, Any], override: str) -> None:
     """Apply one ``section.key=value`` to `tree`; an older spelling sets today's key, so that the last word counts."""
+    said = override if len(override) <= 200 else f"{override[:200]}..."
     match = OVERRIDE.fullmatch(override)
     if match is None:
-        raise ConfigError(f"the override {override!r} is not section.key=value on one line")
+        raise ConfigError(f"the override {said!r} is not section.key=value on one line")
     key = next((today for older, today in SPELLINGS if match[1] == older), match[1])
-    parsed: Any = OmegaConf.to_container(parse_mapping(f"value: {match[2]}", f"the override {override!r}"))
+    parsed: Any = OmegaConf.to_container(parse_mapping(f"value: {match[2]}", f"the override {said!r}"))
     if (obstacle := put(tree, key, parsed["value"])) is not None:
         raise ConfigError(
-            f"the override {override!r} sets a key inside {obstacle}={shown(find(tree, obstacle))}, which is no section"
+            f"the override {said!r} sets a key inside {obstacle}={shown(find(tree, obstacle))}, which is no section"
         )
     _open_empty_sections(tree)
 

@@ -76,13 +76,14 @@ LARGEST = 10**9  # of what is counted: above it stand mistakes, and numbers that
 Count = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=LARGEST), Allowed("whole number from 1 to 10^9")]
 Natural = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=LARGEST), Allowed("whole number from 0 to 10^9")]
 Rank = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=8192), Allowed("whole number from 1 to 8192")]
+Side = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=65536), Allowed("whole number from 1 to 65536")]
 Seconds = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=10**7), Allowed("whole number from 1 to 10^7")]
 Shift = Annotated[float, Field(gt=0.0, le=1000.0), Allowed("number above 0, to 1000")]
 Seed = Annotated[int, BeforeValidator(_whole), Field(ge=0, lt=2**63), Allowed("whole number from 0, below 2^63")]
-Number = Annotated[float, Allowed("number")]
+Number = Annotated[float, Field(ge=-1e9, le=1e9), Allowed("number from -1e9 to 1e9")]
 Rate = Annotated[float, Field(ge=0.0, le=1.0), Allowed("number from 0 to 1")]
-Positive = Annotated[float, Field(gt=0.0), Allowed("number above 0")]
-NotNegative = Annotated[float, Field(ge=0.0), Allowed("number from 0")]
+Positive = Annotated[float, Field(gt=0.0, le=1e9), Allowed("number above 0, to 1e9")]
+NotNegative = Annotated[float, Field(ge=0.0, le=1e9), Allowed("number from 0 to 1e9")]
 Strength = Annotated[float, Field(ge=-100.0, le=100.0), Allowed("number from -100 to 100")]
 Switch = Annotated[bool, Allowed("true or false")]
 Text = Annotated[str, Field(min_length=1), AfterValidator(_readable), Allowed("text")]
@@ -108,7 +109,7 @@ Initialisation = Annotated[
 Expression = Annotated[
     str, Field(min_length=1), AfterValidator(_expression), Allowed('regular expression or "all-linear"')
 ]
-Size = Annotated[list[Count], Field(min_length=2, max_length=2), Allowed("[width, height]")]
+Size = Annotated[list[Side], Field(min_length=2, max_length=2), Allowed("[width, height]")]
 
 
 class Section(BaseModel):
@@ -174,7 +175,7 @@ class DatasetArguments(Section):
     image_size: Size | None = Field(
         None, description="[width, height] in pixels of every target; without it the aspect ratio is kept"
     )
-    resolution: Count | None = Field(
+    resolution: Side | None = Field(
         None, description="side, in pixels, of the square whose area pictures are scaled to; default: the model's own"
     )
     caption_dropout_rate: Rate = Field(0.0, description="share of samples trained on the empty prompt")

@@ -50,19 +50,20 @@ def canonicalise(tree: dict[str, Any]) -> tuple[list[str], list[str]]:
                 f"{older}={shown(given)} contradicts {obstacle}={shown(find(tree, obstacle))}, which leaves no {today} "
                 "to set: drop one of them"
             )
-    _read_older_values(tree)
-    return notes, problems
+    return [*notes, *_read_older_values(tree)], problems
 
 
 def _is_cached(tree: dict[str, Any]) -> bool:
     return find(tree, "cache.use_cache") is True
 
 
-def _read_older_values(tree: dict[str, Any]) -> None:
-    """Values that were written otherwise: embeddings in the singular, a project with a slash behind it."""
+def _read_older_values(tree: dict[str, Any]) -> list[str]:
+    """Read values that were written otherwise, embeddings in the singular, a project with a slash behind it; notes."""
     keys, project = find(tree, "cache.prompt_empty_drop_keys"), find(tree, "logging.tracker_project_name")
     if isinstance(keys, list):
         names = [EMBEDDINGS.get(name, name) if isinstance(name, str) else name for name in keys]
         put(tree, "cache.prompt_empty_drop_keys", names)
-    if isinstance(project, str) and project.rstrip("/"):
-        put(tree, "logging.tracker_project_name", project.rstrip("/"))
+    if isinstance(project, str) and project.endswith("/") and (name := project.rstrip("/")):
+        put(tree, "logging.tracker_project_name", name)
+        return [f"logging.tracker_project_name={shown(project)} is read as {shown(name)}"]
+    return []

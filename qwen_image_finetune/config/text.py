@@ -53,7 +53,7 @@ def parse_mapping(text: str, source: str) -> DictConfig:
             raise ConfigError(f"{source} is empty; it needs at least model.pretrained_model_name_or_path")
         if not isinstance(root, yaml.MappingStartEvent):
             raise ConfigError(f"{source} is not a mapping of sections (model:, data:, train:, ...)")
-        tree = OmegaConf.load(io.StringIO(text))
+        tree = _built(text, source)
     except yaml.MarkedYAMLError as error:
         raise ConfigError(_in_words(error, source)) from error
     except OmegaConfBaseException as error:
@@ -62,6 +62,13 @@ def parse_mapping(text: str, source: str) -> DictConfig:
         raise ConfigError(f"{source} is not valid YAML: {str(error).splitlines()[0]}") from error
     assert isinstance(tree, DictConfig), type(tree)
     return tree
+
+
+def _built(text: str, source: str) -> object:
+    try:
+        return OmegaConf.load(io.StringIO(text))
+    except ValueError as error:  # of Python, for a number of thousands of digits or a date that is none
+        raise ConfigError(f"{source} has a number or a date that cannot be read: {error}") from error
 
 
 def _scan(text: str, source: str) -> yaml.Event | None:

@@ -35,6 +35,7 @@ def test_embeddings_in_the_singular_and_a_project_with_a_slash(tmp_path: Path) -
     )
     assert config.cache.prompt_empty_drop_keys == ["prompt_embeds", "pooled_prompt_embeds"]
     assert config.logging.tracker_project_name == "face_segmentation"
+    assert "logging.tracker_project_name='face_segmentation/' is read as 'face_segmentation'" in config.notes
 
 
 @pytest.mark.parametrize("cached,rate,wins", [("true", 0.1, "data.init_args.cache_drop_rate"),
@@ -70,17 +71,27 @@ def test_keys_of_its_successor_are_named_with_ours(tmp_path: Path, text: str, wo
 # Without measure
 
 
-def test_references_that_grow_without_end(tmp_path: Path) -> None:
-    lines = ["logging:", "  output_dir: aaaaaaaaaa"]
-    previous = "logging.output_dir"
-    names = ["logging_dir", "tracker_project_name"]
-    bomb = ["bomb:"]
-    for number in range(10):
-        bomb.append(f"  x{number}: '{('${' + previous + '}') * 10}'")
-        previous = f"bomb.x{number}"
-    lines.append(f"  {names[0]}: ${{{previous}}}")
-    said = refused(tmp_path, "\n".join([*bomb, *lines]) + "\n")
-    assert "characters; a value may become 100,000" in said
+@pytest.mark.parametrize("form", [
+    '"' + "${{data.init_args.k{0}}}" * 10 + '"',
+    "[" + ", ".join(['"${{data.init_args.k{0}}}"'] * 10) + "]",
+    "{{" + ", ".join(f'x{index}: "${{{{data.init_args.k{{0}}}}}}"' for index in range(10)) + "}}",
+])  # fmt: skip
+def test_references_do_not_grow_without_bound(tmp_path: Path, form: str) -> None:
+    """Eleven keys of ten references each to the next: 10^11 words."""
+    lines = [f"  k{level}: {form.format(level + 1)}" for level in range(11)]
+    said = refused(tmp_path, "data:\n init_args:\n" + "\n".join(lines) + "\n  k11: word\n class_path: mine.Pairs\n")
+    assert "references in data.init_args" in said
+    assert "stand for more than 1,000,000 characters" in said
+
+
+@pytest.mark.parametrize("text", ["${.output_dir}", "${train[seed]}", "${data.${train.trainer}}"])
+def test_references_are_written_in_full(tmp_path: Path, text: str) -> None:
+    said = refused(tmp_path, f"logging: {{tracker_project_name: '{text}'}}\n")
+    assert "a reference is written ${section.key}, in full" in said
+
+
+def test_a_number_of_thousands_of_digits_is_one_refusal(tmp_path: Path) -> None:
+    assert "cannot be read" in refused(tmp_path, "", "train.num_epochs=" + "9" * 5000)
 
 
 def test_references_to_themselves_are_still_named(tmp_path: Path) -> None:
@@ -92,7 +103,8 @@ def test_references_to_themselves_are_still_named(tmp_path: Path) -> None:
     "override",
     [
         f"model.lora.r={2**62}", "train.num_epochs=" + "9" * 400, f"train.collective_timeout={10**18}",
-        "train.sigma_shift=1e308", f"train.max_train_steps={10**30}", f"data.batch_size={2**40}",
+        "train.sigma_shift=1e308", "model.lora.lora_alpha=1e308", "loss.foreground_weight=1e300",
+        f"data.init_args.image_size=[64, {10**9}]", f"train.max_train_steps={10**30}", f"data.batch_size={2**40}",
         "data.init_args.dataset_path=~nobody-of-this-name/pairs", 'cache.cache_dir="a\\0b"',
         'data.init_args.dataset_path="a\\0b"', "logging.output_dir=~nobody-of-this-name",
     ],

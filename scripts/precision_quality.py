@@ -16,17 +16,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from demo import FAMILIES, HELD_OUT, PROMPT, ROOT, SAMPLING_STEPS, held_out
 from draw_many import add_lora, draw
+from PIL import Image
 
+from qwen_image_finetune.command.demo import FAMILIES, PROMPT
 from qwen_image_finetune.config import Config, load_config
 from qwen_image_finetune.disk import history, versions
 from qwen_image_finetune.drawing.build import build_predictor
+from qwen_image_finetune.drawing.predict import Predictor
 from qwen_image_finetune.judging.intervals import Interval, t_interval
 from qwen_image_finetune.toy.measure import foreground_iou
 from qwen_image_finetune.training.train import train
 from qwen_image_finetune.training.validate import BASE
 
+ROOT = Path(__file__).resolve().parent.parent
+HELD_OUT = ROOT / "data/face_seg_held_out"
+SAMPLING_STEPS = 8  # as the demonstration draws
 REFERENCE, OTHER_SEED = "bf16", "bf16, other seed"
 # Name of a row -> train.mixed_precision, model.quantize, what is added to train.seed.
 ROWS: dict[str, tuple[str, str, int]] = {
@@ -45,6 +50,17 @@ DEFINITION = (
     "it, and L that of the row. What quantisation itself costs counts against the row. Intervals: 95 %, of the\n"
     "mean over held-out pairs; the chance in training is not in them: the row with another seed shows how large it is."
 )
+
+
+def held_out(predictor: Predictor) -> tuple[list[Image.Image], list[Image.Image]]:
+    """Faces nobody trained on and their masks, at the size the model sees."""
+    faces = [Image.open(file).convert("RGB") for file in sorted((HELD_OUT / "control_images").glob("*.jpg"))]
+    masks = [Image.open(file).convert("RGB") for file in sorted((HELD_OUT / "training_images").glob("*.png"))]
+    size = predictor.size(faces[0])
+    return (
+        [face.resize(size, Image.Resampling.LANCZOS) for face in faces],
+        [mask.resize(size, Image.Resampling.NEAREST) for mask in masks],
+    )
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from qwen_image_finetune.families.base import Family, Published, Reference, replaced
+from qwen_image_finetune.lora.readers import EVERYTHING, Reader
 from qwen_image_finetune.records import Batch
 
 MODEL_AREA = 1024 * 1024
@@ -49,6 +50,9 @@ class QwenImage21(Family):
     side_multiple = 32
     num_inference_steps = 40
     guidance_scale = 1.0
+    # Of diffusers, which was asked; what ComfyUI and kohya's tools make of it is not known.
+    lora_readers = (Reader("diffusers", "diffusers"), Reader("diffusers", "comfy"),
+                    Reader("diffusers", "kohya", EVERYTHING))  # fmt: skip
     published: ClassVar[tuple[Published, ...]] = (
         Published("Qwen/Qwen-Image-2.1", 9.1e9, "Qwen Research, non-commercial"),
     )

@@ -2,14 +2,15 @@
 
     torchrun ... runs.py FILE.json      a list of {"config": file, "overrides": [...]}
 
-"do" is "train", unless it is "cache", or "refused": what must not run. "resume": [folder of a version, step] continues
-that checkpoint, and "again" is a folder to write it to as soon as it is loaded. "shared": whether the model is,
-whatever the launch says. Results go to FILE.RANK.json: the folder of the version and the bytes of weights that this
-process held, or the words of the refusal.
+"do" is "train", unless it is "cache", or "refused": what must not run. "family" is a module that registers one.
+"resume": [folder of a version, step] continues that checkpoint, "again" is a folder to write it to as soon as it is
+loaded. "shared": whether the model is, whatever the launch says. Results go to FILE.RANK.json: folder of the version and
+bytes of weights that this process held, or the words of the refusal.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -30,6 +31,8 @@ FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POL
 
 
 def run(task: dict[str, Any]) -> dict[str, Any]:
+    if "family" in task:
+        importlib.import_module(task["family"])
     if "shared" in task:
         parallel.requested.cache_clear()
         os.environ.update({**FSDP2, parallel.ASKED: str(task["shared"]).lower()})

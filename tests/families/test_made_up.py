@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -68,3 +69,25 @@ def test_made_up_is_checked(configure: Callable[..., Config]) -> None:
     check_run(configure("MadeUp"))
     with pytest.raises(ConfigError, match=r"'to_qq' matches no linear layer \(did you mean .*to_q"):
         check_run(configure("MadeUp", "model.lora.target_modules=[to_qq]"))
+
+
+@registered
+def test_made_up_is_shared_by_two_processes(configure: Callable[..., Config], tmp_path: Path) -> None:
+    """FSDP2 learns what the whole model learns; the processes are those of tests/distributed."""
+    from qwen_image_finetune.disk.history import read_metrics
+    from qwen_image_finetune.training.train import train
+
+    options = ["train.max_train_steps=3", "optimizer.class_path=torch.optim.SGD", "optimizer.init_args={lr: 0.1}"]
+    whole = train(configure("MadeUp", *options, "train.gradient_accumulation_steps=2"))
+    assert whole is not None
+    tasks = tmp_path / "tasks.json"
+    job = {"config": str(tmp_path / "config.yaml"), "overrides": [*options, "logging.tracker_project_name=shared"]}
+    tasks.write_text(json.dumps([{**job, "shared": True, "family": "tests.families.made_up"}]))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+               "tests/distributed/runs.py", str(tasks)]  # fmt: skip
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-4000:]
+    shared = Path(json.loads((tmp_path / "tasks.0.json").read_text())[0]["run"])
+    losses = [[line["loss"] for line in read_metrics(version)] for version in (shared, whole)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)

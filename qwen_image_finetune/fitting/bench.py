@@ -180,7 +180,7 @@ def run(options: Options, say: Callable[[str], None] = print) -> list[dict[str, 
     """Measure and print all rows; one that fails says why, and the others go on.
 
     Raises:
-        ConfigError: a variant that is not known, or a full-size model without a card.
+        ConfigError: an unknown variant, a size that the model does not take, or a full-size model without a card.
     """
     unknown = sorted(set(options.variants) - {BASELINE, *VARIANTS})
     if unknown:
@@ -190,6 +190,9 @@ def run(options: Options, say: Callable[[str], None] = print) -> list[dict[str, 
     if options.output is not None:
         check_output(options.output, options.overwrite)
     family = get_family(options.family)
+    if any(side % family.side_multiple for side in options.size):
+        raise ConfigError(f"--size {options.size[0]} {options.size[1]}: {family.name} takes multiples of "
+                          f"{family.side_multiple}")  # fmt: skip
     about = _tiny(family) if options.tiny else transformer_config(family, None)
     size = (64, 64) if options.tiny else options.size
     text_tokens = options.text_tokens or (16 if options.tiny else family.text_tokens([size]))

@@ -4,7 +4,7 @@
 
 "do" is "train", unless it is "cache", or "refused": what must not run. "family" is a module that registers one.
 "resume": [folder of a version, step] continues that checkpoint, "again" is a folder to write it to as soon as it is
-loaded. "shared": whether the model is, whatever the launch says. Results go to FILE.RANK.json: folder of the version and
+loaded. "shared": whether the model is, whatever the launch says. Results go to FILE.RANK.json: the version folder and
 bytes of weights that this process held, or the words of the refusal.
 """
 

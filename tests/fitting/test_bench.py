@@ -50,6 +50,8 @@ def test_a_row_that_fails_says_why_and_the_others_go_on(monkeypatch: pytest.Monk
 def test_what_cannot_be_measured_is_refused() -> None:
     with pytest.raises(ConfigError, match="variants \\['fast'\\] are not among"):
         run(Options("FluxKontext", ("fast",), tiny=True))
+    with pytest.raises(ConfigError, match="--size 1 1: FluxKontext takes multiples of 16"):
+        run(Options("FluxKontext", size=(1, 1), tiny=True))
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="no card here"):
             run(Options("FluxKontext"))

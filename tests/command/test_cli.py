@@ -14,7 +14,7 @@ import yaml
 
 from qwen_image_finetune.command.cli import main
 from qwen_image_finetune.config import Config
-from qwen_image_finetune.families import FAMILIES
+from qwen_image_finetune.families import FAMILIES, get_family
 
 ROOT = Path(__file__).parents[2]
 FAMILY_NAMES = sorted(FAMILIES)
@@ -325,7 +325,10 @@ def test_export_and_back(
     assert said.out.splitlines() == [str(out)]
     first, *others = said.err.splitlines()
     assert first == f"note: {lora.parent.parent} stands for its newest checkpoint, {lora.parent}"
-    assert "note: ComfyUI reads all of it" in others
+    programs = [reader.program for reader in get_family(name).lora_readers if reader.dialect == dialect]
+    assert programs
+    assert all(sum(line.startswith(f"note: {program} reads ") for line in others) == 1 for program in programs)
+    assert ("note: ComfyUI reads all of it" in others) == ("ComfyUI" in programs)
     with safe_open(out, "pt") as file:
         prefix = {"comfy": ("diffusion_model.",), "kohya": ("lora_unet_",)}[dialect]
         assert all(key.startswith(prefix) for key in file.keys())  # noqa: SIM118

@@ -17,7 +17,7 @@ from qwen_image_finetune.disk.outputs import check_output
 from qwen_image_finetune.lora.adapters import Layer
 from qwen_image_finetune.lora.dialects import under_authors_names, write_state
 from qwen_image_finetune.lora.files import write
-from qwen_image_finetune.lora.header import ADAPTER_METADATA, LoraFileError
+from qwen_image_finetune.lora.header import ADAPTER_METADATA, LoraFileError, read_metadata
 from qwen_image_finetune.lora.metadata import adapter_json, exactly, network_metadata
 from qwen_image_finetune.lora.names import Names, Naming, Native, numbered
 from qwen_image_finetune.lora.readers import readers_words
@@ -26,6 +26,8 @@ from qwen_image_finetune.lora.sources import TRANSFORMER, find_lora, find_tuned
 
 Dialect = Literal["diffusers", "comfy", "kohya"]
 TOLERANCE = 1e-5  # of the largest row of a change: roundings of float32 are a hundredth of it
+
+EXPORTED = "qif.exported"  # metadata of an export: its dialect
 
 
 def export(source: Path, destination: Path, dialect: Dialect, naming: Naming, overwrite: bool = False) -> list[str]:
@@ -37,7 +39,7 @@ def export(source: Path, destination: Path, dialect: Dialect, naming: Naming, ov
     """
     if destination.suffix != ".safetensors":
         raise LoraFileError(f"{destination}: an export is a file that ends in .safetensors")
-    check_output(destination, overwrite)
+    check_output(destination, overwrite, _is_export)
     tuned = find_tuned(source)
     if tuned is None:
         return _export_lora(source, destination, dialect, naming)
@@ -47,6 +49,14 @@ def export(source: Path, destination: Path, dialect: Dialect, naming: Naming, ov
             "--format comfy makes one file of it"
         )
     return _export_transformer(tuned / TRANSFORMER, destination, naming.native)
+
+
+def _is_export(path: Path) -> bool:
+    """Whether a file is an export of ours, which may be written again."""
+    try:
+        return EXPORTED in read_metadata(path)
+    except LoraFileError:
+        return False
 
 
 def _export_lora(source: Path, destination: Path, dialect: Dialect, naming: Naming) -> list[str]:
@@ -70,6 +80,7 @@ def _export_lora(source: Path, destination: Path, dialect: Dialect, naming: Nami
         layers = {name: layer.folded() for name, layer in layers.items()}
         modules = list(layers)
     about = {key: value for key, value in file.metadata.items() if key != ADAPTER_METADATA} | network_metadata(layers)
+    about[EXPORTED] = dialect
     if dialect == "diffusers":
         about[ADAPTER_METADATA] = adapter_json(layers, exactly(layers))
     with staged_file(destination) as partial:

@@ -674,3 +674,14 @@ def test_a_key_that_finds_no_place_is_an_error(changes: dict[str, Any], message:
     save_file({**state, **{key: torch.ones(shape) for key, shape in changes.items()}}, tmp_path / "x.safetensors")
     with pytest.raises(LoraFileError, match=message):
         load_lora(tiny_transformer("flux"), tmp_path / "x.safetensors", FLUX)
+
+
+def test_an_export_is_written_again_and_nothing_else_is(tmp_path: Path) -> None:
+    _, source = saved(tmp_path, "flux")
+    mine = tmp_path / "mine.safetensors"
+    for _ in range(2):
+        export(source, tmp_path / "x.safetensors", "comfy", FLUX)
+    save_file({"a": torch.zeros(1)}, mine)
+    with pytest.raises(ValueError, match="is there already"):
+        export(source, mine, "comfy", FLUX)
+    assert list(load_file(mine)) == ["a"]

@@ -8,7 +8,7 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 # Processes that the tests are spread over: most of their time is importing torch and building tiny models.
 WORKERS ?= 2
 
-.PHONY: help env demo test faults check lint format release-check bench lock clean
+.PHONY: help env demo test faults check lint format release-check docs bench lock clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -45,6 +45,9 @@ format: env  ## rewrite the files as lint wants them
 
 release-check: env  ## what must be true of a release: archives, metadata, an installation, the demo from it, links
 	$(BIN)/python scripts/release_check.py
+
+docs: env  ## the documentation as a site, in build/site
+	$(BIN)/python scripts/build_docs.py
 
 bench: env  ## the measurements of the documentation
 	$(BIN)/python scripts/bench.py

@@ -248,6 +248,7 @@ def _demo(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "folder", type=Path, nargs="?", default=Path("qif_demo"), help="where it works; default: ./qif_demo"
     )
+    verb.add_argument("--files-only", action="store_true", help="put models, pairs and configurations there, and stop")
 
 
 def _tiny(verb: argparse.ArgumentParser) -> None:

@@ -252,6 +252,11 @@ def doctor(options: argparse.Namespace) -> None:
 
 def demo(options: argparse.Namespace) -> None:
     """See it learn: small models of two families, each a LoRA from twenty pairs, and one page about it."""
+    if options.files_only:
+        from qwen_image_finetune.command.materials import put_there
+
+        put_there(options.folder)
+        return
     from qwen_image_finetune.command.demo import demo
 
     demo(options.folder, main)

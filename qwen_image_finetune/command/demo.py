@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import chdir
 from pathlib import Path
 
-from qwen_image_finetune.command.materials import DemoError, lay_out
+from qwen_image_finetune.command.materials import DemoError, put_there
 from qwen_image_finetune.disk.versions import LORA_WEIGHTS, checkpoint_folders, version_folders
 from qwen_image_finetune.judging.demo_page import Shown, scores, write_page
 from qwen_image_finetune.machine import console
@@ -34,10 +34,8 @@ def demo(folder: Path, run: Run) -> Path:
     Raises:
         DemoError: there are no toy bases to put there, or a command failed.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    if brought := lay_out(folder):
-        console.say(f"{folder}: two toy bases, two data sets and two configurations ({len(brought)} new)")
+    put_there(folder)
     shown = [demonstrate(folder, name, run) for name in FAMILIES]
     page = write_page(folder / OUTPUT / "demo.html", shown)
     console.say(f"\nDone in {console.duration(time.monotonic() - began)}. Foreground IoU is how much of face, hair and "

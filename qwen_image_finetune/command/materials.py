@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qwen_image_finetune.disk.files import staged_file, staged_folder
+from qwen_image_finetune.machine.console import say
 
 PACKAGE = Path(__file__).resolve().parent.parent
 BROUGHT = PACKAGE / "demo_files"  # setup.py puts them there
@@ -16,6 +17,17 @@ FILES = ("configs/demo_flux_kontext.yaml", "configs/demo_qwen_image_edit.yaml")
 
 class DemoError(ValueError):
     """The demonstration cannot run as asked."""
+
+
+def put_there(folder: Path) -> None:
+    """Put what is missing into a folder, which is made if need be, and say so.
+
+    Raises:
+        DemoError: the files came neither with a wheel nor with a checkout.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if brought := lay_out(folder):
+        say(f"{folder}: two toy bases, two data sets and two configurations ({len(brought)} new)")
 
 
 def lay_out(folder: Path) -> list[Path]:

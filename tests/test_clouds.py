@@ -1,4 +1,4 @@
-"""What carries a run elsewhere: the container's files, and recipes for rented machines, with stand-ins for the clouds."""
+"""What carries a run elsewhere: the container, and recipes for rented machines, with stand-ins for the clouds."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 Assumes: `pip install modal` and `modal setup` on this machine; the wheel in dist/ (`make release-check` leaves it
 there); a volume named qif that holds the pairs (`modal volume put qif my_pairs /my_pairs`); a secret named huggingface
 with HF_TOKEN for gated models; and in the configuration, paths below /qif: dataset_path, cache.cache_dir,
-logging.output_dir. A container that is taken away starts again on another machine, where the run goes on from its newest
+logging.output_dir. A container that is taken away starts again on another machine: the run goes on from its newest
 checkpoint.
 """
 

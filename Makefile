@@ -5,8 +5,8 @@ STAMP := .venv/.stamp
 # Held where the wheels of a machine are known to work; `make lock TORCH=` takes the newest.
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 
-# Processes that the tests are spread over: most of their time is importing torch and building tiny models.
-WORKERS ?= 2
+# Processes that the tests are spread over. One more than two cores: a fifth of the time a test waits for another process.
+WORKERS ?= 3
 
 .PHONY: help env demo test faults check lint format release-check docs bench lock clean
 .DEFAULT_GOAL := help

@@ -15,6 +15,7 @@ import yaml
 from PIL import Image
 
 from qwen_image_finetune.config import Config
+from src.main import main
 
 ROOT = Path(__file__).parent.parent
 CONFIGURATIONS = [
@@ -126,8 +127,13 @@ result[0].save("{tmp_path}/flux_output.png")
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
-def test_a_copied_configuration_loads_and_says_what_it_would_do(name: str, tmp_path: Path) -> None:
-    shell(f"cp configs/{name}.yaml {tmp_path}/my_config.yaml")
-    plan = shell(f"python -m src.main --config {tmp_path}/my_config.yaml --dry-run").split("# plan")[1]
+def test_a_copied_configuration_loads_and_says_what_it_would_do(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`python -m src.main --config ... --dry-run`, in this process; the tests above start others."""
+    shutil.copy(ROOT / f"configs/{name}.yaml", tmp_path / "my_config.yaml")
+    monkeypatch.setattr(sys, "argv", ["src.main", "--config", str(tmp_path / "my_config.yaml"), "--dry-run"])
+    assert main() == 0
+    plan = capsys.readouterr().out.split("# plan")[1]
     assert ("FluxKontext" if "flux" in name else "QwenImageEdit") in plan
     assert "data/face_seg" in plan and "a LoRA of rank" in plan

@@ -494,6 +494,7 @@ def test_round_trip_of_awkward_values(
     load_text: Load, output: str, paths: list[str], argument: str, rate: float, lr: float
 ) -> None:
     assume("???" not in (output, argument, *paths))  # OmegaConf's word for a value that is still to be given
+    assume(not any(path.startswith("~") for path in paths))  # the home of nobody is refused
     config = Config.model_validate({
         "model": {"pretrained_model_name_or_path": EDIT, "lora": None},
         "data": {"init_args": {"dataset_path": paths, "caption_dropout_rate": rate}},

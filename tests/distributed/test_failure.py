@@ -81,15 +81,20 @@ def test_a_machine_is_lost(configure: Callable[..., Any], start: Callable[..., A
     assert found is not None
 
 
-@pytest.mark.parametrize("fault", ["hung", "stopped"])
-def test_a_hung_process_is_named(fault: str, attempt: Callable[..., Any], tmp_path: Path) -> None:
-    """Whether it still has a thread that speaks, or none at all."""
-    hung = attempt(fault, 0, "train.collective_timeout=20")  # said after 14 s: room for a machine that is starved
-    assert hung.returncode != 0
-    assert "process 0 has waited" in hung.stdout, hung.stdout + hung.stderr
-    assert "for process 1, " in hung.stdout
-    if fault == "hung":
-        assert "process 1 holds the others up" in hung.stdout and "threading.py" in hung.stderr
-    project = tmp_path / "output" / fault
-    found = versions.find_checkpoint(project, "latest", pytest.fail)
-    assert found is not None and found.name.endswith("-2")
+def test_a_hung_process_is_named(configure: Callable[..., Any], start: Callable[..., Any], tmp_path: Path) -> None:
+    """Whether it still has a thread that speaks, or none at all. Both wait out the same seconds."""
+    configure("FluxKontext")
+    waiting = {}
+    for fault in ("hung", "stopped"):
+        run = [str(HERE / "faulty.py"), str(tmp_path / "config.yaml"), fault, *OPTIONS]
+        more = (f"logging.tracker_project_name={fault}", "train.collective_timeout=20")  # said after 14 s
+        waiting[fault] = start(*one_machine(2)[0], *run, *more)
+    for fault, process in waiting.items():
+        hung = ended(process)
+        assert hung.returncode != 0
+        assert "process 0 has waited" in hung.stdout, hung.stdout + hung.stderr
+        assert "for process 1, " in hung.stdout
+        if fault == "hung":
+            assert "process 1 holds the others up" in hung.stdout and "threading.py" in hung.stderr
+        found = versions.find_checkpoint(tmp_path / "output" / fault, "latest", pytest.fail)
+        assert found is not None and found.name.endswith("-2")

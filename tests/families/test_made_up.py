@@ -18,21 +18,17 @@ ROOT = Path(__file__).parents[2]
 REGISTERED = "MadeUp" in FAMILIES  # in the processes that the first test starts
 
 # What a family goes through, and where it is tested. The registry of the other process has one more line.
-JOURNEY = {
-    "pipeline and LoRA file": ("families", "levers/test_timestep.py"),
-    "cache and prediction": ("encoding/test_cache.py", "drawing/test_predict.py"),
-    "training, resume, LoRA in and out": ("training/test_train.py", "test_contract.py"),
-    "validation, evaluation, several processes": (
-        "training/test_validate.py", "training/test_data_parallel_wrap.py", "judging/test_evaluate.py",
-    ),
-}  # fmt: skip
+JOURNEY = (
+    "families", "levers/test_timestep.py", "encoding/test_cache.py", "drawing/test_predict.py", "test_contract.py",
+    "training/test_train.py", "training/test_validate.py", "training/test_data_parallel_wrap.py",
+    "judging/test_evaluate.py",
+)  # fmt: skip
 
 
 @pytest.mark.skipif(REGISTERED, reason="it is the process that this test starts")
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("part", JOURNEY)
-def test_the_registrys_tests_pass(part: str) -> None:
-    files = [f"tests/{place}" for place in JOURNEY[part]]
+def test_the_registrys_tests_pass() -> None:
+    files = [f"tests/{place}" for place in JOURNEY]
     # Learning one pair by heart says nothing of a family that its resumed runs do not.
     chosen = ["-p", "tests.families.made_up", "-k", "(MadeUp or made_up) and not overfitted", "-p", "no:cacheprovider"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}

@@ -251,6 +251,17 @@ def _demo(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--files-only", action="store_true", help="put models, pairs and configurations there, and stop")
 
 
+def _push(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("version", type=Path, help="version folder of a run")
+    verb.add_argument("repository", help="OWNER/NAME on the hub; it is made if it is not there")
+    words = "best, latest or a step; default: best, else latest"
+    verb.add_argument("--checkpoint", default="best", metavar="WHICH", help=words)
+    verb.add_argument("--no-pictures", dest="pictures", action="store_false", help="send no held-out pairs")
+    verb.add_argument("--public", action="store_true", help="for everybody to see; default: private")
+    verb.add_argument("--yes", action="store_true", help="send without asking")
+    verb.add_argument("--dry-run", action="store_true", help="show what would be sent, and stop")
+
+
 def _tiny(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("family", choices=sorted(FAMILIES), help="whose architecture")
     verb.add_argument("folder", type=Path, help="where to write it")
@@ -270,6 +281,7 @@ ARGUMENTS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "studio": _studio,
     "doctor": _doctor,
     "init": _init,
+    "push": _push,
     "demo": _demo,
     "tiny": _tiny,
 }

@@ -250,6 +250,14 @@ def doctor(options: argparse.Namespace) -> None:
     doctor(options.json)
 
 
+def push(options: argparse.Namespace) -> None:
+    """Send a run to the hub: weights, a card about it, held-out measures and pictures. Shown before it is sent."""
+    loading()
+    from qwen_image_finetune.command.push import Request, push
+
+    push(filled(Request, options))
+
+
 def demo(options: argparse.Namespace) -> None:
     """See it learn: small models of two families, each a LoRA from twenty pairs, and one page about it."""
     if options.files_only:
@@ -271,7 +279,10 @@ def tiny(options: argparse.Namespace) -> None:
     print(options.folder)
 
 
-VERBS = (init, train, cache, check, predict, evaluate, report, compare, plan, bench, export, studio, doctor, demo, tiny)
+VERBS = (
+    init, train, cache, check, predict, evaluate, report, compare, plan, bench, export, push, studio, doctor, demo,
+    tiny,
+)  # fmt: skip
 
 
 def filled(request: type[Asked], options: argparse.Namespace) -> Asked:

@@ -153,6 +153,17 @@ def _predict(verb: argparse.ArgumentParser) -> None:
     _overwritten(verb)
 
 
+def _json(
+    verb: argparse.ArgumentParser, words: str = "as one line of JSON on standard output, words on the other"
+) -> None:
+    verb.add_argument("--json", action="store_true", help=words)
+
+
+def _check(verb: argparse.ArgumentParser) -> None:
+    _configuration(verb)
+    _json(verb)
+
+
 def _evaluate(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("config", type=Path, help="the configuration, or the version folder of a run")
     verb.add_argument(
@@ -174,6 +185,7 @@ def _evaluate(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--seed", type=_of(Seed), default=0, help="of the noise of the first pair; the next has the next")
     _sampler(verb)
     _overwritten(verb)
+    _json(verb)
 
 
 def _report(verb: argparse.ArgumentParser) -> None:
@@ -191,7 +203,7 @@ def _compare(verb: argparse.ArgumentParser) -> None:
 def _plan(verb: argparse.ArgumentParser) -> None:
     _configuration(verb)
     verb.add_argument("--card", help="its memory, such as 24GB, or its name, such as H100; default: this machine's")
-    verb.add_argument("--json", action="store_true", help="as one line of JSON: sizes in GiB, times in seconds")
+    _json(verb, "as one line of JSON: sizes in GiB, times in seconds")
 
 
 def _bench(verb: argparse.ArgumentParser) -> None:
@@ -241,7 +253,7 @@ def _init(verb: argparse.ArgumentParser) -> None:
 
 
 def _doctor(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--json", action="store_true", help="as one line of JSON")
+    _json(verb)
 
 
 def _demo(verb: argparse.ArgumentParser) -> None:
@@ -262,6 +274,11 @@ def _push(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--dry-run", action="store_true", help="show what would be sent, and stop")
 
 
+def _completion(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("shell", choices=("bash", "zsh", "fish"), help="bash and zsh: eval \"$(qif completion bash)\" in "
+                      ".bashrc or .zshrc; fish: qif completion fish > ~/.config/fish/completions/qif.fish")  # fmt: skip
+
+
 def _tiny(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("family", choices=sorted(FAMILIES), help="whose architecture")
     verb.add_argument("folder", type=Path, help="where to write it")
@@ -270,7 +287,7 @@ def _tiny(verb: argparse.ArgumentParser) -> None:
 ARGUMENTS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "train": _train,
     "cache": _configuration,
-    "check": _configuration,
+    "check": _check,
     "predict": _predict,
     "evaluate": _evaluate,
     "report": _report,
@@ -283,5 +300,6 @@ ARGUMENTS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "init": _init,
     "push": _push,
     "demo": _demo,
+    "completion": _completion,
     "tiny": _tiny,
 }

@@ -8,12 +8,13 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar, cast
 
 from qwen_image_finetune.machine import console, journal
-from qwen_image_finetune.machine.streams import unfailing_streams
+from qwen_image_finetune.machine.streams import unfailing, unfailing_streams
 from qwen_image_finetune.machine.threads import sleep_while_waiting
 
 if TYPE_CHECKING:
@@ -26,7 +27,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code: 0 done, 1 failed, 2 refused, 130/143 stopped by a signal."""
     from qwen_image_finetune.command.arguments import build_parser
 
-    options = parse(build_parser(VERBS), arguments)
+    parser = build_parser(VERBS)
+    if "_ARGCOMPLETE" in os.environ:  # the shell asks what could come next
+        from qwen_image_finetune.command.completion import suggest
+
+        suggest(parser)
+    options = parse(parser, arguments)
     return guarded(options.run, options)
 
 
@@ -51,8 +57,9 @@ def guarded(run: Callable[[argparse.Namespace], None], options: argparse.Namespa
         )
         return 2
     sleep_while_waiting()
+    options.answer = Answer(sys.stdout)
     try:
-        with unfailing_streams():
+        with unfailing_streams(), _words_aside(options):
             run(options)
     except (ValueError, RuntimeError, OSError) as error:
         if not type(error).__module__.startswith("qwen_image_finetune"):
@@ -60,8 +67,26 @@ def guarded(run: Callable[[argparse.Namespace], None], options: argparse.Namespa
         if os.environ.get("RANK", "0") != "0":
             time.sleep(3)  # several processes refuse the same: the launcher ends the others once the first has said it
         console.refuse(str(error))
+        if getattr(options, "json", False) and not options.answer.given:
+            options.answer({"error": str(error), "problems": list(getattr(error, "problems", ()) or [str(error)])})
         return 2
     return 0
+
+
+class Answer:
+    """What `--json` prints on standard output: one line, and nothing beside it."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream, self.given = stream, False
+
+    def __call__(self, value: Any) -> None:
+        print(json.dumps(value, ensure_ascii=False), file=unfailing(self.stream), flush=True)
+        self.given = True
+
+
+def _words_aside(options: argparse.Namespace) -> AbstractContextManager[object]:
+    """With `--json`, what is said to a person goes to standard error."""
+    return redirect_stdout(sys.stderr) if getattr(options, "json", False) else nullcontext()
 
 
 # The verbs
@@ -158,6 +183,9 @@ def check(options: argparse.Namespace) -> None:
     print(f"{len(pairs.training)} pairs{beside}, all readable")
     if problems:
         raise refusal(problems)
+    if options.json:
+        held_out = 0 if pairs.held_out is None else len(pairs.held_out)
+        options.answer({"family": family.name, "pairs": len(pairs.training), "held_out": held_out, "problems": []})
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -170,7 +198,9 @@ def evaluate(options: argparse.Namespace) -> None:
     if given is not None and "=" in given and not Path(given).exists():  # an override that stands where a folder may
         options.overrides, given = [given, *options.overrides], None
     options.dataset = None if given is None else Path(given)
-    evaluate(filled(Request, options))
+    found = evaluate(filled(Request, options))
+    if options.json:
+        options.answer(found)
 
 
 def report(options: argparse.Namespace) -> None:
@@ -198,7 +228,7 @@ def plan(options: argparse.Namespace) -> None:
         from qwen_image_finetune.fitting.plan_numbers import numbers
         from qwen_image_finetune.training.check import run_problems
 
-        print(json.dumps({**numbers(config, options.card), "problems": run_problems(config)}))
+        options.answer({**numbers(config, options.card), "problems": run_problems(config)})
         return
     from qwen_image_finetune.fitting.plan_words import describe
 
@@ -247,7 +277,7 @@ def doctor(options: argparse.Namespace) -> None:
     """Say what this machine can do for a run: each line is good, or says what to do."""
     from qwen_image_finetune.command.doctor import doctor
 
-    doctor(options.json)
+    doctor(options.answer if options.json else None)
 
 
 def push(options: argparse.Namespace) -> None:
@@ -270,6 +300,13 @@ def demo(options: argparse.Namespace) -> None:
     demo(options.folder, main)
 
 
+def completion(options: argparse.Namespace) -> None:
+    """Print what makes a shell complete verbs, options and keys; its help says where it goes."""
+    from qwen_image_finetune.command.completion import script
+
+    print(script(options.shell))
+
+
 def tiny(options: argparse.Namespace) -> None:
     """Write a tiny random checkpoint of a family's real architecture."""
     loading()
@@ -281,7 +318,7 @@ def tiny(options: argparse.Namespace) -> None:
 
 VERBS = (
     init, train, cache, check, predict, evaluate, report, compare, plan, bench, export, push, studio, doctor, demo,
-    tiny,
+    completion, tiny,
 )  # fmt: skip
 
 

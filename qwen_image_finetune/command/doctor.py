@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import shutil
 import sys
@@ -54,15 +53,15 @@ class Finding:
         return "good" if not self.remedy else "bad" if self.needed else "note"
 
 
-def doctor(as_json: bool) -> None:
-    """Print the report.
+def doctor(answer: Callable[[object], None] | None) -> None:
+    """Print the report, or hand it to `answer` as values.
 
     Raises:
         Unfit: a line is bad.
     """
     findings = list(examine())
-    if as_json:
-        say(json.dumps([{**asdict(each), "state": each.state} for each in findings], ensure_ascii=False))
+    if answer is not None:
+        answer([{**asdict(each), "state": each.state} for each in findings])
     else:
         width = max(len(each.name) for each in findings)
         for each in findings:

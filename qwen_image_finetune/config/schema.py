@@ -22,6 +22,8 @@ OUR_DATASETS = ("src.data.dataset.ImageDataset", "qwen_image_finetune.data.datas
 class ConfigError(ValueError):
     """A configuration that cannot be run, in words for the person who wrote it."""
 
+    problems: tuple[str, ...] = ()  # one line each, where they were found one by one
+
 
 @dataclass(frozen=True)
 class Allowed:

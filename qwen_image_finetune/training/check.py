@@ -43,9 +43,10 @@ def check_run(config: Config, download: bool = False) -> None:
 
 def refusal(problems: Sequence[str]) -> ConfigError:
     """All problems as one error."""
-    if len(problems) == 1:
-        return ConfigError(problems[0])
-    return ConfigError("\n  ".join([f"{len(problems)} problems:", *problems]))
+    words = problems[0] if len(problems) == 1 else "\n  ".join([f"{len(problems)} problems:", *problems])
+    found = ConfigError(words)
+    found.problems = tuple(problems)
+    return found
 
 
 def run_problems(config: Config, download: bool = False) -> list[str]:

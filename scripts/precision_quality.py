@@ -12,6 +12,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from qwen_image_finetune.disk import history, versions
 from qwen_image_finetune.drawing.build import build_predictor
 from qwen_image_finetune.drawing.predict import Predictor
 from qwen_image_finetune.judging.intervals import Interval, t_interval
+from qwen_image_finetune.levers import quantized_linear
 from qwen_image_finetune.toy.measure import foreground_iou
 from qwen_image_finetune.training.train import train
 from qwen_image_finetune.training.validate import BASE
@@ -33,13 +35,16 @@ ROOT = Path(__file__).resolve().parent.parent
 HELD_OUT = ROOT / "data/face_seg_held_out"
 SAMPLING_STEPS = 8  # as the demonstration draws
 REFERENCE, OTHER_SEED = "bf16", "bf16, other seed"
+COMPUTED = ", computed"  # with the arithmetic of a card, on whatever machine
 # Name of a row -> train.mixed_precision, model.quantize, what is added to train.seed.
 ROWS: dict[str, tuple[str, str, int]] = {
     REFERENCE: ("bf16", "false", 0),
     OTHER_SEED: ("bf16", "false", 1),
     "float32": ("no", "false", 0),
     "fp8": ("bf16", "fp8", 0),
+    f"fp8{COMPUTED}": ("bf16", "fp8", 0),
     "int8": ("bf16", "int8", 0),
+    f"int8{COMPUTED}": ("bf16", "int8", 0),
     "nf4": ("bf16", "nf4", 0),
     "fp4": ("bf16", "fp4", 0),
 }
@@ -121,11 +126,28 @@ def measure(
         f"cache.cache_dir={folder / 'cache'}", f"logging.output_dir={folder / precision}", "logging.report_to=none",
     ])  # fmt: skip
     print(f"# {settings.logging.tracker_project_name}, {precision}", flush=True)
-    version = train(settings)
-    assert version is not None
+    with multiplied_in_8_bits(precision.endswith(COMPUTED)):
+        version = train(settings)
+        assert version is not None
+        iou = drawn_iou(settings, version) if draws else None
     before = json.loads((version / "samples" / f"{BASE}.json").read_text())["losses"]
     after = json.loads((version / history.BEST).read_text())["losses"]  # of the one checkpoint that there is
-    return Measured(precision, before, after, drawn_iou(settings, version) if draws else None)
+    return Measured(precision, before, after, iou)
+
+
+@contextmanager
+def multiplied_in_8_bits(wanted: bool) -> Iterator[None]:
+    """Let layers of fp8 and int8 multiply as on a card: torch's CPU has the same operators, only slower."""
+    names = ("has_fp8_products", "has_int8_products")
+    before = {name: getattr(quantized_linear, name) for name in names}
+    for name in names:
+        if wanted:
+            setattr(quantized_linear, name, lambda device: True)
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(quantized_linear, name, function)
 
 
 def drawn_iou(config: Config, version: Path) -> float:

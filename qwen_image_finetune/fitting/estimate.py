@@ -112,14 +112,18 @@ class Estimator:
         visiting = max(blocks) * min(swapped, 1 + AHEAD)
         largest = max(found.kinds.values(), key=lambda kind: kind.saved)
         offloads = train.offload_activations
+        # Of int8, products are kept as they are summed, in 32 bits.
+        twice = (format or self.format) == "int8" and keep not in (None, "none")
+        kept = found.kept(keep) + twice * (found.kept(keep) - found.kept(0.0))
         device = {
             "weights": outside + in_blocks - on_host + visiting,
             **self._trained(config),
-            "kept activations": 0 if offloads else found.kept(keep),
+            "kept activations": 0 if offloads else kept,
             "the block at work": AT_WORK * largest.inputs + (largest.saved if keep is not None else 0),
         }
         # The two are page-locked in other ways: swapped blocks take what they need, torch's tensors powers of two.
-        activations = found.kept_on_host(keep) if offloads else 0
+        wide = twice * (found.kept_on_host(keep) - found.kept_on_host(0.0))
+        activations = found.kept_on_host(keep) + wide if offloads else 0
         host = {"swapped blocks": on_host, "activations": activations, "the program": PROGRAM}
         encoders = self.encoders
         if not config.cache.use_cache:

@@ -7,11 +7,12 @@ are `nn.Linear`, so peft wraps them like any other.
 Formats, with the weight of a layer as W (out, in):
 
 - fp8: e4m3 times one float32 scale a row, W_oi ~ s_o q_oi. On cards that can, the products are computed in fp8 too.
-- int8: whole numbers times one float32 scale a row.
+- int8: whole numbers times one float32 scale a row, of W rotated (see `int8`). On cards that can, the products are
+  computed in int8 too. What bitsandbytes stored is not rotated, and dequantised.
 - nf4, fp4: 4-bit codes of bitsandbytes times one scale for each block of (64) weights (Dettmers et al. 2023, QLoRA),
   these scales stored in 8 bits ("double quantisation").
 
-All but fp8 are dequantised for each product. What autograd keeps is the stored weight, never the dequantised one.
+Otherwise a weight is dequantised for each product. What autograd keeps is the stored weight, never the dequantised one.
 """
 
 from __future__ import annotations
@@ -24,10 +25,19 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qwen_image_finetune.config import ConfigError
+from qwen_image_finetune.levers.int8 import (
+    INT8_SIDE,
+    LARGEST_INT8,
+    Int8Product,
+    has_int8_products,
+    rotated,
+    rotation_for,
+    rounded_rows,
+)
 from qwen_image_finetune.levers.stored_precision import FOUR_BITS
 
 E4M3 = torch.float8_e4m3fn
-LARGEST = {"fp8": 448.0, "int8": 127.0}  # finite values of e4m3, and of a symmetric int8
+LARGEST = {"fp8": 448.0, "int8": LARGEST_INT8}  # finite values of e4m3, and of a symmetric int8
 BLOCK = 64  # weights that share a scale in a layer quantised here; checkpoints may bring their own
 SCALE_BLOCK = 256  # scales that share a scale: fixed in bitsandbytes
 TINY = torch.finfo(torch.float32).tiny
@@ -40,9 +50,10 @@ class QuantizedLinear(nn.Linear):
     Attributes:
         weight: fp8: (out, in) uint8, the bytes of e4m3 numbers (no library mistakes them for floats to cast or train).
             int8: (out, in) int8. nf4, fp4: (out * in / 2, 1) uint8, two codes a byte.
-        state: names of the buffers beside it. fp8, int8: scale (out, 1) float32. nf4, fp4: absmax, one a block, as
-            float32; or as uint8 with absmax_scale, absmax_code and absmax_offset (float32), which make numbers of it.
-        computes_in_fp8: products are computed in fp8 where the input has 16 bits.
+        state: names of the buffers beside it. fp8, int8: scale (out, 1) float32. int8, where it is rotated: rotation
+            (block, block) int8, its signs. nf4, fp4: absmax, one a block, as float32; or as uint8 with absmax_scale,
+            absmax_code and absmax_offset (float32), which make numbers of it.
+        computes_in_fp8, computes_in_int8: products are computed so where the input has 16 bits.
     """
 
     def __init__(
@@ -70,8 +81,11 @@ class QuantizedLinear(nn.Linear):
         if torch.is_autocast_enabled(input.device.type):
             input = input.to(torch.get_autocast_dtype(input.device.type))
         output: Tensor
-        if self.computes_in_fp8 and input.dtype in (torch.bfloat16, torch.float16):
+        in_16_bits = input.dtype in (torch.bfloat16, torch.float16)
+        if self.computes_in_fp8 and in_16_bits:
             output = Fp8Product.apply(input, self.weight, self.scale)
+        elif self.computes_in_int8 and in_16_bits:
+            output = Int8Product.apply(input, self.weight, self.scale, self.rotation)
         else:
             output = Product.apply(input, *self.stored(), (self.format, self.shape, self.blocksize))
         return output if self.bias is None else output + self.bias.to(output.dtype)
@@ -88,10 +102,15 @@ class QuantizedLinear(nn.Linear):
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.format}"
 
     def will_run_on(self, device: torch.device) -> None:
-        """Decide `computes_in_fp8` for a device: that of the weight, or the one which it visits for its products."""
+        """Decide in what products are computed on a device: that of the weight, or the one which it visits for them.
+
+        int8 without a rotation is not multiplied as it is: outliers of an activation would cost too much.
+        """
         aligned = all(side % FP8_SIDE == 0 for side in self.shape)
         may = self.format == "fp8" and aligned and self.may_compute_in_fp8
         self.computes_in_fp8 = may and has_fp8_products(device)
+        aligned = all(side % INT8_SIDE == 0 for side in self.shape)
+        self.computes_in_int8 = "rotation" in self.state and aligned and has_int8_products(device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         """What `.to()` and its kin call. Devices change; scales stay float32, whatever dtype the others get."""
@@ -121,10 +140,13 @@ def quantised(weight: Tensor, format: str, bias: Tensor | None = None) -> Quanti
     shape = (weight.shape[0], weight.shape[1])
     if format in FOUR_BITS:
         return QuantizedLinear(format, shape, *_four_bits(weight, format), bias=bias)
-    scale = (weight.abs().amax(1, keepdim=True).float() / LARGEST[format]).clamp(min=TINY)
-    steps = weight.float() / scale
-    stored = steps.to(E4M3).view(torch.uint8) if format == "fp8" else steps.round_().to(torch.int8)
-    return QuantizedLinear(format, shape, stored, {"scale": scale}, bias)
+    if format == "int8":
+        signs = rotation_for(shape[1], weight.device)
+        stored, scale = rounded_rows(weight if signs is None else rotated(weight.float(), signs))
+        state = {"scale": scale} if signs is None else {"scale": scale, "rotation": signs}
+        return QuantizedLinear(format, shape, stored, state, bias)
+    stored, scale = quantised_rows(weight)
+    return QuantizedLinear(format, shape, stored.view(torch.uint8), {"scale": scale}, bias)
 
 
 def _four_bits(weight: Tensor, format: str) -> tuple[Tensor, dict[str, Tensor]]:
@@ -164,7 +186,8 @@ def dequantised(
     if format not in FOUR_BITS:
         exact = torch.promote_types(dtype, torch.float32)
         numbers = weight.view(E4M3) if format == "fp8" else weight
-        return numbers.to(exact).mul_(state[0]).to(dtype)
+        plain = numbers.to(exact).mul_(state[0])
+        return (plain if len(state) == 1 else rotated(plain, state[1])).to(dtype)
     operators = torch.ops.bitsandbytes
     absmax = state[0]
     if len(state) > 1:

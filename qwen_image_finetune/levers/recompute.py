@@ -27,7 +27,9 @@ Runner = Callable[..., Any]  # (block, numbers of the products kept, *arguments)
 
 _ATEN = torch.ops.aten
 # Which argument of a product is its first factor, (rows, k).
-PRODUCTS: dict[Any, int] = {_ATEN.mm.default: 0, _ATEN.addmm.default: 1, _ATEN._scaled_mm.default: 0}
+PRODUCTS: dict[Any, int] = {
+    _ATEN.mm.default: 0, _ATEN.addmm.default: 1, _ATEN._scaled_mm.default: 0, _ATEN._int_mm.default: 0,
+}  # fmt: skip
 # Torches from 2.12 on ask whether offloading sees kept outputs as well; older ones keep them on the card.
 _OPTIONS: dict[str, Any] = (
     {"respect_saved_tensors_hooks": True}

@@ -15,6 +15,7 @@ from qwen_image_finetune import levers
 from qwen_image_finetune.config import Config
 from qwen_image_finetune.levers.attention import attend, choose
 from qwen_image_finetune.levers.compile import compilation_of
+from qwen_image_finetune.levers.int8 import has_int8_products
 from qwen_image_finetune.levers.offload import Offloaded
 from qwen_image_finetune.levers.quantize import quantize
 from qwen_image_finetune.levers.quantized_linear import FOUR_BITS, has_fp8_products, quantised
@@ -117,7 +118,8 @@ def test_products(format: str, compiled: bool) -> None:
     output = run(x)
     output.backward(slope)
     exact = layer.dequantised(torch.float64)
-    bound = 0.04 if format == "fp8" else 6e-3  # two factors rounded to 4 significant bits; or bf16 alone
+    assert layer.computes_in_int8 == (format == "int8" and has_int8_products(CARD))
+    bound = {"fp8": 0.04, "int8": 0.02}.get(format, 6e-3)  # two factors rounded to 4 significant bits; bf16 alone
     assert relative(output, x.detach().double() @ exact.T) < bound
     assert x.grad is not None
     assert relative(x.grad, slope.double() @ exact) < bound
@@ -162,7 +164,7 @@ def deterministic() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("deterministic")
-@pytest.mark.parametrize("format", [None, "fp8", "nf4"])
+@pytest.mark.parametrize("format", [None, "fp8", "int8", "nf4"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_saves_memory_changes_no_bit(family: str, format: str | None) -> None:
     plain = gradients(prepared(family, format, **PLAIN))
@@ -210,7 +212,7 @@ def test_a_copy_that_nobody_takes_ends_before_its_memory_is_used_again() -> None
 
 
 @pytest.mark.parametrize("keep", [None, "none", 0.0, 0.5])
-@pytest.mark.parametrize("format", [None, "fp8"])
+@pytest.mark.parametrize("format", [None, "fp8", "int8"])
 def test_compiled_equals_eager(format: str | None, keep: Any) -> None:
     recomputed = {"gradient_checkpointing": False} if keep is None else {"keep_activations": keep}
     compiled = prepared("flux", format, **{"gradient_checkpointing": True, **recomputed}, compile=True)
@@ -227,9 +229,21 @@ def test_compiled_and_offloaded_equals_compiled() -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("rows", [1, 17, 211])
+def test_products_in_int8_of_few_rows(rows: int) -> None:
+    """cuBLAS takes more than 16; the modulation layers of a batch of one have a single one."""
+    layer = quantised(torch.randn(1024, 768, device=CARD), "int8")
+    x = torch.randn(rows, 768, device=CARD, dtype=torch.bfloat16, requires_grad=True)
+    layer(x).float().square().sum().backward()
+    assert relative(layer(x).detach(), x.detach().double() @ layer.dequantised(torch.float64).T) < 0.02
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("format", ["fp8", "int8"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_fp8_is_near_bf16(family: str) -> None:
-    assert relative(gradients(prepared(family, "fp8", **PLAIN))["output"],
+def test_8_bits_are_near_bf16(family: str, format: str) -> None:
+    assert relative(gradients(prepared(family, format, **PLAIN))["output"],
                     gradients(prepared(family, None, **PLAIN))["output"]) < 0.08  # fmt: skip
 
 

@@ -57,6 +57,30 @@ def test_swapping_is_bit_equal_to_none(family: str, count: int, keep: Any, forma
     assert_same(gradients(plain), gradients(swapped))  # again, after a run without gradients
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_products_in_int8_are_the_same_recomputed_swapped_and_offloaded(family: str) -> None:
+    found = []
+    for way in ("plain", "recomputed", "swapped", "offloaded"):
+        model = tiny_transformer(family, torch.bfloat16)
+        quantize(model, "int8")
+        adapters.add_adapter(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"), seed=1)
+        disturb(model)
+        model.train()
+        if way == "swapped":
+            swap_blocks(model, 2, CPU)
+        for layer in model.modules():
+            if isinstance(layer, QuantizedLinear):
+                layer.computes_in_int8 = "rotation" in layer.state
+        if way != "plain":
+            recompute(model, 0.5 if way == "recomputed" else "none")
+        if way == "offloaded":
+            Offload(model, smallest=0)
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(gradients(model))
+    for other in found[1:]:
+        assert_same(found[0], other)
+
+
 class Watched(Swap):
     """Counts the copies of swapped blocks that are alive, whoever holds them."""
 

@@ -96,18 +96,19 @@ def test_gradients_of_an_adapter_are_those_of_the_stored_weights(family: str, fo
         assert float(error) <= 2e-4 * float(gradient.norm()), name
 
 
+@pytest.mark.parametrize("format", ["fp8", "int8"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_of_an_adapter_with_products_in_fp8(family: str) -> None:
-    """All products of the base in fp8, forward and backward: gradients point where those of full precision do."""
+def test_gradients_of_an_adapter_with_products_in_8_bits(family: str, format: str) -> None:
+    """All products of the base so, forward and backward: gradients point where those of full precision do."""
     lora = LoraConfig(r=4, lora_alpha=4, target_modules="all-linear", init_lora_weights="gaussian")
     gradients: list[Tensor] = []
-    for in_fp8 in (True, False):
+    for in_8_bits in (True, False):
         model = tiny_transformer(family, torch.bfloat16)
-        if in_fp8:
-            quantize(model, "fp8")
+        if in_8_bits:
+            quantize(model, format)
             layers = [layer for layer in linear_layers(model).values() if isinstance(layer, QuantizedLinear)]
             for layer in layers:
-                layer.computes_in_fp8 = True
+                layer.computes_in_fp8, layer.computes_in_int8 = format == "fp8", "rotation" in layer.state
         adapters.add_adapter(model, lora, seed=1)
         with torch.autocast("cpu", torch.bfloat16):
             forward(model).float().square().sum().backward()

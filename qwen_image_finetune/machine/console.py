@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol, TextIO
 
-from qwen_image_finetune.machine import journal
+from qwen_image_finetune.machine import journal, terminal
 from qwen_image_finetune.machine.streams import unfailing
 
 SECONDS_BETWEEN_LINES = 10.0
+LEADING = re.compile(r"^(\s*)('?[A-Za-z_][\w]*(?:\.\w+)+'?(?==|\b)|/\S+(?=:))")  # a key, or a file
 
 
 class Update(Protocol):
-    """Called with what is done so far and a short text, such as the loss."""
+    """Called with what is done so far and a short text, such as the loss.
 
-    def __call__(self, done: int, text: str = "") -> None: ...
+    `live` is what a terminal shows in place of the text, the most important first: a line that is drawn anew for every
+    step may say more than one that stays.
+    """
+
+    def __call__(self, done: int, text: str = "", live: Sequence[str] = ()) -> None: ...
 
 
 def say(message: str, stream: TextIO | None = None) -> None:
@@ -28,11 +34,47 @@ def say(message: str, stream: TextIO | None = None) -> None:
 
 
 def refuse(message: str) -> None:
-    """An error, on standard error; its first word is red on a terminal, unless NO_COLOR asks for none."""
+    """An error, on standard error. On a terminal in colour, the key that it is about first to be seen."""
     stream = unfailing(sys.stderr)
-    coloured = stream.isatty() and not os.environ.get("NO_COLOR")
-    print(f"\033[1;31merror:\033[0m {message}" if coloured else f"error: {message}", file=stream, flush=True)
+    words = _coloured(message) if terminal.is_coloured(stream) else f"error: {message}"
+    print(words, file=stream, flush=True)
     journal.write(f"error: {message}")
+
+
+def _coloured(message: str) -> str:
+    """The word `error` red, and at the start of a line a key of the configuration, or a file, bold."""
+    lines = [LEADING.sub(lambda found: f"{found[1]}\033[1m{found[2]}\033[0m", line) for line in message.split("\n")]
+    return "\033[1;31merror:\033[0m " + "\n".join(lines)
+
+
+def frame(title: str, rows: Sequence[tuple[str, str]], shown: bool = True) -> None:
+    """A summary: on a terminal in a frame, elsewhere a line for each row.
+
+    Args:
+        rows: (name, what is said of it).
+        shown: False keeps quiet, for all processes but the first.
+    """
+    if not shown:
+        return
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{name:<{width}}  {words}" for name, words in rows]
+    if not terminal.is_terminal(sys.stdout):
+        for line in lines:
+            say(line)
+        return
+    from rich import box
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for name, words in rows:
+        table.add_row(Text(name, "bold"), Text(words, overflow="fold"))
+    # No upright lines: a command that takes several lines is copied without them.
+    panel = Panel(table, box.HORIZONTALS, title=Text(title), title_align="left", border_style="green")
+    terminal.screen(sys.stdout).print(panel)
+    for line in lines:
+        journal.write(line)
 
 
 def note(message: str, stream: TextIO | None = None) -> None:
@@ -59,8 +101,8 @@ def progress(title: str, total: int, start: int = 0, shown: bool = True) -> Iter
         shown: False keeps quiet, for all processes but the first.
     """
     if not shown:
-        yield lambda done, text="": None
-    elif sys.stdout is not None and sys.stdout.isatty():
+        yield lambda done, text="", live=(): None
+    elif terminal.is_terminal(sys.stdout):
         with _bar(title, total, start) as update:
             yield update
     else:
@@ -69,27 +111,25 @@ def progress(title: str, total: int, start: int = 0, shown: bool = True) -> Iter
 
 @contextmanager
 def _bar(title: str, total: int, start: int) -> Iterator[Update]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
     log = _lines(title, total, start, journal.write)  # where a bar would be no use
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    console = Console(file=unfailing(sys.stdout))
-    with Progress(*columns, TextColumn("{task.fields[text]}"), console=console) as bars:
-        task = bars.add_task(title, total=total, completed=start, text="")
-        rate = _Rate(total, start)
+    rate, last = _Rate(total, start), ""
+    with terminal.line(title, total, start) as redraw:
 
-        def update(done: int, text: str = "") -> None:
-            bars.update(task, completed=done, text=f"{rate.words(done)} {text}")
+        def update(done: int, text: str = "", live: Sequence[str] = ()) -> None:
+            nonlocal last
+            redraw(done, [rate.words(done), *(live or [text])])
             log(done, text)
+            last = f"{title} {done}/{total} {rate.words(done)} {text}".rstrip() if done == total else ""
 
         yield update
+        if last:  # what is over is one line among the others
+            print(last, file=unfailing(sys.stdout), flush=True)
 
 
 def _lines(title: str, total: int, start: int, tell: Callable[[str], None]) -> Update:
     rate, last = _Rate(total, start), 0.0
 
-    def update(done: int, text: str = "") -> None:
+    def update(done: int, text: str = "", live: Sequence[str] = ()) -> None:
         nonlocal last
         if time.monotonic() - last >= SECONDS_BETWEEN_LINES or done == total:
             last = time.monotonic()

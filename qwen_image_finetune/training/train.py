@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -30,9 +31,10 @@ from qwen_image_finetune.config import Config
 from qwen_image_finetune.data.batches import MicroBatch
 from qwen_image_finetune.encoding.embeddings import prepare_embeddings, prepare_held_out
 from qwen_image_finetune.fitting.out_of_memory import explained
-from qwen_image_finetune.machine import console, journal, processes
+from qwen_image_finetune.machine import console, journal, processes, terminal
 from qwen_image_finetune.machine.signals import StopSignals, exit_code
 from qwen_image_finetune.records import Batch
+from qwen_image_finetune.training import summary
 from qwen_image_finetune.training.assembly import Learner, assemble
 from qwen_image_finetune.training.job import Due, Job, open_job
 from qwen_image_finetune.training.logbook import Logbook, memory_gib, open_logbook
@@ -80,6 +82,7 @@ def train(config: Config) -> Path | None:
             else:
                 _train(job, book, progress, stopping)
         if book.path is not None:
+            console.frame("trained", summary.after(job, book.path))
             job.say(f"done: {book.path}")
         return book.path
 
@@ -105,6 +108,8 @@ def _train(job: Job, book: Logbook, progress: Progress, stopping: StopSignals) -
             learner.release_gradients()
         job.say(f"{job.family.name}, {sum(p.numel() for p in learner.parameters):,} trained weights, "
                 f"{len(job.rows.dataset)} pairs, {job.total_steps} steps -> {book.path}")  # fmt: skip
+        if terminal.is_terminal(sys.stdout):
+            console.frame(job.family.name, summary.before(job, book.path), shown=job.team.main)
         book.begin()
         constants = loading.load_scheduler(job.folder).config
         objective = Objective(config, job.family, learner.transformer, constants, job.accelerator)
@@ -135,7 +140,7 @@ def _loop(
 ) -> None:
     """One optimizer step after the other, from where the state is to the end of the run."""
     config, accelerator, team, progress = job.config, job.accelerator, job.team, state.progress
-    first_step = progress.step
+    first_step, outlook = progress.step, summary.Outlook(job)
     with (
         console.progress("training", job.total_steps, first_step, shown=team.main) as update,
         team.watched(patience(config).total_seconds()),
@@ -168,7 +173,9 @@ def _loop(
                 "memory_gib": memory_gib(accelerator.device),
             }
             book.record(values, sigmas)
-            update(progress.step, f"loss {mean_loss:.4f}, {values['memory_gib']:.1f} GiB")
+            update(
+                progress.step, f"loss {mean_loss:.4f}, {values['memory_gib']:.1f} GiB", outlook(values, progress.step)
+            )
 
             # Reasons to stop, each with everything saved
             if not sound:

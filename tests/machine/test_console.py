@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import pty
+import re
 import sys
 
 import pytest
@@ -58,13 +62,103 @@ def test_durations(seconds: float, words: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("terminal", "variable", "coloured"), [(True, "", True), (True, "1", False), (False, "", False)]
+    ("terminal", "variable", "term", "coloured"),
+    [(True, "", "xterm", True), (True, "1", "xterm", False), (True, "", "dumb", False), (False, "", "xterm", False)],
 )
 def test_errors_are_red_where_somebody_looks(
-    terminal: bool, variable: str, coloured: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    terminal: bool,
+    variable: str,
+    term: str,
+    coloured: bool,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("NO_COLOR", variable)
+    monkeypatch.setenv("TERM", term)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
-    console.refuse("train.lr=1 is no key")
+    console.refuse("train.lr=1 is no key\n  /data/1.png: no picture; see train.lr.")
     said = capsys.readouterr().err
-    assert said == ("\033[1;31merror:\033[0m" if coloured else "error:") + " train.lr=1 is no key\n"
+    bold = "\033[1m{}\033[0m".format if coloured else str
+    assert said == (
+        ("\033[1;31merror:\033[0m" if coloured else "error:")
+        + f" {bold('train.lr')}=1 is no key\n  {bold('/data/1.png')}: no picture; see train.lr.\n"
+    )
+
+
+WORK = """
+import time
+from qwen_image_finetune.machine import console
+with console.progress("training", 3) as train:
+    train(1, "loss 0.9", ["loss 0.95", "lr 0.0001", "1.0 GiB", "checkpoint in 2"])
+    console.say("a checkpoint is written")
+    time.sleep(0.3)
+    with console.progress("samples", 2) as draw:
+        draw(1); draw(2)
+    train(2, "loss 0.8", ["loss 0.85"])
+    train(3, "loss 0.7", ["loss 0.75"])
+with console.progress("another process", 1, shown=False) as quiet:
+    quiet(1, "silent")
+console.frame("trained", [("next", "qif report [RUN]")])
+"""
+
+
+def on_a_terminal(program: str, columns: int = 100, **variables: str) -> str:
+    """What a program writes to a terminal."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.environ |= {"COLUMNS": str(columns), "TERM": "xterm", "NO_COLOR": "", **variables}
+        os.execv(sys.executable, [sys.executable, "-c", program])
+    said = b""
+    with contextlib.suppress(OSError):  # what a terminal answers whose program is gone
+        while chunk := os.read(terminal, 65536):
+            said += chunk
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, said.decode()
+    return said.decode()
+
+
+def screen(said: str) -> list[str]:
+    """The lines that stay to be read: a terminal as far as carriage returns, line feeds, erasing and going up."""
+    lines, row, column = [""], 0, 0
+    for code, command, letter in re.findall(r"\x1b\[([?0-9;]*)([A-Za-z])|([^\x1b])", said, re.DOTALL):
+        if letter == "\r":
+            column = 0
+        elif letter == "\n":
+            row, column = row + 1, 0
+            lines += [""] * (row == len(lines))
+        elif letter:
+            lines[row] = lines[row][:column].ljust(column) + letter + lines[row][column + 1 :]
+            column += 1
+        elif command == "K":
+            lines[row] = "" if code == "2" else lines[row][:column]
+        elif command == "A":
+            row -= int(code or 1)
+    return [line.rstrip() for line in lines]
+
+
+def test_a_terminal_has_one_live_line() -> None:
+    """It says most while it lives, makes way for what is drawn inside the work, and leaves one line behind."""
+    said = on_a_terminal(WORK)
+    plain = re.sub(r"\x1b\[[?0-9;]*[A-Za-z]", "", said)
+    assert re.search(r"training [━╸╺]+ 1/3 \d.* left · loss 0.95 · lr 0.0001 · 1.0 GiB · checkpoint in 2", plain)
+    lines = [line for line in screen(said) if line]
+    assert lines[0] == "a checkpoint is written"
+    assert re.fullmatch(r"samples 2/2 [\d.]+ (a second|s each)", lines[1])
+    assert re.fullmatch(r"training 3/3 [\d.]+ (a second|s each) loss 0.7", lines[2])
+    assert lines[3].startswith("── trained ──") and lines[4].split() == ["next", "qif", "report", "[RUN]"]
+    assert len(lines) == 6 and "silent" not in plain
+
+
+def test_a_narrow_terminal_keeps_what_matters_most() -> None:
+    """Nothing wraps, which would scroll."""
+    plain = re.sub(r"\x1b\[[?0-9;]*[A-Za-z]", "", on_a_terminal(WORK, columns=60))
+    drawn = re.findall(r"training [━╸╺][^\r\n]*", plain)
+    assert drawn and all(len(line.split("training")[1]) + 8 <= 60 for line in drawn)
+    assert "loss 0.95" in plain and "checkpoint in 2" not in plain
+
+
+def test_colours_and_the_live_line_are_left_out_where_they_are_not_wanted() -> None:
+    colour = re.compile(r"\x1b\[[0-9;]*3[0-9][0-9;]*m")
+    assert colour.search(on_a_terminal(WORK)) and not colour.search(on_a_terminal(WORK, NO_COLOR="1"))
+    assert "\x1b" not in (dumb := on_a_terminal(WORK, TERM="dumb"))
+    assert dumb.splitlines()[-1] == "next  qif report [RUN]" and "training 3/3" in dumb

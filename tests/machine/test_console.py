@@ -145,7 +145,7 @@ def test_a_terminal_has_one_live_line() -> None:
     assert lines[0] == "a checkpoint is written"
     assert re.fullmatch(r"samples 2/2 [\d.]+ (a second|s each)", lines[1])
     assert re.fullmatch(r"training 3/3 [\d.]+ (a second|s each) loss 0.7", lines[2])
-    assert lines[3].startswith("── trained ──") and lines[4].split() == ["next", "qif", "report", "[RUN]"]
+    assert lines[3].startswith(" ─ trained ──") and lines[4].split() == ["next", "qif", "report", "[RUN]"]
     assert len(lines) == 6 and "silent" not in plain
 
 

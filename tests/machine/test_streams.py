@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 # A command that says much, by our own means and by those of others, and leaves a file once all is said.
 TALKS = """
-import sys, pathlib
+import argparse, pathlib, sys
 from qwen_image_finetune.command import cli
 from qwen_image_finetune.machine import console
 
@@ -35,7 +35,7 @@ def talk(options):
         update(2, "é")
     pathlib.Path(sys.argv[1]).touch()
 
-sys.exit(cli.guarded(talk, None))
+sys.exit(cli.guarded(talk, argparse.Namespace()))
 """
 
 

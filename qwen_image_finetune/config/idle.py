@@ -73,8 +73,8 @@ IDLE: tuple[tuple[str, Condition, str], ...] = (
     ("logging.logging_dir", lambda c: set(c.logging.trackers) <= {"tensorboard"},
      "no tracker in logging.report_to keeps files of its own"),
     *((f"validation.{key}", lambda c: not c.validation.enabled, "validation.enabled is false")
-      for key in ("steps", "dataset_path", "share", "num_validation_samples", "num_inference_steps", "guidance_scale",
-                  "seed")),
+      for key in ("steps", "dataset_path", "share", "num_validation_samples", "samples", "num_inference_steps",
+                  "guidance_scale", "seed")),
     *((f"validation.{key}",
        lambda c: not c.validation.enabled or (c.validation.dataset_path is None and c.validation.share == 0),
        "no pairs are held out: validation.enabled with validation.dataset_path or validation.share does that")

@@ -413,6 +413,20 @@ class LoggingConfig(Section):
         return tuple(name for name in names if name != "none")
 
 
+class SampleConfig(Section):
+    """A prompt of one's own, drawn while training."""
+
+    prompt: Text = Field(description="the instruction")
+    references: Text | list[Text] = Field([], description="picture, or list of pictures, that it is about")
+    seed: Seed | None = Field(None, description="of the noise; default: validation.seed")
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The references as absolute paths."""
+        given = [self.references] if isinstance(self.references, str) else self.references
+        return tuple(Path(path).expanduser().absolute() for path in given)
+
+
 class ValidationConfig(Section):
     """Samples drawn, and the loss on held-out pairs measured, while training."""
 
@@ -427,6 +441,11 @@ class ValidationConfig(Section):
     num_loss_pairs: Natural = Field(32, description="held-out pairs whose loss is measured; 0 for none")
     num_loss_sigmas: Count = Field(4, description="fixed noise levels of each of them")
     num_validation_samples: Count = Field(4, description="pairs drawn, spread over the held-out ones, or over all")
+    samples: Annotated[list[SampleConfig], Allowed("list of sections: prompt, references, seed")] = Field(
+        [],
+        description="prompts of one's own, drawn beside the pairs: each with a prompt, references (a path, a list of "
+        "them, or none) and maybe a seed",
+    )
     num_inference_steps: Count | None = Field(None, description="sampler steps; default: the model's own")
     guidance_scale: Number | None = Field(None, description="default: the model's own")
     seed: Seed = Field(0, description="noise of the samples and of the held-out loss")

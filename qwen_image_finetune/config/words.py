@@ -170,7 +170,9 @@ def problems(error: ValidationError, tree: Mapping[str, Any]) -> list[str]:
     explained = [_locate(detail["loc"])[0] for detail in details if detail["type"] == "value_error"]
     for detail in details:
         key, field = _locate(detail["loc"])
-        if detail["type"] == "value_error":  # our own validators name their keys themselves
+        if line := _in_entry(detail["loc"], detail["type"], tree):
+            lines[line] = None
+        elif detail["type"] == "value_error":  # our own validators name their keys themselves
             lines.update(dict.fromkeys(str(detail["ctx"]["error"]).splitlines()))
         elif key in explained or detail["type"] == "default_factory_not_called":
             continue  # said already: another member of a union, or a default that hangs on a refused key
@@ -181,6 +183,25 @@ def problems(error: ValidationError, tree: Mapping[str, Any]) -> list[str]:
         else:
             lines[f"{key}={shown(find(tree, key))} is refused; allowed: {_wanted(key, field)}{_hint(tree, key)}"] = None
     return list(lines)
+
+
+def _in_entry(location: Sequence[int | str], kind: str, tree: Mapping[str, Any]) -> str | None:
+    """The line about an entry of a list of sections, such as validation.samples; None about anything else."""
+    numbers = [place for place, part in enumerate(location) if isinstance(part, int)]
+    key, field = _locate(location[: numbers[0]]) if numbers else ("", FieldInfo(annotation=None))
+    section = next((each for each in get_args(field.annotation) if section_of(each) is each), None)
+    if section is None:
+        return None
+    number, *inside = location[numbers[0] :]
+    entry = find(tree, key)[number]
+    if not inside:
+        return f"{key}[{number}]={shown(entry)} is refused; allowed: a section with {', '.join(section.model_fields)}"
+    known, name = section.model_fields.get(str(inside[0])), f"{key}[{number}].{inside[0]}"
+    if known is None:
+        return f"{name!r} is not a key; {key}[{number}] has {', '.join(section.model_fields)}"
+    if kind == "missing":
+        return f"{name} is missing: {known.description}"
+    return f"{name}={shown(entry[inside[0]])} is refused; allowed: {allowed(known.annotation, known.metadata)}"
 
 
 def _hint(tree: Mapping[str, Any], key: str) -> str:

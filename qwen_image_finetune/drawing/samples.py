@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +28,18 @@ if TYPE_CHECKING:
 LAYOUT = "layout.json"  # which part of the strips is which picture
 
 
+@dataclass(frozen=True)
+class Subject:
+    """What is drawn in every round: a row, and the seed of its noise."""
+
+    rows: EncodedDataset
+    index: int
+    seed: int
+    has_truth: bool  # False: a prompt of one's own, of which nobody knows what is right
+
+
 class Sampler:
-    """Draws the same pairs with the same noise every time."""
+    """Draws the same pairs, and the same prompts of one's own, with the same noise every time."""
 
     def __init__(
         self,
@@ -37,20 +48,28 @@ class Sampler:
         pipe: DiffusionPipeline | None,
         transformer: ModelMixin,
         device: torch.device,
+        asked: EncodedDataset | None = None,
     ) -> None:
         """
         Args:
+            rows: pairs, of which `validation.num_validation_samples` are drawn.
             pipe: encoders that are loaded anyway; None reads the cache and loads the VAE for each round.
             transformer: the one that is trained, without the wrappers of several processes.
+            asked: rows of `validation.samples`.
         """
         self.settings, self.rows, self.pipe, self.transformer = config.validation, rows, pipe, transformer
         self.device, self.precision = device, config.train.mixed_precision
         # Weights that are trained themselves are float32; a frozen base has its precision already, as in prediction.
         self.autocast = config.model.lora is None and self.precision != "no"
-        self.chosen = spread(self.settings.num_validation_samples, len(rows.dataset))
+        seed = self.settings.seed
+        chosen = spread(self.settings.num_validation_samples, len(rows.dataset))
+        self.subjects = [Subject(rows, index, seed + index, has_truth=True) for index in chosen]
+        if asked is not None:
+            seeds = [seed if sample.seed is None else sample.seed for sample in self.settings.samples]
+            self.subjects += [Subject(asked, index, own, has_truth=False) for index, own in enumerate(seeds)]
 
     def draw(self, title: str, shown: bool, check: Callable[[], None]) -> list[Image.Image]:
-        """The pictures of all chosen pairs.
+        """The pictures of all subjects.
 
         Args:
             shown: report progress.
@@ -66,55 +85,60 @@ class Sampler:
         scheduler, dtype = loading.load_scheduler(self.rows.checkpoint), loading.weight_dtype(self.precision)
         predictor = Predictor(self.rows.family, pipe, self.transformer, scheduler, dtype=dtype)
         drawn = []
-        with console.progress(title, len(self.chosen), shown=shown) as update:
-            for done, index in enumerate(self.chosen, start=1):
-                drawn.append(self._draw(predictor, index, check))
+        with console.progress(title, len(self.subjects), shown=shown) as update:
+            for done, subject in enumerate(self.subjects, start=1):
+                drawn.append(self._draw(predictor, subject, check))
                 update(done)
         return drawn
 
-    def row(self, index: int, prompt: str | None = None) -> Encoded:
-        """A pair as the model is fed, with its own or another prompt."""
+    def row(self, index: int) -> Encoded:
+        """A pair as the model is fed."""
+        return self._encoded(self.rows, index, None)
+
+    def _encoded(self, rows: EncodedDataset, index: int, prompt: str | None) -> Encoded:
         variant = TextVariant(prompt)
         if self.pipe is None:
-            return self.rows.read(index, variant)
-        return self.rows.encode(self.pipe, self.rows.example(index), variant)
+            return rows.read(index, variant)
+        return rows.encode(self.pipe, rows.example(index), variant)
 
     def examples(self) -> list[Example]:
-        """The pictures of the chosen pairs, as they are drawn."""
-        return [self.rows.example(index) for index in self.chosen]
+        """The pictures of all subjects, as they are drawn; the target of one without a truth only has its size."""
+        return [subject.rows.example(subject.index) for subject in self.subjects]
 
     def strips(
         self, examples: Sequence[Example], drawn: Sequence[Image.Image], base: Sequence[Image.Image] | None
     ) -> tuple[list[Image.Image], list[dict[str, Any]]]:
-        """(strips, their layout): references, base, what was drawn, and the truth, at the height of the drawn picture.
+        """(strips, their layout): references, base, what was drawn, and the truth where it is known, at the height of
+        the drawn picture.
 
         Args:
             base: what the base drew; None where that cannot be known any more.
         """
         strips, layout = [], []
-        for place, (example, picture) in enumerate(zip(examples, drawn, strict=True)):
+        subjects = zip(self.subjects, examples, drawn, strict=True)
+        for place, (subject, example, picture) in enumerate(subjects):
             parts = [("reference", reference) for reference in example.references]
             parts += [] if base is None else [("base", base[place])]
-            parts += [("drawn", picture), ("truth", example.target)]
+            parts += [("drawn", picture)] + [("truth", example.target)] * subject.has_truth
             strip, places = side_by_side(parts, picture.height)
             strips.append(strip)
             layout.append({"key": example.key, "prompt": example.prompt, "parts": places})
         return strips, layout
 
-    def _draw(self, predictor: Predictor, index: int, check: Callable[[], None]) -> Image.Image:
+    def _draw(self, predictor: Predictor, subject: Subject, check: Callable[[], None]) -> Image.Image:
         guidance = predictor.guidance(self.settings.guidance_scale)
-        wanted = self._batch(index, None)
-        negative = None if guidance.prompt == 1.0 else self._batch(index, self.rows.family.negative_prompt)
+        wanted = self._batch(subject, None)
+        negative = None if guidance.prompt == 1.0 else self._batch(subject, self.rows.family.negative_prompt)
         dtype = loading.weight_dtype(self.precision)
         with torch.no_grad(), torch.autocast(self.device.type, dtype, enabled=self.autocast):
             latents = predictor.sample(
-                Conditions(wanted, negative), guidance, [self.settings.seed + index],
+                Conditions(wanted, negative), guidance, [subject.seed],
                 self.settings.num_inference_steps, lambda step: check(),
             )  # fmt: skip
         return self.rows.family.decode(predictor.pipe, latents)[0]
 
-    def _batch(self, index: int, prompt: str | None) -> Batch:
-        return collate([self.row(index, prompt)])
+    def _batch(self, subject: Subject, prompt: str | None) -> Batch:
+        return collate([self._encoded(subject.rows, subject.index, prompt)])
 
 
 def source_of(example: Example) -> Image.Image | None:

@@ -9,12 +9,18 @@ import torch
 
 from qwen_image_finetune.config import OUR_DATASETS, Config, ConfigError, import_class
 from qwen_image_finetune.data import alike
+from qwen_image_finetune.data.asked import AskedDataset
 from qwen_image_finetune.data.dataset import ImageDataset
 from qwen_image_finetune.data.images import DataError
 from qwen_image_finetune.data.part import Part, spread
 from qwen_image_finetune.data.suspects import few_note
 from qwen_image_finetune.encoding.cache import EncodedDataset
-from qwen_image_finetune.encoding.limits import check_prompts, reference_problems
+from qwen_image_finetune.encoding.limits import (
+    check_prompts,
+    reference_faults,
+    reference_problems,
+    shown_references,
+)
 from qwen_image_finetune.families.base import Family
 from qwen_image_finetune.levers.stored_precision import local_checkpoint
 from qwen_image_finetune.machine import console
@@ -101,7 +107,7 @@ def check_all_prompts(config: Config, family: Family, pairs: Pairs) -> None:
         DataError: with all of them.
     """
     checkpoint = local_checkpoint(config.model)
-    for dataset in (pairs.training, pairs.held_out):
+    for dataset in (pairs.training, pairs.held_out, asked(config, family, pairs.training)):
         if checkpoint is not None and dataset is not None:
             check_prompts(family, checkpoint, dataset, range(len(dataset)))
 
@@ -112,13 +118,53 @@ def needed(config: Config, held_out: ImageDataset) -> ImageDataset:
     return Part(held_out, spread(number, len(held_out)))
 
 
-def encoded(
-    config: Config, family: Family, pairs: Pairs, checkpoint: Path, dtype: torch.dtype
-) -> tuple[EncodedDataset, EncodedDataset | None]:
-    """(rows to train on, held-out rows as far as validation needs them), with the texts that each of them needs."""
+def asked(config: Config, family: Family, training: ImageDataset) -> AskedDataset | None:
+    """The prompts of validation.samples, as rows; None where there are none.
+
+    Raises:
+        DataError: references that cannot be read, or are more than the family sees, each with its key.
+    """
+    samples = config.validation.samples
+    if not samples or not config.validation.enabled:
+        return None
+    dataset = AskedDataset(
+        samples, training.rows[0].target, family.sizing_reference, config.data.init_args, family.size,
+        family.side_multiple, family.max_references, family.scaled,
+    )  # fmt: skip
+    problems = []
+    for place, sample in enumerate(samples):
+        key = f"validation.samples[{place}].references"
+        if len(sample.paths) > family.max_references:
+            problems.append(f"{key}: {len(sample.paths)} pictures; {family.name} takes at most {family.max_references}")
+            continue
+        found = dataset.check(rows=[place])
+        faults = [] if found else reference_faults(family, shown_references(dataset.plan(place)))
+        problems += [f"{key}: {line}" for line in found]
+        problems += [f"{key}: {sample.paths[number]}: {fault}" for number, fault in faults]
+    if problems:
+        raise DataError(problems)
+    return dataset
+
+
+class EncodedPairs(NamedTuple):
+    """The rows of a run with what the encoders make of them; None where a run has no such rows."""
+
+    training: EncodedDataset
+    held_out: EncodedDataset | None
+    asked: EncodedDataset | None
+
+
+def encoded(config: Config, family: Family, pairs: Pairs, checkpoint: Path, dtype: torch.dtype) -> EncodedPairs:
+    """Rows to train on, held-out rows as far as validation needs them, prompts of one's own; with their texts.
+
+    Raises:
+        DataError: see `asked`.
+    """
+    prompts = asked(config, family, pairs.training)
+    own = None if prompts is None else EncodedDataset(config, family, prompts, checkpoint, dtype, trained_on=False)
     if pairs.held_out is None:
-        return EncodedDataset(config, family, pairs.training, checkpoint, dtype), None
+        return EncodedPairs(EncodedDataset(config, family, pairs.training, checkpoint, dtype), None, own)
     held_out = EncodedDataset(config, family, needed(config, pairs.held_out), checkpoint, dtype, trained_on=False)
     # Samples are drawn from these, so the others need no negative prompts.
     unseen = config.model_copy(update={"validation": config.validation.model_copy(update={"enabled": False})})
-    return EncodedDataset(unseen, family, pairs.training, checkpoint, dtype), held_out
+    return EncodedPairs(EncodedDataset(unseen, family, pairs.training, checkpoint, dtype), held_out, own)

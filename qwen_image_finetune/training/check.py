@@ -53,7 +53,7 @@ def run_problems(config: Config, download: bool = False) -> list[str]:
     """One line for each: a folder, a checkpoint or a LoRA that is not there; a package that is not installed; an
     optimizer or schedule that cannot be built; text embeddings the family does not have; an adapter that does not fit a
     checkpoint of this machine (with `download`, `check_transformer` is for when it is here)."""
-    problems = [*_folders(config), *_resume(config)]
+    problems = [*_folders(config), *_samples(config), *_resume(config)]
     if absent := unavailable(config.logging.trackers):
         problems.append(f"logging.report_to names {absent}, not installed here: pip install {' '.join(absent)}")
     if config.train.attention == "flash4" and find_spec("flash_attn") is None:
@@ -130,6 +130,14 @@ def _folders(config: Config) -> Iterator[str]:
             folder = Path(path).expanduser()
             if not folder.exists():
                 yield f"{key}={path!r}: {no_folder(folder)}"
+
+
+def _samples(config: Config) -> Iterator[str]:
+    """References of prompts of one's own that are not there."""
+    for place, sample in enumerate(config.validation.samples if config.validation.enabled else []):
+        for path in sample.paths:
+            if not path.is_file():
+                yield f"validation.samples[{place}].references: {str(path)!r} is no file"
 
 
 def _resume(config: Config) -> Iterator[str]:

@@ -54,6 +54,7 @@ class Job:
     sharding: Sharding | None  # None: every process has the whole model
     rows: EncodedDataset  # pairs to train on
     held_out: EncodedDataset | None  # pairs that are only validated on, as many as that takes
+    asked: EncodedDataset | None  # prompts of validation.samples
     pairs: Pairs  # all of both
     batches: Batches
     total_steps: int  # optimizer steps of the whole run, resumed ones included
@@ -104,7 +105,7 @@ def open_job(config: Config) -> Job:
     parallel.check_base(sharding, place, precision)
     card = least(accelerator, card_memory() if accelerator.device.type == "cuda" else None)
     config, expectation = settled(config, family, folder, largest_sample(pairs.training), card, team.local_size)
-    rows, held_out = encoded(config, family, pairs, folder, loading.encoder_dtype(config.train.mixed_precision))
+    rows, held_out, own = encoded(config, family, pairs, folder, loading.encoder_dtype(config.train.mixed_precision))
     batches = plan_batches(config, pairs.training, team.size)
     job = Job(
         config=config,
@@ -115,6 +116,7 @@ def open_job(config: Config) -> Job:
         sharding=sharding,
         rows=rows,
         held_out=held_out,
+        asked=own,
         pairs=pairs,
         batches=batches,
         total_steps=num_steps(config, batches),

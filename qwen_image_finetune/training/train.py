@@ -94,8 +94,9 @@ def _train(job: Job, book: Logbook, progress: Progress, stopping: StopSignals) -
     # Embeddings: from the cache, which is completed first, or from encoders that stay
     with explained(config, "encoding the data set" if config.cache.use_cache else "loading the encoders", shared):
         pipe = prepare_embeddings(config, job.rows, job.accelerator, job.say)
-        if job.held_out is not None:
-            prepare_held_out(config, job.held_out, job.accelerator, job.say)
+        for seen in (job.held_out, job.asked):
+            if seen is not None:
+                prepare_held_out(config, seen, job.accelerator, job.say)
 
     # The model, its optimizer, and the state of both
     with explained(config, "loading the transformer", shared):

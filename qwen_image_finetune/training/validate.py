@@ -65,7 +65,7 @@ def open_validation(
         return None
     loss = None if job.held_out is None else HeldOutLoss(objective, settings)
     shown = job.rows if job.held_out is None else job.held_out
-    sampler = samples.Sampler(job.config, shown, pipe, transformer, job.accelerator.device)
+    sampler = samples.Sampler(job.config, shown, pipe, transformer, job.accelerator.device, job.asked)
     return Validation(job.config, sampler, book.run, book.trackers, loss)
 
 
@@ -191,6 +191,8 @@ class Validation:
         samples.save_layout(self.folder / f"step-{step}", layout)
         if self.trackers is not None:
             self.trackers.pictures("samples", strips, step)
+        pairs = [place for place, subject in enumerate(self.sampler.subjects) if subject.has_truth]
+        examples, drawn = [examples[place] for place in pairs], [drawn[place] for place in pairs]
         if line := constant(step, drawn, [example.target for example in examples]):
             console.say(line)
         return sample_measures(examples, drawn)
@@ -198,7 +200,7 @@ class Validation:
     def _known_base(self) -> Base | None:
         if self.folder is None:
             return None
-        files = [self.folder / BASE / f"{place}.png" for place in range(len(self.sampler.chosen))]
+        files = [self.folder / BASE / f"{place}.png" for place in range(len(self.sampler.subjects))]
         try:
             kept = read_json(self.folder / f"{BASE}.json")
             if kept["of"] != self._identity():
@@ -210,12 +212,14 @@ class Validation:
     def _identity(self) -> str:
         """Changes with whatever decides what the base draws and loses."""
         config = self.config
-        validation = config.validation.model_dump(exclude={"steps", "enabled", "share", "dataset_path"})
+        validation = config.validation.model_dump(exclude={"steps", "enabled", "share", "dataset_path", "samples"})
         train = config.train.model_dump(
             include={"mixed_precision", "sigma_distribution", "sigma_shift", "guidance_scale"}
         )
         model = config.model.model_dump(include={"pretrained_model_name_or_path", "revision", "quantize"})
         keys = [[row.key, *self.rows.content(place)] for place, row in enumerate(self.rows.dataset.rows)]
+        own = [subject for subject in self.sampler.subjects if not subject.has_truth]
+        keys += [[subject.seed, *subject.rows.content(subject.index)] for subject in own]
         parts: list[Any] = [
             validation,
             train,

@@ -219,7 +219,7 @@ class Validation:
         model = config.model.model_dump(include={"pretrained_model_name_or_path", "revision", "quantize"})
         keys = [[row.key, *self.rows.content(place)] for place, row in enumerate(self.rows.dataset.rows)]
         own = [subject for subject in self.sampler.subjects if not subject.has_truth]
-        keys += [[subject.seed, *subject.rows.content(subject.index)] for subject in own]
+        keys += [[str(subject.seed), *subject.rows.content(subject.index)] for subject in own]
         parts: list[Any] = [
             validation,
             train,

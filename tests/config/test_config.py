@@ -380,6 +380,7 @@ NOTED: dict[str, Any] = {
     "logging.logging_dir": ("elsewhere", {}, {"logging.report_to": ["tensorboard", "wandb"]}),
     "validation.steps": (7, {}, {"validation.enabled": True}),
     "validation.num_validation_samples": (7, {}, {"validation.enabled": True}),
+    "validation.samples": ([{"prompt": "a hat"}], {}, {"validation.enabled": True}),
     "validation.dataset_path": ("held_out", {}, {"validation.enabled": True}),
     "validation.share": (0.5, {}, {"validation.enabled": True}),
     "validation.num_loss_pairs": (

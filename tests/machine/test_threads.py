@@ -28,9 +28,9 @@ def test_who_has_chosen_is_left_alone() -> None:
 def test_the_library_hears_of_it_before_it_loads() -> None:
     """OMP_DISPLAY_ENV makes the library of torch's threads print its settings as it loads."""
     program = (
-        "import sys; from qwen_image_finetune.command import cli\n"
+        "import argparse, sys; from qwen_image_finetune.command import cli\n"
         "def verb(options):\n    assert 'torch' not in sys.modules\n    import torch\n"
-        "sys.exit(cli.guarded(verb, None))"
+        "sys.exit(cli.guarded(verb, argparse.Namespace()))"
     )
     clean = {name: value for name, value in os.environ.items() if name not in CHOICES}
     done = subprocess.run(

@@ -207,8 +207,18 @@ def _plan(verb: argparse.ArgumentParser) -> None:
 
 
 def _bench(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("family", choices=sorted(FAMILIES), help="whose architecture")
-    verb.add_argument("variants", nargs="*", help="rows beside the baseline; default: all that can run here")
+    verb.add_argument(
+        "family", help=f"whose architecture: {', '.join(sorted(FAMILIES))}; with --quick the configuration of a run"
+    )
+    verb.add_argument(
+        "--quick", action="store_true",
+        help="of a configuration: measure two or three precisions with its sizes, in about two minutes, and keep the "
+        "answer for model.quantize=auto and train.compile=auto",
+    )  # fmt: skip
+    verb.set_defaults(overrides=[])  # of the configuration
+    verb.add_argument(
+        "variants", nargs="*", help="rows beside the baseline; default: all that can run here; with --quick overrides"
+    )
     verb.add_argument("--size", type=_of(Side), nargs=2, default=(1024, 1024), help="width and height in pixels")
     verb.add_argument("--batch", type=_of(Count), default=1, help="samples a step")
     verb.add_argument("--rank", type=_of(Rank), default=16, help="of the adapter")

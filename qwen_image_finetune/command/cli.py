@@ -237,10 +237,37 @@ def plan(options: argparse.Namespace) -> None:
 
 def bench(options: argparse.Namespace) -> None:
     """Measure training steps of a full-size model with random weights, one setting beside the other."""
+    from qwen_image_finetune.config import ConfigError
+    from qwen_image_finetune.config.registry import FAMILIES
+
+    if options.quick:
+        quick_bench(Path(options.family), [*options.variants, *options.overrides])
+        return
+    if options.family not in FAMILIES:
+        hint = "; of a configuration, --quick is measured" if Path(options.family).is_file() else ""
+        raise ConfigError(f"{options.family!r} is none of {', '.join(sorted(FAMILIES))}{hint}")
     loading()
     from qwen_image_finetune.fitting.bench import Options, run
 
     run(filled(Options, options))
+
+
+def quick_bench(file: Path, overrides: Sequence[str]) -> None:
+    """`qif bench CONFIG --quick`."""
+    from qwen_image_finetune.config import load_config, resolve_family
+
+    config = load_config(file, overrides)
+    tell(config.notes)
+    check_folders(config, only_cache=True)
+    loading()
+    from qwen_image_finetune.encoding.pairs import open_pairs
+    from qwen_image_finetune.families import get_family, with_targets
+    from qwen_image_finetune.fitting import quick
+    from qwen_image_finetune.training.job import largest_sample
+
+    family = get_family(resolve_family(config)[0])
+    config = with_targets(config, family)
+    quick.run(config, family, largest_sample(open_pairs(config, family).training))
 
 
 def export(options: argparse.Namespace) -> None:

@@ -49,7 +49,7 @@ SWAP = Setting(
     ("train.blocks_to_swap=1",),
 )
 RELEASE = Setting("train.release_gradients", lambda c: c.train.release_gradients, ("train.release_gradients=true",))
-COMPILE = Setting("train.compile", lambda c: c.train.compile, ("train.compile=true",))
+COMPILE = Setting("train.compile", lambda c: c.train.compile is True, ("train.compile=true",))
 FULL = Setting("model.lora", lambda c: c.model.lora is None, ("model.lora=null",))
 
 EXCLUSIONS: tuple[Exclusion, ...] = (

@@ -68,6 +68,17 @@ def _readable(value: str) -> str:
     return value
 
 
+def _one_way(value: Any) -> Any:
+    """Refuse formats whose weights can be multiplied in one direction alone."""
+    if value in ("mxfp8", "nvfp4"):
+        raise ValueError(
+            f"model.quantize={value!r} cannot be trained on: its weights have a scale for each block of a row, and "
+            "cards multiply them along the row alone; the gradient of the input sums over rows, so it would need a "
+            "second copy of every weight. Use fp8 or int8 (docs/precision.md)"
+        )
+    return value
+
+
 def refuse(problems: Sequence[str]) -> None:
     """Raise all problems as one ValueError, if there are any."""
     if problems:
@@ -153,8 +164,9 @@ class ModelConfig(Section):
 
     pretrained_model_name_or_path: Text = Field(description="hub id or folder in diffusers layout")
     revision: Text | None = Field(None, description="branch, tag or commit of a hub id")
-    quantize: Switch | Literal["fp8", "nf4", "fp4", "int8"] = Field(
-        False, description="quantise the frozen base while loading; true means fp8"
+    quantize: Annotated[Switch | Literal["fp8", "nf4", "fp4", "int8", "auto"], BeforeValidator(_one_way)] = Field(
+        False,
+        description='quantise the frozen base while loading; true means fp8; "auto": chosen for the card, and said why',
     )
     lora: LoraConfig | None = Field(
         LoraConfig(), description="the adapter; null, written out, trains the whole transformer"
@@ -162,7 +174,9 @@ class ModelConfig(Section):
 
     @property
     def asked_format(self) -> str | None:
-        """The format that `quantize` asks for by its name; None: as the checkpoint is."""
+        """The format that `quantize` asks for by its name; None: as the checkpoint is, or "auto", not decided yet."""
+        if self.quantize == "auto":
+            return None
         return "fp8" if self.quantize is True else self.quantize or None
 
 
@@ -277,7 +291,10 @@ class TrainConfig(Section):
     release_gradients: Switch = Field(
         False, description="full fine-tuning: each weight is updated, its gradient freed, as soon as that is known"
     )
-    compile: Switch = Field(False, description="compile the blocks, once for each size of batch and pictures")
+    compile: Switch | Literal["auto"] = Field(
+        False,
+        description='compile the blocks, once for each size of batch and pictures; "auto": where the run gains by it',
+    )
     memory: Literal["as_written", "auto"] = Field(
         "as_written",
         description='"auto": gradient_checkpointing, keep_activations, offload_activations and blocks_to_swap are '

@@ -24,6 +24,7 @@ from typing import Any, cast
 
 import peft
 import torch
+from accelerate import init_empty_weights
 from torch import nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -39,7 +40,8 @@ from qwen_image_finetune.fitting.footprint import Footprint, footprint, stand_in
 from qwen_image_finetune.fitting.plan import cheapest_change, parse_memory
 from qwen_image_finetune.levers.attention import attention_of
 from qwen_image_finetune.levers.compile import compilation_of
-from qwen_image_finetune.levers.quantize import quantize
+from qwen_image_finetune.levers.quantize import candidates, replace
+from qwen_image_finetune.levers.quantized_linear import quantised
 from qwen_image_finetune.records import Batch
 
 BASELINE = "baseline"
@@ -55,6 +57,7 @@ class Variant:
     train: dict[str, Any] = field(default_factory=dict)  # keys of that section
     quantize: str | bool = False
     card: int | None = None  # bytes that the allocator may take; None is all there is
+    config: Config | None = None  # a whole run's, in place of one made of the options
 
 
 VARIANTS: dict[str, Variant] = {
@@ -115,13 +118,12 @@ class Timed:
         self.name, self.family, self.variant = name, family, variant
         self.device = _device()
         self.dtype = torch.bfloat16
-        self.model: Any = _random_transformer(family, about, self.device, self.dtype)
+        format = str(variant.quantize) if variant is not None and variant.quantize else None
+        self.model: Any = _random_transformer(family, about, self.device, self.dtype, format)
         if variant is None:
             _as_others_do(self.model, options)
         else:
-            config = _config(options, variant)
-            if variant.quantize:
-                quantize(self.model, str(variant.quantize))
+            config = variant.config or _config(options, variant)
             levers.prepare(self.model, config, self.device)
         self.model.train()
         self.batch = batch.to(self.device, self.dtype)
@@ -202,7 +204,7 @@ def run(options: Options, say: Callable[[str], None] = print) -> list[dict[str, 
     visits: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
     for number in range(options.rounds):
         for name, variant in variants.items():
-            visits[name].append(_visit(name, variant, options, family, about, batch))
+            visits[name].append(visit(name, variant, options, family, about, batch))
             say(f"round {number + 1} of {options.rounds}: {name}: {_in_short(visits[name][-1])}")
     rows = [_finished(_merged(visits[name]), found, options) for name in variants]
     for row in rows:
@@ -271,7 +273,7 @@ def _chosen(options: Options, family: Family) -> dict[str, Variant | None]:
     return chosen
 
 
-def _visit(
+def visit(
     name: str, variant: Variant | None, options: Options, family: Family, about: dict[str, Any], batch: Batch
 ) -> dict[str, Any]:
     """Build a variant, step it, and leave nothing behind; what goes wrong is the result."""
@@ -329,19 +331,24 @@ def _as_others_do(model: Any, options: Options) -> None:
         parameter.data = parameter.data.to(torch.bfloat16)
 
 
-def _random_transformer(family: Family, about: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Any:
-    """A frozen model made where it runs: neither disk nor host memory sees its weights."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            model: Any = cast(Any, family.transformer).from_config(about)
-    finally:
-        torch.set_default_dtype(before)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            nn.init.normal_(parameter, std=0.02)
-    return model.requires_grad_(False)
+def _random_transformer(
+    family: Family, about: dict[str, Any], device: torch.device, dtype: torch.dtype, format: str | None = None
+) -> Any:
+    """A frozen model made where it runs, layer by layer: neither disk nor host memory sees its weights, and the card
+    never more than one layer that is not quantised yet."""
+    with init_empty_weights():
+        model: Any = cast(Any, family.transformer).from_config(about)
+    model.requires_grad_(False)
+    for name, layer in list(candidates(model)) if format is not None else ():
+        weight = torch.empty(layer.weight.shape, dtype=dtype, device=device).normal_(std=0.02)
+        replace(model, name, quantised(weight, str(format)))
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                number = torch.empty(parameter.shape, dtype=dtype, device=device)
+                filled = number.normal_(std=0.02) if number.dim() > 1 else number.fill_(name == "weight")
+                module._parameters[name] = nn.Parameter(filled, requires_grad=False)
+    return model.to(device)
 
 
 def _tiny(family: Family) -> dict[str, Any]:

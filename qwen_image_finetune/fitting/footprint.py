@@ -106,6 +106,11 @@ class Footprint:
         """Repeated blocks of all kinds."""
         return sum(kind.count for kind in self.kinds.values())
 
+    @property
+    def product_numbers(self) -> int:
+        """Numbers in the outputs of all products of one forward pass, in 16 bits."""
+        return sum(kind.count * sum(product.size for product in kind.products) for kind in self.kinds.values()) // 2
+
     def kept(self, keep: float | str | None) -> int:
         """Bytes that all blocks together keep."""
         return sum(kind.count * sum(kind.kept(keep)) for kind in self.kinds.values())

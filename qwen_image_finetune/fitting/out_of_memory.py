@@ -123,7 +123,9 @@ def _for_the_transformer(config: Config, on_card: bool, stepping: bool) -> Itera
     if on_card and stepping and not train.offload_activations:
         yield TIME, "train.offload_activations=true: activations wait in host memory; slower, same result"
     if on_card and lora is not None and not swapped:
-        needed = ["train.gradient_checkpointing=true"] * (not recomputed) + ["train.compile=false"] * train.compile
+        needed = ["train.gradient_checkpointing=true"] * (not recomputed) + ["train.compile=false"] * bool(
+            train.compile
+        )
         words = " with ".join(["train.blocks_to_swap=auto", *needed])
         yield TIME, f"{words}: weights wait in host memory; slower, same result"
     if on_card and not config.cache.use_cache and not train.low_memory:

@@ -263,6 +263,11 @@ def card_memory() -> int | None:
     return free + torch.cuda.memory_reserved()
 
 
+def this_card() -> speed.Card | None:
+    """What is known of this machine's card; None without one, or of one that is not known."""
+    return speed.card_called(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+
+
 def _recompute(keep: float | str | None) -> dict[str, Any]:
     if keep is None:
         return {"train.gradient_checkpointing": False, "train.memory": "as_written"}

@@ -11,16 +11,14 @@ from qwen_image_finetune.families import get_family
 from qwen_image_finetune.fitting.estimate import GIB, OUTSIDE, Estimator
 from qwen_image_finetune.fitting.plan import (
     NothingFits,
-    asks,
     card_memory,
     cheapest_change,
-    decided,
     host_warnings,
     last_resort,
     parse_memory,
     with_keys,
 )
-from qwen_image_finetune.fitting.plan_words import card_named, step_seconds
+from qwen_image_finetune.fitting.plan_words import card_named, decide, step_seconds
 from qwen_image_finetune.levers.stored_precision import local_checkpoint
 
 
@@ -37,11 +35,10 @@ def numbers(config: Config, card: str | None) -> dict[str, Any]:
     named = card_named(card)
     memory = card_memory() if card is None else named.memory * GIB if named is not None else parse_memory(card)
     notes: list[str] = []
-    if memory is not None and asks(config):
-        with suppress(NothingFits):
-            estimator.config, sentence = decided(estimator, memory)
-            notes.append(sentence)
-    estimate, here = estimator.estimate(), card is None
+    here = card is None
+    with suppress(NothingFits):
+        notes += decide(estimator, memory, named, here)
+    estimate = estimator.estimate()
     seconds = step_seconds(estimator, estimator.config, estimator.format, named, here)
     found: dict[str, Any] = {
         "family": estimator.family.name,

@@ -10,7 +10,7 @@ import torch
 
 from qwen_image_finetune.config import Config, ConfigError, resolve_family
 from qwen_image_finetune.families import get_family
-from qwen_image_finetune.fitting import speed
+from qwen_image_finetune.fitting import choice, speed
 from qwen_image_finetune.fitting.estimate import GIB, OUTSIDE, Estimator
 from qwen_image_finetune.fitting.plan import (
     NothingFits,
@@ -22,6 +22,7 @@ from qwen_image_finetune.fitting.plan import (
     host_warnings,
     last_resort,
     parse_memory,
+    this_card,
     with_keys,
 )
 from qwen_image_finetune.levers import attention
@@ -50,7 +51,7 @@ def summary(config: Config) -> Iterator[str]:
     """The plan in a few words: peaks, this machine's card, and the time of a step where it can be told."""
     estimator = Estimator(get_family(resolve_family(config)[0]), config, local_checkpoint(config.model))
     card = card_memory()
-    yield from _decide(estimator, card)
+    yield from decide(estimator, card, card_named(None), here=True)
     estimate = estimator.estimate()
     largest = sorted(estimate.device.items(), key=lambda part: -part[1])[:2]
     parts = ", ".join(f"{name} {size_words(size, 1)}" for name, size in largest)
@@ -70,7 +71,7 @@ def summary(config: Config) -> Iterator[str]:
 def _lines(estimator: Estimator, card: int | None, named: speed.Card | None, here: bool) -> Iterator[str]:
     notes: list[str] = []
     with suppress(NothingFits):  # the table shows why, and what is proposed below is more than "auto" may change
-        notes += _decide(estimator, card)
+        notes += decide(estimator, card, named, here)
     family, config, estimate, found = estimator.family, estimator.config, estimator.estimate(), estimator.footprint
     sizes = ", ".join(f"{width}x{height}" for width, height in estimator.sizes)
     base = estimator.format or PRECISIONS[config.train.mixed_precision]
@@ -132,8 +133,12 @@ def size_words(size: float, digits: int = 2) -> str:
     return f"{size / 2**10:.{digits}f} KiB" if size else "nothing"
 
 
-def _decide(estimator: Estimator, card: int | None) -> Iterator[str]:
-    """Let the estimator have the configuration in which every "auto" of memory is decided for a card, and say it."""
+def decide(estimator: Estimator, card: int | None, named: speed.Card | None, here: bool) -> Iterator[str]:
+    """Let the estimator have the configuration in which every "auto" is decided for a card, and say it."""
+    if choice.asks(estimator.config):
+        estimator.config, sentence = choice.decided(estimator, card, named, here)
+        estimator.format = estimator.format or estimator.config.model.asked_format
+        yield sentence
     if card is not None and asks(estimator.config):
         estimator.config, sentence = decided(estimator, card)
         yield sentence
@@ -179,10 +184,14 @@ def _step(config: Config, format: str | None, card: speed.Card, here: bool) -> t
         (config.model.lora is None, "full fine-tuning was not measured"),
         (train.blocks_to_swap not in (0, "auto"), "swapped blocks were not measured"),
         (train.offload_activations, "offloaded activations were not measured"),
+        (
+            format == "int8" and (card.attained is None or card.attained.int8_products is None),
+            "products in int8 were not measured",
+        ),
         (card.attained is not None and name not in card.attained.attention, f"{name} attention was not measured"),
     ]
     lacking = next((why for applies, why in unmeasured if applies), None)
-    return speed.Step(train.recomputation_keeps, train.compile, format, name), lacking
+    return speed.Step(train.recomputation_keeps, train.compile is True, format, name), lacking
 
 
 def card_named(text: str | None) -> speed.Card | None:
@@ -198,4 +207,4 @@ def card_named(text: str | None) -> speed.Card | None:
                 "each of several holds"
             )
         return speed.card_called(text)
-    return speed.card_called(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    return this_card()

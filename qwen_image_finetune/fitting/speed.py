@@ -1,12 +1,14 @@
 """How long a step takes, from what is counted: operations over the rates that a card attains, bytes over its bandwidth.
 
 A time is given where the rates were measured; where only a card's data sheet is known, what it says bounds the time
-from below, and a card that is not known gets none. The model is compared with measured steps in tests/test_speed.py.
+from below, and a card that is not known gets none. To choose between settings (`supposed`) a guess does: that a card
+reaches the share of its data sheet that the measured one does. The model is compared with measured steps in
+tests/test_speed.py.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from qwen_image_finetune.fitting.footprint import Footprint
 
@@ -21,6 +23,7 @@ class Card:
     memory: int  # GiB, as it is named
     products: float  # peak of 16-bit products
     fp8_products: float | None  # the same for fp8; None where the card has none
+    int8_products: float  # the same for int8, summed in int32
     bandwidth: float  # of its memory, GB/s
     attained: Attained | None = None
 
@@ -38,23 +41,26 @@ class Attained:
 
     products: float
     fp8_products: float
+    int8_products: float | None = None
     attention: dict[str, tuple[float, float]] = field(default_factory=dict)  # by name: forward, backward
 
 
-# docs/performance.md says how the H100's rates were measured.
-_H100 = Attained(806, 1525, {"flash": (352, 301), "flash4": (721, 601)})
+# Measured: the H100's rates as `attained`, docs/performance.md says how. Everything else is from data sheets: NVIDIA's
+# of the H100, H200, B200, A100 and L40S, and its whitepapers on GA102, AD102 and the RTX Blackwell cards.
+_H100 = Attained(806, 1525, attention={"flash": (352, 301), "flash4": (721, 601)})
 CARDS = (  # the more special name first
-    Card("H100 PCIe", 80, 756, 1513, 2000),
-    Card("H100", 80, 989, 1979, 3350, _H100),
-    Card("H200", 141, 989, 1979, 4800),
-    Card("B200", 180, 2250, 4500, 7700),
-    Card("A100 80GB", 80, 312, None, 1935),
-    Card("A100", 40, 312, None, 1555),
-    Card("L40S", 48, 362, 733, 864),
-    Card("RTX 6000 Ada", 48, 364, 728, 960),
-    Card("RTX 5090", 32, 209, 419, 1792),
-    Card("RTX 4090", 24, 165, 330, 1008),
-    Card("RTX 3090", 24, 71, None, 936),
+    Card("H100 PCIe", 80, 756, 1513, 1513, 2000),
+    Card("H100", 80, 989, 1979, 1979, 3350, _H100),
+    Card("H200", 141, 989, 1979, 1979, 4800),
+    Card("B200", 180, 2250, 4500, 4500, 7700),
+    Card("A100 80GB", 80, 312, None, 624, 1935),
+    Card("A100", 40, 312, None, 624, 1555),
+    Card("L40S", 48, 362, 733, 733, 864),
+    Card("RTX PRO 6000", 96, 504, 1008, 1008, 1792),
+    Card("RTX 6000 Ada", 48, 364, 728, 728, 960),
+    Card("RTX 5090", 32, 209, 419, 838, 1792),
+    Card("RTX 4090", 24, 165, 330, 661, 1008),
+    Card("RTX 3090", 24, 71, None, 284, 936),
 )
 
 # The three constants that were fitted, to measured steps of the two architectures. Norms, activations, rotations and
@@ -62,6 +68,11 @@ CARDS = (  # the more special name first
 EAGER_TRAFFIC, COMPILED_TRAFFIC = 10.2, 4.9
 # Bytes that are moved for each weight that is made a 16-bit one for the length of a product.
 DEQUANTISED = 6.5
+# Bytes that are moved for each number of a product to round its factors where nothing is compiled: by the one step that
+# was measured so (docs/performance.md).
+EAGER_ROUNDING = 73
+# The same for int8, compiled, by count: the input rotated (written and read, 16 bits), the sum written and read (32).
+INT8_TRAFFIC = 12
 
 
 @dataclass(frozen=True)
@@ -84,15 +95,44 @@ def seconds(found: Footprint, step: Step, card: Card) -> float | None:
     rates = card.attained
     if rates is None or step.attention not in rates.attention:
         return None
+    if step.format == "int8" and rates.int8_products is None:
+        return None
+    return _seconds(found, step, card, rates)
+
+
+def supposed(found: Footprint, step: Step, card: Card) -> float:
+    """The same as a guess, for a choice between settings: what was not measured on this card is taken from its data
+    sheet, times the share of it that the H100 attains (of int8: that of fp8)."""
+    known = card_called("H100")
+    assert known is not None
+    assert known.attained is not None
+    assert known.fp8_products is not None
+    like = known.attained
+    share, share_of_8_bits = like.products / known.products, like.fp8_products / known.fp8_products
+    attained = card.attained or Attained(
+        card.products * share,
+        (card.fp8_products or 0.0) * share_of_8_bits,
+        attention={"flash": tuple(rate / known.products * card.products for rate in like.attention["flash"])},  # type: ignore[dict-item]
+    )
+    rates = replace(attained, int8_products=attained.int8_products or card.int8_products * share_of_8_bits)
+    known_attention = step.attention if step.attention in rates.attention else "flash"
+    return _seconds(found, replace(step, attention=known_attention), card, rates)
+
+
+def _seconds(found: Footprint, step: Step, card: Card, rates: Attained) -> float:
     work, recomputed = found.work(step.keep), step.keep is not None
-    in_fp8 = step.format == "fp8" and card.fp8_products is not None
+    in_8_bits = _peak_of_8_bits(step, card) is not None
     forward, backward = rates.attention[step.attention]
-    computing = work.products / (rates.fp8_products if in_fp8 else rates.products)
+    narrow = rates.int8_products if step.format == "int8" else rates.fp8_products
+    computing = work.products / (narrow if in_8_bits and narrow else rates.products)
     computing += work.attention_forward / forward + work.attention_backward / backward
     # What is recomputed selectively inside a compiled region is part of its backward pass.
     passes = 3 + (recomputed and not (step.compiled and step.keep != "none"))
     moved = found.kept(None) * passes * (COMPILED_TRAFFIC if step.compiled else EAGER_TRAFFIC)
-    if step.format is not None and not in_fp8:
+    if in_8_bits:
+        each = EAGER_ROUNDING * (not step.compiled) + INT8_TRAFFIC * (step.format == "int8")
+        moved += found.product_numbers * each * (2 + recomputed)
+    elif step.format is not None:
         linear = sum(kind.count * kind.linear for kind in found.kinds.values())
         moved += linear * DEQUANTISED * (2 + recomputed)
     return computing / TERA + moved / (card.bandwidth * 1e9)
@@ -101,7 +141,10 @@ def seconds(found: Footprint, step: Step, card: Card) -> float | None:
 def floor(found: Footprint, step: Step, card: Card) -> float:
     """Time of one micro-batch at the peaks of the data sheet, attention in 16 bits, nothing else counted."""
     work = found.work(step.keep)
-    in_fp8 = step.format == "fp8" and card.fp8_products is not None
     attention = (work.attention_forward + work.attention_backward) / card.products
-    products = work.products / (card.fp8_products if in_fp8 and card.fp8_products else card.products)
-    return (products + attention) / TERA
+    return (work.products / (_peak_of_8_bits(step, card) or card.products) + attention) / TERA
+
+
+def _peak_of_8_bits(step: Step, card: Card) -> float | None:
+    """Peak of the products that a base of this format is multiplied with; None where that is in 16 bits."""
+    return {"fp8": card.fp8_products, "int8": card.int8_products}.get(step.format or "")

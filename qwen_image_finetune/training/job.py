@@ -12,11 +12,13 @@ from qwen_image_finetune import loading
 from qwen_image_finetune.config import Config, ConfigError, resolve_family
 from qwen_image_finetune.data.batches import Batches
 from qwen_image_finetune.data.dataset import ImageDataset
+from qwen_image_finetune.disk import versions
 from qwen_image_finetune.encoding.cache import EncodedDataset
 from qwen_image_finetune.encoding.pairs import Pairs, encoded, open_pairs
 from qwen_image_finetune.families import get_family, with_targets
 from qwen_image_finetune.families.base import Family
-from qwen_image_finetune.fitting.plan import card_memory, settled
+from qwen_image_finetune.fitting import choice
+from qwen_image_finetune.fitting.plan import card_memory
 from qwen_image_finetune.levers import attention, parallel
 from qwen_image_finetune.levers.parallel import Sharding
 from qwen_image_finetune.levers.stored_precision import base_precision, check_installed
@@ -104,7 +106,9 @@ def open_job(config: Config) -> Job:
     attention.choose(config.train.attention, accelerator.device, loading.weight_dtype(config.train.mixed_precision))
     parallel.check_base(sharding, place, precision)
     card = least(accelerator, card_memory() if accelerator.device.type == "cuda" else None)
-    config, expectation = settled(config, family, folder, largest_sample(pairs.training), card, team.local_size)
+    version = team.share(lambda: resumed_version(config), "looking for a run to resume")
+    config = choice.kept(config, None if version is None else Path(version))
+    config, expectation = choice.settled(config, family, folder, largest_sample(pairs.training), card, team.local_size)
     rows, held_out, own = encoded(config, family, pairs, folder, loading.encoder_dtype(config.train.mixed_precision))
     batches = plan_batches(config, pairs.training, team.size)
     job = Job(
@@ -136,6 +140,13 @@ def least(accelerator: Accelerator, free: int | None) -> int | None:
     return int(accelerator.gather(torch.tensor([free], device=accelerator.device)).min())
 
 
+def resumed_version(config: Config) -> str | None:
+    """Folder of the version that a run goes on from; None of one that starts afresh."""
+    spec = config.train.resume_from_checkpoint
+    found = spec and versions.find_checkpoint(config.logging.project_dir, spec, lambda message: None)
+    return str(Path(found).resolve().parent) if found and choice.asks(config) else None
+
+
 def largest_sample(dataset: ImageDataset) -> list[tuple[int, int]]:
     """Sizes (width, height) of target and references of the sample with the most pixels."""
     samples = {dataset.geometry(index) for index in range(len(dataset))}
@@ -145,6 +156,11 @@ def largest_sample(dataset: ImageDataset) -> list[tuple[int, int]]:
 def check_sharing(config: Config, processes: int, shared: bool) -> None:
     """Raise ConfigError for levers that several processes, or a model that they share, exclude."""
     train = config.train
+    if shared and choice.asks(config):
+        raise ConfigError(
+            "model.quantize=auto or train.compile=auto with FSDP: nothing is chosen for a card there; set "
+            "model.quantize=false, and train.compile to true or false"
+        )
     if train.release_gradients and processes > 1:
         raise ConfigError(
             f"train.release_gradients=true with {processes} processes: gradients are used before they are averaged; "

@@ -40,7 +40,7 @@ def test_a_row_that_fails_says_why_and_the_others_go_on(monkeypatch: pytest.Monk
     def fail(*arguments: Any) -> None:
         raise torch.OutOfMemoryError("no room\nfor details")
 
-    monkeypatch.setattr(bench, "quantize", fail)
+    monkeypatch.setattr(bench, "quantised", fail)
     rows = run(Options("FluxKontext", ("nf4", "attention"), tiny=True, steps=1, rank=4), lambda line: None)
     assert rows[1] == {"variant": "nf4", "error": "OutOfMemoryError: no room"}
     assert rows[2]["ratio"] > 0

@@ -10,24 +10,25 @@ from typing import TYPE_CHECKING
 from qwen_image_finetune.disk.files import write_atomic
 from qwen_image_finetune.disk.outputs import check_output
 from qwen_image_finetune.judging.metrics import METRICS
-from qwen_image_finetune.judging.pages.curves import Series, curve
+from qwen_image_finetune.judging.pages.curves import Curve, Series, charts, legend
 from qwen_image_finetune.judging.pages.html import document, escape, is_page, picture, section, table
 from qwen_image_finetune.judging.pages.reading import Version, said
 from qwen_image_finetune.judging.pages.shapes import ReportError
 from qwen_image_finetune.judging.report import headline
+from qwen_image_finetune.judging.request import BASE, COPY
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 HEIGHT = 256
-CURVES = {
-    "loss": "training loss",
-    "held_out_loss": "held-out loss",
-    "held_out_difference": "held-out loss minus the base's",
-    "learning_rate": "learning rate",
-    "grad_norm": "gradient norm before clipping",
-    "step_seconds": "seconds a step",
-    "memory_gib": "peak memory, GiB",
+CURVES = {  # metric: title, unit
+    "loss": ("Training loss", ""),
+    "held_out_loss": ("Held-out loss", ""),
+    "held_out_difference": ("Held-out loss minus the base's (below 0 is better)", ""),
+    "learning_rate": ("Learning rate", ""),
+    "grad_norm": ("Gradient norm before clipping", ""),
+    "step_seconds": ("Time of a step", "s"),
+    "memory_gib": ("Peak memory", "GiB"),
 }
 
 
@@ -62,9 +63,25 @@ def labels(found: Sequence[Version]) -> list[str]:
 
 def summary(found: Sequence[Version], names: Sequence[str]) -> str:
     """The headlines of the runs, one a column."""
-    values = [dict(headline(version)) for version in found]
+    values = [dict(headline(version)) | held_out(version) for version in found]
     keys = list(dict.fromkeys(key for each in values for key in each))
     return table(["", *names], [[key, *(each.get(key, "-") for each in values)] for key in keys])
+
+
+def held_out(version: Version) -> dict[str, str]:
+    """What the last candidate of its evaluation is worth, measure by measure, and the base in brackets."""
+    if version.evaluation is None:
+        return {}
+    base = {one.name: one for one in version.evaluation.candidates}.get(BASE)
+    tuned = [one for one in version.evaluation.candidates if one.name not in (BASE, COPY)]
+    if not tuned:
+        return {}
+    shown = {}
+    for metric in METRICS:
+        value, before = tuned[-1].means.get(metric), base and base.means.get(metric)
+        if value is not None:
+            shown[f"held-out {metric}"] = f"{value.mean:.4g}" + (f" (base {before.mean:.4g})" if before else "")
+    return shown
 
 
 def difference(found: Sequence[Version], names: Sequence[str]) -> str:
@@ -97,18 +114,14 @@ def _counted(contents: Sequence[str]) -> str:
 
 def curves(found: Sequence[Version], names: Sequence[str]) -> str:
     """The same curve of all runs in one figure."""
-    key = "".join(
-        f'<span><i style="background: var(--c{place % 6})"></i>{escape(name)}</span>'
-        for place, name in enumerate(names)
-    )
-    figures = "".join(
-        curve(title, [
+    figures = [
+        Curve(title, [
             Series(name, version.points(metric), place, smooth=metric in ("loss", "grad_norm", "step_seconds"))
             for place, (version, name) in enumerate(zip(found, names, strict=True))
-        ])
-        for metric, title in CURVES.items()
-    )  # fmt: skip
-    return f'<div class="legend">{key}</div><div class="curves">{figures}</div>'
+        ], unit)
+        for metric, (title, unit) in CURVES.items()
+    ]  # fmt: skip
+    return legend(names) + charts(figures)
 
 
 def samples(found: Sequence[Version], names: Sequence[str]) -> str:

@@ -15,7 +15,7 @@ from qwen_image_finetune.data.images import open_upright
 from qwen_image_finetune.disk.files import write_atomic
 from qwen_image_finetune.disk.reading import read_json
 from qwen_image_finetune.judging.evaluate import RESULTS, TRUTH
-from qwen_image_finetune.judging.pages.curves import Series, curve
+from qwen_image_finetune.judging.pages.curves import Curve, Series, charts, legend
 from qwen_image_finetune.judging.pages.html import cards, document, escape, picture, section
 from qwen_image_finetune.judging.pages.reading import Sample, Version
 from qwen_image_finetune.judging.report import evaluation
@@ -96,15 +96,11 @@ def learning(found: Sequence[tuple[Shown, Version]]) -> str:
     loss = [
         Series(one.title, version.points("held_out_difference"), place) for place, (one, version) in enumerate(found)
     ]
-    key = "".join(
-        f'<span><i style="background: var(--c{place})"></i>{escape(one.title)}</span>'
-        for place, (one, _) in enumerate(found)
-    )
     figures = [
-        curve("foreground IoU of the samples (1 is the true mask)", overlap, zero=True),
-        curve("held-out loss minus the base's (below 0 is better)", loss, zero=True),
+        Curve("Foreground IoU of the samples (1 is the true mask)", overlap, zero=True),
+        Curve("Held-out loss minus the base's (below 0 is better)", loss, zero=True),
     ]
-    return f'<div class="legend">{key}</div><div class="curves">{"".join(figures)}</div>'
+    return legend([one.title for one, _ in found]) + charts(figures)
 
 
 def overlaps(samples: Sequence[Sample]) -> list[tuple[float, float]]:

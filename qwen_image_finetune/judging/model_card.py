@@ -19,7 +19,7 @@ import yaml
 from PIL import Image
 
 from qwen_image_finetune.config import Config
-from qwen_image_finetune.disk.files import staged_folder
+from qwen_image_finetune.disk.files import Staged, staged_folder
 from qwen_image_finetune.disk.reading import read_json
 from qwen_image_finetune.disk.versions import LORA_WEIGHTS, step_of
 from qwen_image_finetune.families import FAMILIES, get_family
@@ -140,29 +140,28 @@ def _told(value: Any, base: str | None, key: str = "") -> Any:
     return PurePath(value).name if is_place else value
 
 
-def _weights(checkpoint: Path, target: Path) -> None:
+def _weights(checkpoint: Path, staged: Staged) -> None:
     names = [LORA_WEIGHTS] if (checkpoint / LORA_WEIGHTS).is_file() else ["transformer"]
     for name in names:
         found = checkpoint / name
         for file in sorted(found.rglob("*")) if found.is_dir() else [found]:
-            copy = target / file.relative_to(checkpoint)
+            place = file.relative_to(checkpoint)
             if file.is_dir():
-                copy.mkdir(parents=True)
+                (staged / place).mkdir(parents=True)
                 continue
-            copy.parent.mkdir(parents=True, exist_ok=True)
+            (staged / place).parent.mkdir(parents=True, exist_ok=True)
             try:
-                os.link(file.resolve(), copy)
+                os.link(file.resolve(), staged / place)
             except OSError:  # another disk, or one without links
-                shutil.copyfile(file, copy)
+                shutil.copyfile(file, staged / place)
 
 
-def _pictures(version: Version, checkpoint: Path, target: Path) -> Iterator[Shown]:
+def _pictures(version: Version, checkpoint: Path, staged: Staged) -> Iterator[Shown]:
     """Of the evaluation, if it measured this checkpoint, else of the samples drawn last."""
     strips = list(_evaluated(version, checkpoint)) or list(_drawn(version, checkpoint))
     for place, (names, pictures, prompt) in enumerate(strips[:MOST_PICTURES]):
-        file = target / PICTURES / f"{place}.png"
-        file.parent.mkdir(exist_ok=True)
-        _side_by_side(pictures).save(file)
+        (staged / PICTURES).mkdir(exist_ok=True)
+        _side_by_side(pictures).save(staged / PICTURES / f"{place}.png")
         yield Shown(f"{PICTURES}/{place}.png", names, prompt)
 
 

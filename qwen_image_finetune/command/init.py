@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_image_finetune.config import Config, resolve_family
+from qwen_image_finetune.config.tree import find, put
 from qwen_image_finetune.disk.files import write_atomic
 from qwen_image_finetune.disk.outputs import check_output
 from qwen_image_finetune.encoding.pairs import Pairs, open_pairs
@@ -22,9 +24,11 @@ from qwen_image_finetune.levers.stored_precision import local_checkpoint
 from qwen_image_finetune.machine.console import note, say
 
 PREFERENCES = tuple(recipe.FORMATS)
+REQUIRED = "model.pretrained_model_name_or_path"
+ALWAYS = (REQUIRED, "data.init_args.dataset_path", "optimizer.init_args.lr")  # what a person looks for, default or not
+SPREAD = ("model", "train")  # sections with a line for each key; the others take one
 COMMENTS = {
-    "data.batch_size": "pairs a step",
-    "data.init_args.dataset_path": "control_images/ and training_images/, paired by name (docs/data.md)",
+    "data.init_args.dataset_path": "pairs, by name (docs/data.md)",
     "train.max_train_steps": "{visits} visits of each pair; stop earlier if the held-out loss no longer falls",
     "model.lora.r": "rank",
     "model.quantize": "the frozen base, of fewer bits",
@@ -70,7 +74,7 @@ def init(answers: Answers) -> Path:
     if prefer not in PREFERENCES:
         raise InitError(f"{prefer!r} is none of {', '.join(PREFERENCES)}")
     values: dict[str, Any] = {
-        "model.pretrained_model_name_or_path": model, "data.init_args.dataset_path": str(folder), "data.batch_size": 1,
+        REQUIRED: model, "data.init_args.dataset_path": str(folder), "data.batch_size": 1,
         "cache.use_cache": True, "logging.tracker_project_name": answers.output.stem,
     }  # fmt: skip
     values["train.trainer"] = family_of(model, as_config(values))
@@ -196,29 +200,49 @@ def open_validation(values: dict[str, Any], pairs: Pairs) -> None:
 
 def as_config(values: dict[str, Any]) -> Config:
     """Dotted keys as a configuration."""
+    return Config.model_validate(nested(values))
+
+
+def nested(values: dict[str, Any]) -> dict[str, Any]:
+    """Dotted keys as sections within sections."""
     tree: dict[str, Any] = {}
     for key, value in values.items():
-        *sections, name = key.split(".")
-        place = tree
-        for section in sections:
-            place = place.setdefault(section, {})
-        place[name] = value
-    return Config.model_validate(tree)
+        put(tree, key, value)
+    return tree
 
 
 def text(values: dict[str, Any], pairs: int) -> Iterator[str]:
-    """The lines of the file: nested keys, the comment behind each."""
-    yield f"# Written by `qif init` for {pairs} pairs; docs/recipe.md says where the numbers come from, and"
-    yield "# docs/configuration.md what else can be set."
-    written: tuple[str, ...] = ()
-    for key in sorted(values, key=_place):
-        *sections, name = key.split(".")
-        for depth, section in enumerate(sections):
-            if tuple(sections[: depth + 1]) != written[: depth + 1]:
-                yield f"{'  ' * depth}{section}:"
-                written = tuple(sections[: depth + 1])
-        comment = COMMENTS.get(key, "").format(visits=round(values["train.max_train_steps"] / pairs))
-        yield f"{'  ' * len(sections)}{name}: {json.dumps(values[key])}{f'  # {comment}' if comment else ''}"
+    """The lines of the file: what differs from the defaults and what a person changes first, with its comment."""
+    yield f"# Written by `qif init` for {pairs} pairs. The numbers: docs/recipe.md. More keys: docs/configuration.md."
+    told = [key for key in values if key in ALWAYS or not _is_default(key, values[key])]
+    for section, keys in itertools.groupby(sorted(told, key=_place), key=lambda key: key.partition(".")[0]):
+        group = list(keys)
+        comments = [
+            COMMENTS.get(key, "").format(visits=round(values["train.max_train_steps"] / pairs)) for key in group
+        ]
+        tree = nested({key.partition(".")[2]: values[key] for key in group})
+        if section not in SPREAD:
+            yield _line(f"{section}: {_flow(tree)}", "; ".join(filter(None, comments)))
+            continue
+        yield f"{section}:"
+        for (name, value), comment in zip(tree.items(), comments, strict=False):
+            yield _line(f"  {name}: {_flow(value)}", comment)
+
+
+def _line(words: str, comment: str) -> str:
+    return f"{words}  # {comment}" if comment else words
+
+
+def _flow(value: Any) -> str:
+    """A value on one line; the names of keys need no quotes."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name}: {_flow(inner)}" for name, inner in value.items()) + "}"
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _is_default(key: str, value: Any) -> bool:
+    """Whether a configuration without the key says the same."""
+    return bool(find(as_config({REQUIRED: "any"}).model_dump(mode="json"), key) == value)
 
 
 def _place(key: str) -> tuple[Sequence[int | str], ...]:

@@ -29,7 +29,9 @@ def test_the_file_fits_the_card_by_the_planner(
         capsys.readouterr()
         main(["plan", f"{prefer}.yaml", "--card", "16GB", "--json"])
         assert json.loads(capsys.readouterr().out)["fits"] is True
-    assert len(Path("quality.yaml").read_text().splitlines()) < 40
+    written = Path("quality.yaml").read_text().splitlines()
+    assert len(written) <= 16
+    assert any(FACES in line for line in written) and any("lr: 0.0001" in line for line in written)
     assert main(["check", "quality.yaml"]) == 0
     assert "18 pairs to train on, 2 to validate on" in capsys.readouterr().out
 

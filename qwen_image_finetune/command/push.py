@@ -10,10 +10,11 @@ from pathlib import Path
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
-from qwen_image_finetune.judging.model_card import CARD, HUB_ID, prepare
+from qwen_image_finetune.config.family import REPOSITORY
+from qwen_image_finetune.disk.versions import HUB
+from qwen_image_finetune.judging.model_card import CARD, prepare
 from qwen_image_finetune.machine.console import say
 
-FOLDER = "hub"  # in the version folder: what is sent
 TROUBLE = (HfHubHTTPError, OfflineModeIsEnabled, OSError)
 
 
@@ -58,9 +59,9 @@ def push(request: Request) -> str | None:
 
 def gather(request: Request) -> Path:
     """The folder of what is to be sent; it stays in the run, to be looked at."""
-    if not HUB_ID.fullmatch(request.repository):
+    if not REPOSITORY.fullmatch(request.repository):
         raise PushError(f"{request.repository!r} is no hub id: it takes OWNER/NAME, such as your-name/night")
-    folder = request.version / FOLDER
+    folder = request.version / HUB
     checkpoint = prepare(request.version, request.checkpoint, folder, request.repository, request.pictures)
     say(f"{checkpoint} -> {request.repository} ({'public' if request.public else 'private'})")
     return folder

@@ -17,6 +17,7 @@ from qwen_image_finetune.config.words import no_folder
 
 MODEL = "model.pretrained_model_name_or_path"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # OWNER/NAME: a place to send to, where a short name will not do
 EXAMPLES = {entry.example for entry in FAMILIES.values()}
 SUGGESTION = f"use a pipeline in diffusers layout, such as {FAMILIES[DEFAULT_FAMILY].example}"
 

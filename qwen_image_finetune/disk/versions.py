@@ -18,6 +18,7 @@ VERSION = re.compile(r"^v(0|[1-9]\d*)$")
 CHECKPOINT = re.compile(r"^checkpoint-(\d+)-(\d+)$")
 SUPERSEDED = "superseded"  # folder of what a resume from an older checkpoint set aside
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
+HUB = "hub"  # folder, in a version, of what is sent to the hub
 
 
 class RunError(ValueError):

@@ -19,6 +19,7 @@ import yaml
 from PIL import Image
 
 from qwen_image_finetune.config import Config
+from qwen_image_finetune.config.family import REPOSITORY
 from qwen_image_finetune.disk.files import Staged, staged_folder
 from qwen_image_finetune.disk.reading import read_json
 from qwen_image_finetune.disk.versions import LORA_WEIGHTS, step_of
@@ -31,8 +32,6 @@ from qwen_image_finetune.judging.request import BASE, COPY, checkpoints
 CARD, SETTINGS, PICTURES = "README.md", "config.yaml", "samples"
 MOST_PICTURES, HEIGHT = 6, 512  # pixels
 MASKED = "(left out)"
-# Values of the configuration that are places on the machine of whoever trained; of these only the last name is told.
-HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ def head(version: Version, is_lora: bool, shown: list[Shown], prompts: list[str]
 def base_of(version: Version) -> str | None:
     """The hub id of the base; None for a folder of somebody's machine."""
     name = str(version.settings["model.pretrained_model_name_or_path"])
-    return name if HUB_ID.fullmatch(name) and not Path(name).exists() else None
+    return name if REPOSITORY.fullmatch(name) and not Path(name).exists() else None
 
 
 def licence(version: Version, base: str) -> dict[str, str]:

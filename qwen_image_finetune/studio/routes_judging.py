@@ -15,7 +15,7 @@ from starlette.routing import Route
 from qwen_image_finetune.config.registry import FAMILIES
 from qwen_image_finetune.disk import versions
 from qwen_image_finetune.judging.pages.reading import said
-from qwen_image_finetune.studio import form, running, uploads, verbs
+from qwen_image_finetune.studio import form, pushing, running, uploads, verbs
 from qwen_image_finetune.studio.jobs import Job
 from qwen_image_finetune.studio.routes_common import Ask, Studio, asked, bounded, file, get, number, post
 from qwen_image_finetune.studio.routes_runs import about, address, newest, read_evaluation
@@ -208,6 +208,36 @@ def download(studio: Studio, request: Request) -> Response:
     return FileResponse(weights, media_type="application/octet-stream", filename=name)
 
 
+class Wished(Ask):
+    """A checkpoint of a run, and where it is to go."""
+
+    run: str
+    repository: str
+    step: int
+    public: bool = False
+    pictures: bool = True
+
+    @property
+    def wish(self) -> pushing.Wish:
+        return pushing.Wish(self.run, self.repository.strip(), self.step, self.public, self.pictures)
+
+
+class Agreed(Wished):
+    """The same, after a look."""
+
+    shown: str
+
+
+def show_push(studio: Studio, ask: Wished) -> dict[str, Any]:
+    return pushing.show(studio.shelf, ask.wish)
+
+
+def send_push(studio: Studio, ask: Agreed) -> dict[str, str]:
+    job = pushing.send(studio.shelf, studio.jobs, ask.wish, ask.shown)
+    studio.queue.tick()
+    return {"job": job.id, "address": address(job)}
+
+
 def family(studio: Studio, run: str) -> str:
     """The family that a run has trained; it is written in its configuration, or its model says so."""
     settings = studio.runs.settings(run)
@@ -233,4 +263,6 @@ ROUTES = [
     Route("/try/drop", drop, methods=["POST"]),
     post("/try/draw", Wanted, draw),
     get("/download", download),
+    post("/push/show", Wished, show_push),
+    post("/push/send", Agreed, send_push),
 ]

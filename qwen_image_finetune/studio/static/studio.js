@@ -539,6 +539,7 @@ const trying = {
       const told = await attempt(() => post("/try/draw", ask));
       if (told) location.href = told.address;
     });
+    pushing($("[data-push]"));
     const grid = $("[data-grid]"), job = grid.dataset.grid;
     if (!job) return;
     regularly(1.5, async () => {
@@ -553,6 +554,29 @@ const trying = {
       return told.state === "running" || told.state === "waiting";
     });
   },
+};
+
+// Nothing is sent that was not shown: a change of the form takes back what was shown.
+const pushing = (place) => {
+  if (!place) return;
+  const box = $("[data-shown]", place), fields = place.elements;
+  let shown = null;
+  const ask = () => ({ run: place.dataset.push, repository: fields.repository.value.trim(), step: Number(fields.step.value), pictures: fields.pictures.checked, public: fields.public.checked });
+  place.addEventListener("input", () => { box.hidden = true; shown = null; });
+  place.addEventListener("submit", async (event) => {
+    event.preventDefault();
+    const told = await attempt(() => post("/push/show", ask()));
+    if (!told) return;
+    shown = told.shown;
+    $("[data-card]", box).textContent = told.card;
+    $("[data-files]", box).textContent = told.files.map((file) => `${file.name}, ${file.mib} MiB`).join("; ");
+    $("[data-send]", box).textContent = ask().public ? "Send, for everybody to see" : "Send, in private";
+    box.hidden = false;
+  });
+  $("[data-send]", box).addEventListener("click", async () => {
+    const told = await attempt(() => post("/push/send", { ...ask(), shown }));
+    if (told) location.href = told.address;
+  });
 };
 
 ({ ...pictures, ...form, ...watching, ...trying })[document.body.dataset.page]?.();

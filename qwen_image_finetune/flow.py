@@ -74,8 +74,18 @@ def loss(velocity: Velocity, target: Tensor, sigma: Tensor, noise: Tensor, weigh
     return (error * weight).sum(dim=(1, 2)) / weight.sum(dim=(1, 2)).clamp(min=1e-8)
 
 
-def set_timesteps(scheduler: FlowMatchEulerDiscreteScheduler, steps: int, mu: float, device: Any = "cpu") -> Tensor:
-    """Timesteps (steps,) in [0, 1000] as the pipelines set them: linear from 1 to 1/steps, then shifted."""
+def set_timesteps(
+    scheduler: FlowMatchEulerDiscreteScheduler, steps: int, mu: float, device: Any = "cpu", own_levels: bool = False
+) -> Tensor:
+    """Timesteps (steps,) in [0, 1000] as the pipelines set them: linear from 1 to 1/steps, then shifted.
+
+    Args:
+        own_levels: the scheduler chooses them, from its largest level to its smallest, with the constant shift it has.
+    """
+    if own_levels:
+        scheduler.set_timesteps(steps, device=device)
+        scheduler.set_begin_index(0)
+        return scheduler.timesteps
     sigmas = np.linspace(1.0, 1 / steps, steps)
     with np.errstate(invalid="ignore"):
         scheduler.set_timesteps(sigmas=sigmas, mu=mu, device=device)
@@ -93,14 +103,20 @@ def sample(
     steps: int,
     mu: float,
     progress: Callable[[int], None] = lambda step: None,
+    own_levels: bool = False,
 ) -> Tensor:
     """Walk from noise (B, C, H, W) to latents of the same shape and dtype with the scheduler's Euler steps.
 
     The timestep takes the pipelines' way through the dtype of the latents, so that pictures equal theirs to the bit.
+
+    Args:
+        own_levels: as in `set_timesteps`; these stay float32.
     """
     latents = noise
-    for step, time in enumerate(set_timesteps(scheduler, steps, mu, noise.device)):
+    for step, time in enumerate(set_timesteps(scheduler, steps, mu, noise.device, own_levels)):
         timestep = time.expand(len(latents)).to(latents.dtype) / 1000
+        if own_levels:
+            timestep = scheduler.sigmas[step].expand(len(latents))
         predicted = velocity(latents, timestep)
         latents = scheduler.step(predicted, time, latents, return_dict=False)[0]
         progress(step + 1)

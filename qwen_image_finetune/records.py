@@ -113,6 +113,37 @@ def collate(rows: list[Encoded]) -> Batch:
     )
 
 
+def joined(first: Batch, second: Batch) -> Batch:
+    """The rows of two batches of one geometry, without edit masks, as one."""
+    import torch
+    from torch.nn.functional import pad
+
+    text: dict[str, Tensor] = {}
+    text_masks: dict[str, Tensor] = {}
+    for name in first.text:
+        parts = [first.text[name], second.text[name]]
+        if parts[0].ndim == 2:
+            text[name] = torch.cat(parts)
+            continue
+        masks = [
+            batch.text_masks.get(name, torch.ones(part.shape[:2], dtype=torch.int64, device=part.device))
+            for batch, part in zip((first, second), parts, strict=True)
+        ]
+        lengths = [part.shape[1] for part in parts]
+        missing = [max(lengths) - length for length in lengths]
+        text[name] = torch.cat([pad(part, (0, 0, 0, more)) for part, more in zip(parts, missing, strict=True)])
+        mask = torch.cat([pad(part, (0, more)) for part, more in zip(masks, missing, strict=True)])
+        if not bool(mask.all()):
+            text_masks[name] = mask
+    return Batch(
+        keys=first.keys + second.keys,
+        target=torch.cat([first.target, second.target]),
+        references=tuple(map(torch.cat, zip(first.references, second.references, strict=True))),
+        text=text,
+        text_masks=text_masks,
+    )
+
+
 def _stacked(tensors: Sequence[Tensor]) -> Tensor:
     import torch
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from PIL.Image import Image, Transpose
+from PIL.Image import Image, Resampling, Transpose
 
 from qwen_image_finetune.data import looks, suspects
 from qwen_image_finetune.data.geometry import (
@@ -63,6 +63,7 @@ class ImageDataset:
         max_references: int,
         seed: int = 0,
         scaled: Scaled = stretched,
+        resampling: Resampling = Resampling.LANCZOS,
     ) -> None:
         """List the folders. Opens no picture, and leaves what is wrong with them to `check`.
 
@@ -72,6 +73,7 @@ class ImageDataset:
             max_references: most references of one row.
             seed: of random crops and flips.
             scaled: `Family.scaled`.
+            resampling: `Family.resampling`.
 
         Raises:
             DataError: options that no data could fulfil.
@@ -79,6 +81,7 @@ class ImageDataset:
         self.notes: list[str] = []
         self.rows: Sequence[Row]
         self._size, self._scaled, self._max_references, self._seed = size, scaled, max_references, seed
+        self._resampling = resampling
         self._image_size, self._area = self._final(arguments, side_multiple)
         self._crop, self._random_flip = _crop(arguments), arguments.random_flip
         self._problems: list[str] = []
@@ -164,7 +167,7 @@ class ImageDataset:
 
     def fitted(self, image: Image, size: Extent) -> Image:
         """A picture at its final size, as the family's pipeline brings it there."""
-        return fitted(image, self.scaled(image.size, size), size)
+        return fitted(image, self.scaled(image.size, size), size, self._resampling)
 
     def prompt(self, index: int) -> str:
         """The caption of a row, without byte order mark and surrounding white space, lines ended by a line feed.

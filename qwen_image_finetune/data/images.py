@@ -101,16 +101,23 @@ def upright(image: Image.Image) -> Image.Image:
     return _turned(to_rgb(image), turn)
 
 
-def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+def resize(
+    image: Image.Image, size: tuple[int, int], resampling: Image.Resampling = Image.Resampling.LANCZOS
+) -> Image.Image:
     """The one antialiased resize of the project, to (width, height): that of diffusers' `VaeImageProcessor`."""
-    return image.resize(size, resample=Image.Resampling.LANCZOS)
+    return image.resize(size, resample=resampling)
 
 
-def fitted(image: Image.Image, scaled: tuple[int, int], size: tuple[int, int]) -> Image.Image:
+def fitted(
+    image: Image.Image,
+    scaled: tuple[int, int],
+    size: tuple[int, int],
+    resampling: Image.Resampling = Image.Resampling.LANCZOS,
+) -> Image.Image:
     """A picture resized to `scaled`, of which the middle, `size` large, is cut out; both are (width, height)."""
     (width, height), (scaled_width, scaled_height) = size, scaled
     left, upper = (scaled_width - width) // 2, (scaled_height - height) // 2
-    whole = resize(image, scaled)
+    whole = resize(image, scaled, resampling)
     return whole if scaled == size else whole.crop((left, upper, left + width, upper + height))
 
 

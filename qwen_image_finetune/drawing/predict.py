@@ -17,7 +17,7 @@ from qwen_image_finetune.data.images import fitted, upright
 from qwen_image_finetune.encoding.limits import References, prompt_faults, reference_faults
 from qwen_image_finetune.families.base import Family, Reference
 from qwen_image_finetune.machine import console
-from qwen_image_finetune.records import Batch, Encoded, collate
+from qwen_image_finetune.records import Batch, Encoded, collate, joined
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
@@ -62,11 +62,18 @@ def guided(
         predicted = family.velocity(transformer, latents.to(dtype), timestep, batch, guidance=guidance.embedded)
         return predicted.to(latents.dtype)
 
+    both = None
+    if family.guides_in_one_pass and conditions.negative is not None:
+        both = joined(conditions.negative, conditions.wanted)
+
     def velocity(latents: Tensor, timestep: Tensor) -> Tensor:
-        predicted = run(latents, timestep, conditions.wanted)
-        if conditions.negative is None:
-            return predicted
-        negative = run(latents, timestep, conditions.negative)
+        if both is not None:
+            negative, predicted = run(latents.repeat(2, 1, 1, 1), timestep.repeat(2), both).chunk(2)
+        else:
+            predicted = run(latents, timestep, conditions.wanted)
+            if conditions.negative is None:
+                return predicted
+            negative = run(latents, timestep, conditions.negative)
         predicted = family.guide(predicted, negative, guidance.prompt)
         if conditions.blind is not None:
             predicted = predicted + (guidance.image - 1) * (negative - run(latents, timestep, conditions.blind))
@@ -133,14 +140,14 @@ class Predictor:
 
     def fitted(self, image: Image, size: tuple[int, int]) -> Image:
         """A reference as the VAE sees it."""
-        return fitted(image, self.family.scaled(image.size, size, self.area), size)
+        return fitted(image, self.family.scaled(image.size, size, self.area), size, self.family.resampling)
 
     def encode(self, prompt: str, images: Sequence[Image], size: tuple[int, int]) -> Encoded:
         """Conditions of one picture of `size`; the target latent only carries the shape of what is to be drawn."""
         vae = self.pipe.vae
         seen = [Reference(image, self.size(image)) for image in images]
         references = [self.family.encode_image(self.pipe, self.fitted(*one)) for one in seen]
-        shape = self.family.latent_shape(*size, self.transformer.config, self.pipe.vae_scale_factor)
+        shape = self.family.latent_shape(*size, self.transformer.config, getattr(self.pipe, "vae_scale_factor", None))
         return Encoded(
             key=prompt,
             target=torch.zeros(shape, dtype=vae.dtype),
@@ -223,7 +230,7 @@ class Predictor:
         velocity = guided(self.family, self.transformer, conditions.to(device, self.dtype), guidance, self.dtype)
         steps = steps or self.defaults.num_inference_steps
         mu = self.family.mu(self.family.tokens(shape), self.scheduler.config, steps)
-        return flow.sample(velocity, noise, self.scheduler, steps, mu, progress)
+        return flow.sample(velocity, noise, self.scheduler, steps, mu, progress, self.family.scheduler_levels)
 
     @property
     def ignores_guidance(self) -> bool:

@@ -125,7 +125,7 @@ class TunedPredictor:
         assert self._predictor is not None
         transformer, naming = self._predictor.transformer, self._predictor.family.naming
         if adapters.adapter_names(transformer):
-            transformer.unload_lora()
+            adapters.remove(transformer)
         if not self._loras:
             return
         names = [f"lora_{number}" for number in range(len(self._loras))]
@@ -136,6 +136,6 @@ class TunedPredictor:
         for _, layer in lora_layers(transformer):
             layer.lora_A.to(dtype)
             layer.lora_B.to(dtype)
-        transformer.set_adapter(names)  # all of them at once
+        adapters.activate(transformer, names)  # all of them at once
         for name, (_, strength) in zip(names, self._loras, strict=True):
             adapters.set_strength(transformer, strength, name)

@@ -40,7 +40,13 @@ def open_dataset(config: Config, family: Family, decode: bool = False) -> ImageD
         chosen = import_class(config.data.class_path, "data.class_path", ImageDataset)
     arguments = config.data.init_args
     dataset: ImageDataset = chosen(
-        arguments, family.size, family.side_multiple, family.max_references, config.train.seed, family.scaled
+        arguments,
+        family.size,
+        family.side_multiple,
+        family.max_references,
+        config.train.seed,
+        family.scaled,
+        family.resampling,
     )
     problems = dataset.check(decode)
     if problems and not decode:  # nothing will be trained now: report what lies behind the headers as well

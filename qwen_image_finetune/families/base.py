@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline, ModelMixin
-from PIL.Image import Image
+from PIL.Image import Image, Resampling
 from torch import Tensor
 
 from qwen_image_finetune.lora.names import USUAL_TARGETS, Naming, Native
@@ -69,6 +69,9 @@ class Family(ABC):
     side_multiple: ClassVar[int]  # sides of target and references are multiples of this, in pixels
     num_inference_steps: ClassVar[int]  # of prediction, with a checkpoint that is not distilled
     guidance_scale: ClassVar[float]
+    resampling: ClassVar[Resampling] = Resampling.LANCZOS  # with which the pipeline resizes pictures
+    scheduler_levels: ClassVar[bool] = False  # the pipeline leaves noise levels to the scheduler, and tells float32
+    guides_in_one_pass: ClassVar[bool] = False  # classifier-free guidance is one batch: negative prompts, then prompts
     negative_prompt: ClassVar[str] = " "  # the pipelines' own word for "no prompt" in classifier-free guidance
     adapter_targets: ClassVar[tuple[str, ...] | str] = USUAL_TARGETS  # of a LoRA, unless configured
     lora_names: ClassVar[Mapping[str, Native]] = {}  # modules that their authors call otherwise

@@ -227,7 +227,8 @@ def amplify(layer: nn.Module, rows: int, factor: float) -> None:
 
 def sharpen(transformer: Model) -> Model:
     """Make attention pick tokens out: with gains of one it averages over all of them, and a reference hardly counts."""
-    names = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
+    names = ("norm_q", "norm_k", "norm_added_q", "norm_added_k",
+             *(f"{stream}_attn_{part}_norm" for stream in ("img", "txt") for part in "qk"))  # fmt: skip
     with torch.no_grad():
         for name, parameter in transformer.named_parameters():
             if name.split(".")[-2] in names:

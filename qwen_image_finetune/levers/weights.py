@@ -68,6 +68,7 @@ def load(
     inside = {name for name, _ in candidates(model)} if precision.format else set()
     wanted = set() if precision.stored else {f"{name}.weight" for name in inside}
     swapped = swapped_names(model, blocks_to_swap) if blocks_to_swap else ()
+    keeps = set(getattr(cls, "_keep_in_fp32_modules", None) or ())  # as diffusers does
     errors: dict[str, float] = {}
     kept: dict[str, float] = {}
     with opened(folder) as checkpoint:
@@ -89,7 +90,8 @@ def load(
                 if new is not None:
                     replace(model, name, new)
                     continue
-            _put(model, key, weight.to(dtype, copy=True))
+            precise = not keeps.isdisjoint(key.split("."))
+            _put(model, key, weight.to(torch.float32 if precise else dtype, copy=True))
         _check_complete(type(model).__name__, parameters, folder, checkpoint.tensors, checkpoint.unread)
     if precision.format is None:
         return model, None

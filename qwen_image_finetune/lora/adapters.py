@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import peft
 import torch
+from diffusers.utils import recurse_remove_peft_layers
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -89,7 +90,7 @@ def add_adapter(transformer: nn.Module, config: LoraConfig, seed: int, ranks: Ma
         assert start is not None
         _fill(layer, name + INITIAL, start[0], -start[1])
     active = [name] + [name + INITIAL] * (name + INITIAL in adapter_names(transformer))
-    cast(Any, transformer).set_adapter(active)
+    activate(transformer, active)
     for each in active:
         for _, layer in lora_layers(transformer, each):
             for factor in factors(layer, each):
@@ -176,7 +177,7 @@ def merge_lora(transformer: nn.Module, strength: float = 1.0) -> None:
                     down, up = factors(layer, name)
                     merged = merged + scale * (up.weight.float() @ down.weight.float())
             weight.copy_(merged)
-    cast(Any, transformer).unload_lora()
+    remove(transformer)
 
 
 def adapter_names(transformer: nn.Module) -> tuple[str, ...]:
@@ -213,10 +214,24 @@ def inject(transformer: nn.Module, adapter: peft.LoraConfig, name: str) -> None:
     """Add float32 adapter layers, with peft's own first values."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # a second adapter is meant
-        cast(Any, transformer).add_adapter(adapter, name)
+        peft.inject_adapter_in_model(adapter, transformer, name)  # as diffusers does, where it has a mixin
+        cast(Any, transformer)._hf_peft_config_loaded = True
     for _, layer in lora_layers(transformer, name):
         for factor in factors(layer, name):
             factor.float()
+
+
+def activate(transformer: nn.Module, names: Sequence[str]) -> None:
+    """Let these adapters work, all at once, and no others."""
+    for _, layer in lora_layers(transformer):
+        layer.set_adapter(list(names))
+
+
+def remove(transformer: nn.Module) -> None:
+    """Take all adapters off; the base is what it was."""
+    recurse_remove_peft_layers(transformer)
+    del cast(Any, transformer).peft_config
+    cast(Any, transformer)._hf_peft_config_loaded = False
 
 
 def _initialise(layer: LoraLayer, name: str, initialisation: bool | str) -> tuple[Tensor, Tensor] | None:

@@ -53,7 +53,8 @@ def read_lora(path: Path, naming: Naming, modules: Iterable[str] | None = None) 
         state = load_file(path)
     except SafetensorError as error:
         raise LoraFileError(f"{path} cannot be read: {error}; download or save it again") from error
-    if any(".processor." in key for key in state):  # the dialect of x-labs
+    xlabs = any(".processor." in key for key in state)  # their dialect, which diffusers knows for some models
+    if xlabs and hasattr(naming.pipeline, "lora_state_dict"):
         state = naming.pipeline.lora_state_dict(dict(state))
     places = Places(naming.modules if modules is None else modules, naming.native)
     layers, without_alpha = read_state(state, places, naming.native, declared_alpha(metadata, path), path)

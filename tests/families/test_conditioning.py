@@ -131,7 +131,7 @@ def test_training_feeds_what_the_pipeline_feeds(
     # An area that no side of resolution**2 gives: the pipeline of the test is set to it.
     dataset = ImageDataset(
         config.data.init_args, lambda w, h, area: family.size(w, h, AREA), family.side_multiple, family.max_references,
-        scaled=lambda picture, size, area: family.scaled(picture, size, AREA),
+        scaled=lambda picture, size, area: family.scaled(picture, size, AREA), resampling=family.resampling,
     )  # fmt: skip
     rows = EncodedDataset(config, family, dataset, Path(pipe.config._name_or_path), torch.float32)
     fill(rows, rows.missing(), {"default": torch.device("cpu")}, shown=False)
@@ -139,8 +139,10 @@ def test_training_feeds_what_the_pipeline_feeds(
 
     width, height = family.size(*image_size, AREA)
     with calls_of(pipe.transformer) as theirs:
-        run_pipeline(family, pipe, [picture(*image_size, seed=1)], width, height, steps=2)
-    guidance = GUIDANCE if family.distilled_guidance(pipe.transformer.config) else None
+        embedded = family.distilled_guidance(pipe.transformer.config)
+        scale = GUIDANCE if embedded else 1.0  # one pass: guidance is not trained
+        run_pipeline(family, pipe, [picture(*image_size, seed=1)], width, height, steps=2, guidance=scale)
+    guidance = GUIDANCE if embedded else None
     noise = draw_noise(batch.target.shape[1:], [7], torch.float32, torch.device("cpu"))
     with calls_of(pipe.transformer) as ours, torch.no_grad():
         family.velocity(pipe.transformer, noise, torch.ones(1), batch, guidance)

@@ -41,6 +41,8 @@ def modules_read(program: str, dialect: str, name: str) -> set[str]:
     family, layers = get_family(name), everything(name)
     state = write_state(layers, family.lora_names, dialect)
     homes = homes_of(name)
+    if program == "diffusers" and not hasattr(family.pipeline, "lora_state_dict"):
+        return set()
     if program == "diffusers":
         try:
             read = family.pipeline.lora_state_dict(dict(state))
@@ -51,7 +53,8 @@ def modules_read(program: str, dialect: str, name: str) -> set[str]:
         return {re.sub(r"^transformer\.|\.lora_[AB]\.weight$", "", key) for key in keys} & layers.keys()
     stems = {re.sub(r"\.(lora_[AB]\.weight|lora_(down|up)\.weight|alpha)$", "", key) for key in state}
     if program == "ComfyUI":  # comfy/lora.py: model_lora_keys_unet
-        flux = {f"transformer.{module}": {module} for module in layers}
+        # Only of models whose maps it has: JoyImage's are not among them.
+        flux = {} if name.startswith("JoyImage") else {f"transformer.{module}": {module} for module in layers}
         known = {f"diffusion_model.{name}": parts for name, parts in homes.items()}
         known |= {f"lora_unet_{flattened(name)}": parts for name, parts in homes.items()}
         return set().union(*(({**known, **flux}).get(stem, set()) for stem in stems))

@@ -81,7 +81,7 @@ class ImageDataset:
         self.notes: list[str] = []
         self.rows: Sequence[Row]
         self._size, self._scaled, self._max_references, self._seed = size, scaled, max_references, seed
-        self._resampling = resampling
+        self.resampling = resampling
         self._image_size, self._area = self._final(arguments, side_multiple)
         self._crop, self._random_flip = _crop(arguments), arguments.random_flip
         self._problems: list[str] = []
@@ -167,7 +167,7 @@ class ImageDataset:
 
     def fitted(self, image: Image, size: Extent) -> Image:
         """A picture at its final size, as the family's pipeline brings it there."""
-        return fitted(image, self.scaled(image.size, size), size, self._resampling)
+        return fitted(image, self.scaled(image.size, size), size, self.resampling)
 
     def prompt(self, index: int) -> str:
         """The caption of a row, without byte order mark and surrounding white space, lines ended by a line feed.

@@ -14,6 +14,7 @@ class Part(ImageDataset):
 
     def __init__(self, whole: ImageDataset, indices: Sequence[int]) -> None:
         self.whole, self.indices = whole, list(indices)
+        self.resampling = whole.resampling
         self.notes = []  # the whole has said what it knew; more comes of a check
         self.rows = [whole.rows[index] for index in self.indices]
 

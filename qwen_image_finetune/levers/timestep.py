@@ -45,6 +45,8 @@ def keep_timestep_exact(transformer: ModelMixin) -> None:
         if timestep is None:
             return None
         rounded, *rest = args
+        if rounded.dtype == torch.float32:  # not rounded on the way: a model in float32, or one that leaves it exact
+            return None
         # Rows behind those of the batch: the level 0, at which some models modulate references.
         timestep = torch.cat([timestep, timestep.new_zeros(len(rounded) - len(timestep))])
         return (timestep, *rest)

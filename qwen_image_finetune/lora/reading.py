@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from diffusers.loaders.lora_base import LoraBaseMixin
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -54,7 +55,7 @@ def read_lora(path: Path, naming: Naming, modules: Iterable[str] | None = None) 
     except SafetensorError as error:
         raise LoraFileError(f"{path} cannot be read: {error}; download or save it again") from error
     xlabs = any(".processor." in key for key in state)  # their dialect, which diffusers knows for some models
-    if xlabs and hasattr(naming.pipeline, "lora_state_dict"):
+    if xlabs and issubclass(naming.pipeline, LoraBaseMixin):
         state = naming.pipeline.lora_state_dict(dict(state))
     places = Places(naming.modules if modules is None else modules, naming.native)
     layers, without_alpha = read_state(state, places, naming.native, declared_alpha(metadata, path), path)

@@ -34,7 +34,8 @@ def test_levels_that_bfloat16_cannot_tell_apart_are_told_apart(name: str, tiny_c
     low, high = 0.9610, 0.9620  # both round to 0.9609 in bfloat16
     assert torch.tensor(low).bfloat16() == torch.tensor(high).bfloat16()
     transformer = family.transformer.from_pretrained(tiny_checkpoints[name], subfolder="transformer").bfloat16()
-    assert torch.equal(predicted(family, transformer, low), predicted(family, transformer, high))
+    rounds = not family.scheduler_levels  # what is told in float32 already goes as it is
+    assert torch.equal(predicted(family, transformer, low), predicted(family, transformer, high)) == rounds
     keep_timestep_exact(transformer)
     assert not torch.equal(predicted(family, transformer, low), predicted(family, transformer, high))
 

@@ -194,7 +194,7 @@ def _sizes(area: int | None) -> tuple[tuple[int, int], ...]:
         size = (width, height)
         if area is not None:
             sides = (side * math.sqrt(area) / MODEL_SIDE for side in size)
-            size = tuple(max(round(side / SLOT_SIDE), 1) * SLOT_SIDE for side in sides)  # type: ignore[assignment]
+            size = tuple(max(round(side / SLOT_SIDE), 1) * SLOT_SIDE for side in sides)
         found.setdefault(size[1] / size[0], size)
     return tuple(found.values())
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import difflib
+import io
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
@@ -53,6 +54,53 @@ def read_metadata(tree: Tree, name: str, *, masks: bool) -> tuple[list[Row], lis
     except (UnicodeDecodeError, csv.Error) as error:
         problems.append(f"{tree.folder / name}: cannot be read as a table in UTF-8 ({error})")
     return rows, problems
+
+
+def with_prompts(tree: Tree, name: str, prompts: Mapping[str, str]) -> str:
+    """The text of a table with other prompts for the samples of these keys. Other lines of JSON stay as they are.
+
+    Raises:
+        KeyError: the table has no sample of a key.
+    """
+    with open(tree.folder / name, encoding="utf-8-sig", newline="") as file:
+        text = file.read()
+    wanted, seen = dict(prompts), dict[str, int]()
+
+    def prompt_of(fields: Mapping[str, Any]) -> str | None:
+        target = _row(tree, fields, masks=False).target_name
+        seen[target] = times = seen.get(target, 0) + 1
+        return wanted.pop(target if times == 1 else f"{target}#{times}", None)
+
+    written = _csv_with(text, prompt_of) if name.endswith(".csv") else _json_with(text, prompt_of)
+    if wanted:
+        raise KeyError(next(iter(wanted)))
+    return written
+
+
+def _json_with(text: str, prompt_of: Callable[[Mapping[str, Any]], str | None]) -> str:
+    lines = re.findall(r"[^\n]*\n|[^\n]+", text)  # not at U+2028 and the like, which may stand in a prompt
+    for place, line in enumerate(lines):
+        if not line.strip():
+            continue
+        fields = _parsed(line)
+        if (prompt := prompt_of(fields)) is not None:
+            fields[_one(fields, PROMPT)[0]] = prompt
+            lines[place] = json.dumps(fields, ensure_ascii=False) + line[len(line.rstrip("\r\n")) :]
+    return "".join(lines)
+
+
+def _csv_with(text: str, prompt_of: Callable[[Mapping[str, Any]], str | None]) -> str:
+    reader = csv.DictReader(io.StringIO(text), strict=True)
+    names, written = list(reader.fieldnames or ()), io.StringIO()
+    writer = csv.DictWriter(written, names, lineterminator="\n")
+    writer.writeheader()
+    for fields in reader:
+        cells = _cells(fields)
+        assert not isinstance(cells, _Fault)  # a table with faults has no rows to write to
+        if (prompt := prompt_of(cells)) is not None:
+            fields[_one(cells, PROMPT)[0]] = prompt
+        writer.writerow(fields)
+    return written.getvalue()
 
 
 def _lines(tree: Tree, name: str) -> Iterator[tuple[int, Mapping[str, Any] | _Fault]]:

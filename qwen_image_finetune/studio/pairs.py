@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwen_image_finetune.data.listing import PICTURES, Row
+from qwen_image_finetune.data.listing import PICTURES, Row, Tree
+from qwen_image_finetune.data.metadata import METADATA, with_prompts
 from qwen_image_finetune.data.sources import REFERENCES, TARGETS, read_folder
 from qwen_image_finetune.disk.files import write_atomic
 from qwen_image_finetune.studio.shelf import Refused, Shelf
@@ -74,31 +75,41 @@ class DataSets:
         """Replace a caption, whole or not at all.
 
         Raises:
-            Refused: it is not `before` any more: someone else has changed it; or the set keeps captions in a table.
+            Refused: it is not `before` any more: someone else has changed it.
         """
-        row = self.row(name, key)
         with self._writing:
+            row = self.row(name, key)
             if self.caption(row) != before.strip():
                 raise Refused("this caption was changed elsewhere meanwhile; load the page again to see it", 409)
-            self._write(row, after)
+            self._write([(row, after)])
 
     def rewrite(self, name: str, keys: Sequence[str], change: Change) -> int:
         """Change the captions of many pairs; each file is written whole or not at all. Returns how many changed."""
-        wanted, count = set(keys), 0
+        wanted = set(keys)
         with self._writing:
-            for row in self.listing(name).rows:
-                if row.key in wanted and (after := change.of(before := self.caption(row))) != before:
-                    self._write(row, after)
-                    count += 1
-        return count
+            rows = [row for row in self.listing(name).rows if row.key in wanted]
+            changed = [(row, after) for row in rows if (after := change.of(before := self.caption(row))) != before]
+            self._write(changed)
+        return len(changed)
 
-    def _write(self, row: Row, caption: str) -> None:
-        if row.caption_name is None:
-            raise Refused("this set keeps its captions in a table (metadata): edit them there")
-        if len(caption) > LONGEST_CAPTION:
+    def _write(self, changed: Sequence[tuple[Row, str]]) -> None:
+        """New captions: in a file of their own, or all at once in the table that names the pairs."""
+        if any(len(caption) > LONGEST_CAPTION for _, caption in changed):
             raise Refused(f"a caption has at most {LONGEST_CAPTION} characters")
-        text = caption.replace("\r\n", "\n").strip()
-        write_atomic(self.shelf.inside(self.file(row, row.caption_name)), f"{text}\n" if text else "")
+        tables: dict[Path, dict[str, str]] = {}
+        for row, caption in changed:
+            text = caption.replace("\r\n", "\n").strip()
+            if row.caption_name is None:
+                tables.setdefault(row.folder, {})[row.key] = text
+            else:
+                write_atomic(self.shelf.inside(self.file(row, row.caption_name)), f"{text}\n" if text else "")
+        for folder, prompts in tables.items():
+            (table,) = (name for name in METADATA if (folder / name).is_file())
+            path = self.shelf.inside(f"{self.shelf.name(folder)}/{table}")
+            try:
+                write_atomic(path, with_prompts(Tree(folder), table, prompts))
+            except (KeyError, ValueError):  # edited meanwhile
+                raise Refused(f"{table} was changed elsewhere meanwhile; load the page again", 409) from None
 
     def orphans(self, name: str) -> Orphans:
         """What of the two folders has no other half."""

@@ -52,6 +52,41 @@ def test_two_tabs_do_not_overwrite_each_other(client: TestClient, folder: Path) 
     assert caption_of(folder, "1") == "mine"
 
 
+@pytest.mark.parametrize("table", ["metadata.jsonl", "metadata.csv"])
+def test_captions_of_a_table_are_edited_there(table: str, client: TestClient, folder: Path) -> None:
+    """One line changes; the others stay as they were, columns of other tools included."""
+    (folder / "told").mkdir()
+    for name in ("a", "b"):
+        Image.new("RGB", (64, 64)).save(folder / f"told/{name}.png")
+    lines = {
+        "metadata.jsonl": ['{"image":"a.png", "prompt": "one\u2028two", "score": 1e3}', "",
+                           '{"image": "b.png", "text": ""}', '{"image": "a.png", "caption": "again"}'],
+        "metadata.csv": ["image,prompt,score", '"a.png","one, two",1e3', "b.png,,", "a.png,again,7"],
+    }[table]  # fmt: skip
+    file = folder / "told" / table
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    def edit(key: str, before: str, after: str) -> int:
+        asked = {"set": "told", "key": key, "before": before, "after": after}
+        return client.post("/data/caption", json=asked).status_code
+
+    assert edit("a.png#2", "again", 'says "now",\nin two lines') == 200
+    assert edit("b.png", "", SCRIPT) == 200
+    assert edit("b.png", "", "lost") == 409
+    rows, problems = read_folder(folder / "told", masks=False)
+    assert problems == [] and {row.key: row.prompt for row in rows} == {
+        "a.png": "one\u2028two" if table.endswith("l") else "one, two",
+        "a.png#2": 'says "now",\nin two lines', "b.png": SCRIPT,
+    }  # fmt: skip
+    written = file.read_text(encoding="utf-8")
+    assert "1e3" in written and (table.endswith("csv") or written.startswith(lines[0] + "\n\n"))
+    many = {"set": "told", "keys": [], "find": "", "replace": "", "prefix": "p ", "suffix": ""}
+    assert client.post("/data/captions", json={**many, "write": True}).status_code == 200
+    assert all((row.prompt or "").startswith("p ") for row in read_folder(folder / "told", masks=False)[0])
+    page = client.get("/data?set=told").text
+    assert "readonly" not in page and "Change captions" in page
+
+
 def test_a_caption_is_written_whole_or_not_at_all(
     client: TestClient, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,6 +18,7 @@ READ = (".jpg", ".jpeg", ".png", ".webp")
 
 
 if TYPE_CHECKING:
+    from qwen_image_finetune.drawing.tuned import TunedPredictor
     from qwen_image_finetune.families.base import Family
 
 
@@ -58,8 +59,11 @@ class Request:
         return list(range(self.seed, self.seed + self.count))
 
 
-def draw(config: Config, request: Request) -> list[Path]:
+def draw(config: Config, request: Request, drawer: TunedPredictor | None = None) -> list[Path]:
     """Draw and save; returns the files in order. Everything that can be refused is refused before the model loads.
+
+    Args:
+        drawer: of the same configuration, to load the model once for several requests.
 
     Raises:
         DataError: a reference cannot be read.
@@ -80,10 +84,9 @@ def draw(config: Config, request: Request) -> list[Path]:
     for drawing in drawings:
         check_request(family, drawing.references, request.width, request.height, request.steps)
     _check_prompts(config, family, request, drawings)
-    drawer = TunedPredictor(config)
+    drawer = drawer or TunedPredictor(config)
     tuned, loras = chosen(request)
-    if tuned is not None:
-        drawer.load_transformer(tuned)
+    drawer.load_transformer(tuned)
     drawer.load_loras(loras)
     if request.guidance is not None and drawer.predictor.ignores_guidance:
         console.note("--guidance changes nothing: the guidance embedding of this model says the same for every scale")

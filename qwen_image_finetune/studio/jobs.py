@@ -34,7 +34,7 @@ JOB, STARTED, PROCESS, ENDED, LOCK, STOP, LOG = (
     "job.json", "started.json", "process.json", "ended.json", "lock", "stop", "log.txt",
 )  # fmt: skip
 CONFIGURATION = "config.yaml"  # of a job that trains
-VERBS = ("train", "evaluate", "predict", "look", "caption", "push")  # that a job may consist of
+VERBS = ("train", "evaluate", "predict", "look", "caption", "push", "grid")  # that a job may consist of
 Kind = Literal["train", "evaluate", "predict", "look", "caption", "push"]
 State = Literal["waiting", "running", "done", "failed", "stopped", "killed"]
 MOST_LOG = 60_000  # bytes of a log that are shown

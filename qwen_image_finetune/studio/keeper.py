@@ -32,7 +32,7 @@ def cli() -> list[str]:
 def program(verb: str) -> list[str]:
     """The command line of a verb that a job may consist of."""
     assert verb in VERBS, verb
-    ours = {"look": "looking", "caption": "captioning"}
+    ours = {"look": "looking", "caption": "captioning", "grid": "grid"}
     if verb in ours:
         return [sys.executable, "-P", "-m", f"qwen_image_finetune.studio.{ours[verb]}"]
     return [*cli(), verb]

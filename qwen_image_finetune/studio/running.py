@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from qwen_image_finetune.config.text import parse_mapping
 from qwen_image_finetune.config.tree import put
 from qwen_image_finetune.disk import runs, versions
 from qwen_image_finetune.studio import form
+from qwen_image_finetune.studio.grid import Wish
 from qwen_image_finetune.studio.jobs import CONFIGURATION, Job, Jobs, Step
 from qwen_image_finetune.studio.shelf import Refused, Shelf
 
@@ -124,14 +126,9 @@ def draw(
     cells = [("base", None, 0.0), *((name, path / name, strength) for name in checkpoints for strength in strengths)]
     if len(cells) > MOST_PICTURES:
         raise Refused(f"{len(cells)} pictures at once; at most {MOST_PICTURES}")
-    work = []
-    for number, (_, lora, strength) in enumerate(cells):
-        words = [f"{{job}}/{CONFIGURATION}", f"--prompt={prompt}"]  # one word: a prompt may begin with a dash
-        words += ["--output", f"{{job}}/{number}.png", "--seed", str(seed)]
-        words += [word for picture in pictures for word in ("--image", str(picture))]
-        words += [] if lora is None else ["--lora", str(lora), "--strength", f"{strength:g}"]
-        words += [] if steps is None else ["--steps", str(steps)]
-        work.append(Step("predict", words))
+    drawn = [None if lora is None else (str(lora), strength) for _, lora, strength in cells]
+    wish = Wish(prompt, [str(picture) for picture in pictures], seed, steps, drawn)
+    work = [Step("grid", [f"{{job}}/{CONFIGURATION}", "{job}/.", json.dumps(asdict(wish))])]
     told = [{"checkpoint": name, "strength": strength} for name, _, strength in cells]
     about = {"run": run, "prompt": prompt, "cells": json.dumps(told), "seed": str(seed)}
     return jobs.add("predict", f"Draw with {path.parent.name}/{path.name}", work, True, text, about)

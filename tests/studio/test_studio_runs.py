@@ -154,7 +154,9 @@ def test_going_on_is_the_rest_of_the_same_version(
     assert f"resume_from_checkpoint: {NAME}/checkpoint-0-5" in text
 
 
-def test_drawing_asks_for_what_the_run_has(client: TestClient, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drawing_asks_for_what_the_run_has(
+    client: TestClient, run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from qwen_image_finetune.studio.queue import Queue
 
     monkeypatch.setattr(Queue, "tick", lambda self: None)
@@ -165,11 +167,38 @@ def test_drawing_asks_for_what_the_run_has(client: TestClient, run: Run, monkeyp
     }  # fmt: skip
     told = client.post("/try/draw", json=ask).json()
     job = Jobs(studio_of(client).shelf).of(told["job"])
-    assert [step.verb for step in job.steps] == ["predict"] * 3
-    assert all("--prompt=--lora=/etc/passwd" in step.arguments for step in job.steps)
+    (step,) = job.steps
+    assert step.verb == "grid" and step.arguments[0] == str(job.folder / "config.yaml")
+    lora = str(run.path / "checkpoint-0-5")
+    assert json.loads(step.arguments[2]) == {
+        "prompt": "--lora=/etc/passwd", "images": [str(folder / "faces/control_images/0.png")], "seed": 7,
+        "steps": None,
+        "cells": [None, [lora, 0.5], [lora, 1.0]],
+    }  # fmt: skip
     assert client.get(told["address"]).status_code == 200
     for wrong in ({"checkpoints": ["../v1"]}, {"strengths": [9.0]}, {"prompt": " "}, {"steps": 0}, {"picture": None}):
         assert client.post("/try/draw", json={**ask, **wrong}).status_code in (400, 404)
+
+
+def test_a_grid_draws_what_the_command_draws(configure: Callable[..., Config], pairs: Path, tmp_path: Path) -> None:
+    """One model in memory, and every cell is to the bit what a process of its own would draw."""
+    from qwen_image_finetune.command.cli import main
+    from qwen_image_finetune.studio import grid
+    from qwen_image_finetune.training.train import train
+
+    config = configure("FluxKontext", "train.max_train_steps=2")
+    trained = train(config)
+    assert trained is not None
+    lora, picture = str(trained / "checkpoint-0-2"), str(pairs / "control_images/0.png")
+    cells: list[tuple[str, float] | None] = [(lora, 1.0), None, (lora, 0.5)]
+    grid.draw_cells(tmp_path / "config.yaml", tmp_path, grid.Wish("draw", [picture], 3, 2, cells))
+    for place, cell in enumerate(cells):
+        words = ["predict", str(tmp_path / "config.yaml"), "--prompt", "draw", "--image", picture, "--seed", "3"]
+        more = [] if cell is None else ["--lora", cell[0], "--strength", str(cell[1])]
+        alone = tmp_path / f"alone-{place}.png"
+        assert main([*words, *more, "--steps", "2", "--output", str(alone)]) == 0
+        assert alone.read_bytes() == (tmp_path / f"{place}.png").read_bytes()
+    assert len({(tmp_path / f"{place}.png").read_bytes() for place in range(3)}) == 3
 
 
 def studio_of(client: TestClient) -> Studio:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,16 +21,25 @@ from qwen_image_finetune.fitting.plan import changes
 from qwen_image_finetune.lora.targets import endings, target_modules
 
 BEGIN, END = "<!-- models: written by python -m qwen_image_finetune.fitting.models -->", "<!-- end of models -->"
+IN_SHORT = BEGIN.replace("models:", "models in short:")
 CARDS = (8, 12, 16, 24, 32, 48, 80)  # GB of memory that cards are sold with
 COLUMNS = (
     "model", "`train.trainer`", "weights", "references", "card", "smallest card", "a LoRA sits on", "licence"
 )  # fmt: skip
 
 
-def table() -> str:
+SHORT = (0, 3, 5, 7)  # the columns of a page that begins with IN_SHORT
+
+
+def line(cells: Sequence[str], short: bool) -> str:
+    """A line of the table."""
+    return f"| {' | '.join([cells[place] for place in SHORT] if short else cells)} |"
+
+
+def table(short: bool) -> str:
     """Markdown: a row for each published checkpoint of each family."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
-    lines += ["| " + " | ".join(cells) + " |" for cells in rows()]
+    lines = [line(COLUMNS, short), line(["---"] * len(COLUMNS), short).replace(" ", "")]
+    lines += [line(cells, short) for cells in rows()]
     return "\n".join(lines) + "\n"
 
 
@@ -85,11 +94,12 @@ def rewritten(text: str) -> str:
     Raises:
         ValueError: the page has no marks.
     """
-    before, begin, rest = text.partition(BEGIN)
+    short = IN_SHORT in text
+    before, begin, rest = text.partition(IN_SHORT if short else BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"the page has no {BEGIN} ... {END}")
-    return f"{before}{BEGIN}\n{table()}{END}{after}"
+    return f"{before}{begin}\n{table(short)}{END}{after}"
 
 
 if __name__ == "__main__":

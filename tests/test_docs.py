@@ -125,7 +125,7 @@ def rehearse(command: str) -> None:
         parse(build_parser(VERBS), shlex.split(command)[1:])
     if command.startswith("make "):
         run(command.replace("make", f"make -C {ROOT} -n", 1))
-    elif command.startswith(("qif train", "qif cache")):
+    elif command.startswith(("qif train", "qif cache")) and Path(command.split()[2]).exists():  # else init writes it
         run(f"{command.replace('qif cache', 'qif train')} --dry-run")
     elif found := re.search(r"-m src\.main --config (\S+)", command):
         run(f"qif train {found[1]} --dry-run")

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 from torch import nn
@@ -65,17 +65,19 @@ def model_metadata(transformer: nn.Module, config: LoraConfig) -> dict[str, str]
     }
 
 
-def run_metadata(config: Config, steps: int) -> dict[str, str]:
+def run_metadata(config: Config, steps: int, base: Path) -> dict[str, str]:
     """What a run adds, for `save_lora`: nothing of the data or of where it lies on this machine.
 
     Args:
         steps: optimizer steps taken.
+        base: folder of the checkpoint; of one in the hub's cache, its repository and commit are told.
     """
     arguments, train = config.data.init_args, config.train
-    base = PurePath(config.model.pretrained_model_name_or_path).name
+    name = PurePath(config.model.pretrained_model_name_or_path).name
     about = {
-        "ss_base_model_version": base,
-        "ss_sd_model_name": base,
+        **hub_revision(base),
+        "ss_base_model_version": name,
+        "ss_sd_model_name": name,
         "ss_output_name": config.logging.tracker_project_name,
         "ss_steps": str(steps),
         "ss_seed": str(train.seed),
@@ -99,6 +101,12 @@ def run_metadata(config: Config, steps: int) -> dict[str, str]:
     except PackageNotFoundError:  # run from a checkout that was never installed
         about["qif.version"] = "unknown"
     return about
+
+
+def hub_revision(path: Path) -> dict[str, str]:
+    """Repository and commit of what lies in the hub's cache, models--OWNER--NAME/snapshots/COMMIT; else nothing."""
+    found = re.search(r"models--([\w.-]+?)--([\w.-]+)/snapshots/([0-9a-f]{40})(/|$)", path.absolute().as_posix())
+    return {} if found is None else {"qif.base": f"{found[1]}/{found[2]}", "qif.base_revision": found[3]}
 
 
 def exactly(modules: Iterable[str]) -> str:

@@ -157,7 +157,7 @@ class State:
         train, family = self.job.config.train, self.job.family
         sampling = family.defaults(pipeline_config(self.job.folder))._asdict()
         return {
-            **run_metadata(self.job.config, step),
+            **run_metadata(self.job.config, step, self.job.folder),
             "qif.family": family.name,
             "qif.sigma_distribution": train.sigma_distribution,
             "qif.sigma_shift": str(train.sigma_shift),

@@ -170,7 +170,7 @@ def test_a_run_describes_itself() -> None:
         model={"pretrained_model_name_or_path": "/home/me/models/Kontext"},  # type: ignore[arg-type]
         data={"init_args": {"image_size": [64, 48], "dataset_path": "/home/me/private"}},  # type: ignore[arg-type]
     )
-    about = run_metadata(run_config, steps=12)
+    about = run_metadata(run_config, 12, Path("/home/me/models/Kontext"))
     expected = {
         "ss_base_model_version": "Kontext",
         "ss_steps": "12",
@@ -179,7 +179,10 @@ def test_a_run_describes_itself() -> None:
     }
     assert expected.items() <= about.items()
     assert about["modelspec.resolution"] == "64x48"
-    assert not [value for value in about.values() if "/home/me" in value]
+    assert not [value for value in about.values() if "/home/me" in value] and "qif.base" not in about
+    commit = "0123456789" * 4
+    pinned = run_metadata(run_config, 12, Path(f"/home/me/hub/models--Qwen--Qwen-Image-Edit-2509/snapshots/{commit}"))
+    assert (pinned["qif.base"], pinned["qif.base_revision"]) == ("Qwen/Qwen-Image-Edit-2509", commit)
 
 
 def test_a_snapshot_can_be_saved_in_place_of_the_weights(tmp_path: Path) -> None:

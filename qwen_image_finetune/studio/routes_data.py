@@ -64,7 +64,6 @@ def data_page(studio: Studio, request: Request) -> Response:
         waiting=waiting[:MOST_SHOWN],
         num_waiting=len(waiting),
         ready=sum(each.after is not None and bool(each.before) for each in waiting),
-        has_table=any(row.caption_name is None for row in listing.rows[:1]),
     )
 
 

@@ -389,37 +389,6 @@ def test_what_a_version_holds(configure: Configure) -> None:
             assert not start.startswith((b"\x80", b"PK")), f"{path} is a pickle or an archive"
 
 
-def test_several_trackers_are_told(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qwen_image_finetune.training import check, trackers
-
-    class Recorder:
-        def __init__(self) -> None:
-            self.steps: list[int] = []
-            self.calls: list[str] = []
-
-        def start(self) -> None:
-            self.calls.append("start")
-
-        def store_init_configuration(self, values: dict[str, object]) -> None:
-            assert values["model"]
-            self.calls.append("configuration")
-
-        def log(self, values: dict[str, float], step: int) -> None:
-            assert values["loss"] > 0
-            self.steps.append(step)
-
-        def finish(self) -> None:
-            self.calls.append("finish")
-
-    recorder = Recorder()
-    monkeypatch.setattr(trackers, "_online_tracker", lambda *arguments: recorder)
-    monkeypatch.setattr(check, "unavailable", lambda names: [])
-    run = train(configure("FluxKontext", "logging.report_to=[tensorboard, wandb]", "train.max_train_steps=3"))
-    assert run is not None
-    assert (recorder.calls, recorder.steps) == (["start", "configuration", "finish"], [1, 2, 3])
-    assert len(list(run.glob("events.out.tfevents.*"))) == 1
-
-
 def test_no_tracker_writes_no_events(configure: Configure) -> None:
     run = train(configure("FluxKontext", "logging.report_to=none", "train.max_train_steps=1"))
     assert run is not None

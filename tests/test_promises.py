@@ -171,7 +171,10 @@ PROMISES: dict[str, tuple[str, ...]] = {
         "test_contract.py::test_two_processes_train_as_one_with_twice_the_accumulation",
     ),
     "cache: an incomplete one is completed": ("test_contract.py::test_an_incomplete_cache_is_completed_and_said",),
-    "logging: report_to": ("test_contract.py::test_several_trackers_are_told", "config/test_config.py::test_refused"),
+    "logging: report_to": (
+        "training/test_trackers.py::test_a_tracker_shows_what_was_measured_and_drawn",
+        "config/test_config.py::test_refused",
+    ),
     "logging: none": ("test_contract.py::test_no_tracker_writes_no_events",),
     "validation": ("test_contract.py::test_validation_draws_samples_and_changes_nothing",),
     "mask loss": (

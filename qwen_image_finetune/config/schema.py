@@ -397,7 +397,7 @@ class CacheConfig(Section):
     )
 
 
-Tracker = Literal["tensorboard", "wandb", "swanlab", "trackio", "none"]
+Tracker = Literal["tensorboard", "wandb", "swanlab", "trackio", "mlflow", "none"]
 
 
 class LoggingConfig(Section):

@@ -22,7 +22,7 @@ from qwen_image_finetune.families import get_family, with_targets
 from qwen_image_finetune.levers.stored_precision import base_precision, check_installed, local_checkpoint
 from qwen_image_finetune.lora.header import LoraFileError, read_metadata
 from qwen_image_finetune.lora.sources import find_lora
-from qwen_image_finetune.training.trackers import unavailable
+from qwen_image_finetune.training.online import unavailable
 
 if TYPE_CHECKING:
     from qwen_image_finetune.families.base import Family

@@ -1,4 +1,4 @@
-"""Where the curves of a run go: TensorBoard files in the version folder, and accelerate's online trackers."""
+"""Where the curves, samples and tables of a run go: TensorBoard files in the version folder, and online trackers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from qwen_image_finetune.config import Config
 from qwen_image_finetune.disk.history import METRICS
 from qwen_image_finetune.machine import console
+from qwen_image_finetune.training.online import Online, Table, open_tracker
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -27,7 +28,7 @@ class Trackers:
             resumed_at: steps that were done before; None for a run from its start.
         """
         local = run / config.logging.logging_dir
-        self._trackers: list[Any] = []  # online ones
+        self._online: list[Online] = []
         self._collected: dict[str, list[Tensor]] = {}  # since the last histogram of each name
         self._collected_at = 0  # step of the newest of them
         self._writer: Any = None  # of TensorBoard, which alone takes histograms and text
@@ -39,10 +40,7 @@ class Trackers:
                 self._writer = SummaryWriter(str(run), purge_step=None if resumed_at is None else resumed_at + 1)
             else:
                 local.mkdir(parents=True, exist_ok=True)
-                tracker = _online_tracker(name, config.logging.tracker_project_name, run.name, local)
-                tracker.start()
-                tracker.store_init_configuration(config.model_dump(mode="json"))
-                self._trackers.append(tracker)
+                self._online.append(open_tracker(name, config, run.name, local))
         if self._writer is not None:
             self._writer.add_text("config", f"```yaml\n{config.to_yaml()}\n```", resumed_at or 0)
 
@@ -54,8 +52,8 @@ class Trackers:
             # One event for all curves; `add_scalar` for each costs a fifth of a millisecond apiece.
             points = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
             self._writer.file_writer.add_summary(Summary(value=points), step)
-        for tracker in self._trackers:
-            tracker.log(dict(values), step=step)
+        for tracker in self._online:
+            tracker.scalars(values, step)
 
     def collect(self, name: str, values: Sequence[Tensor], step: int) -> None:
         """Gather values for a histogram, drawn every `STEPS_PER_HISTOGRAM` steps and at the end."""
@@ -73,15 +71,20 @@ class Trackers:
             self._writer.add_histogram(name, torch.cat(values), self._collected_at)
         self._collected.clear()
 
-    def pictures(self, name: str, pictures: Sequence[Image], step: int) -> None:
-        """RGB pictures of an optimizer step, as NAME/0, NAME/1, ..."""
+    def pictures(self, name: str, pictures: Sequence[Image], captions: Sequence[str], step: int) -> None:
+        """RGB pictures of an optimizer step, as NAME/0, NAME/1, ...; TensorBoard shows no captions."""
         import numpy as np
 
-        if self._writer is not None:
-            for place, picture in enumerate(pictures):
+        for place, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+            if self._writer is not None:
                 self._writer.add_image(f"{name}/{place}", np.asarray(picture), step, dataformats="HWC")
-        for tracker in self._trackers:
-            tracker.log_images({name: [np.asarray(picture) for picture in pictures]}, step=step)
+            for tracker in self._online:
+                tracker.picture(f"{name}/{place}", picture, caption, step)
+
+    def table(self, name: str, table: Table, step: int) -> None:
+        """A table of an optimizer step, for the online trackers; one without rows is left out."""
+        for tracker in self._online if table.rows else ():
+            tracker.table(name, table, step)
 
     def close(self) -> None:
         """End the files. Never fails a run that is saved: what a full disk took from the curves is said."""
@@ -94,22 +97,5 @@ class Trackers:
         if self._writer is not None:
             self._draw_histograms()
             self._writer.close()
-        for tracker in self._trackers:
-            tracker.finish()
-
-
-def _online_tracker(name: str, project: str, version: str, local: Path) -> Any:
-    from accelerate import tracking
-
-    if name == "wandb":
-        return tracking.WandBTracker(project, name=version, dir=str(local))
-    if name == "swanlab":
-        return tracking.SwanLabTracker(project, experiment_name=version, logdir=str(local))
-    return tracking.TrackioTracker(project, name=version)
-
-
-def unavailable(names: Sequence[str]) -> list[str]:
-    """The trackers whose package is not installed."""
-    from importlib.util import find_spec
-
-    return [name for name in names if find_spec(name) is None]
+        for tracker in self._online:
+            tracker.close()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,7 @@ from qwen_image_finetune.training.held_out_loss import HeldOutLoss
 from qwen_image_finetune.training.job import Job
 from qwen_image_finetune.training.logbook import Logbook
 from qwen_image_finetune.training.objective import Objective
+from qwen_image_finetune.training.online import Table
 from qwen_image_finetune.training.trackers import Trackers
 from qwen_image_finetune.training.verdict import Best, Measured, constant, verdict
 
@@ -178,9 +179,19 @@ class Validation:
         base = None if self.base is None else Measured(0, self.base.losses)
         for line in verdict(now, base, self.last, self.best.measured):
             console.say(line)
+        if self.trackers is not None:
+            self.trackers.table("held_out_pairs", self._held_out(now, base), now.step)
         self.best.offer(now, base, None if checkpoint is None else checkpoint())
         self.last = now
         return now.values(base)
+
+    def _held_out(self, now: Measured, base: Measured | None) -> Table:
+        """The losses of each pair, beside those of the base."""
+        keys = [self.rows.dataset.rows[index].key for index in self.measured_rows]
+        if base is None:
+            return Table(("pair", "loss"), list(zip(keys, now.losses, strict=True)))
+        together = zip(keys, now.losses, base.losses, strict=True)
+        return Table(("pair", "loss", "base", "difference"), [(*row, row[1] - row[2]) for row in together])
 
     def _keep(self, step: int, drawn: list[Image.Image]) -> dict[str, float]:
         """Save the samples; returns measures of them."""
@@ -190,12 +201,19 @@ class Validation:
         samples.save(self.folder / f"step-{step}", strips)
         samples.save_layout(self.folder / f"step-{step}", layout)
         if self.trackers is not None:
-            self.trackers.pictures("samples", strips, step)
+            self.trackers.pictures("samples", strips, [caption(about) for about in layout], step)
         pairs = [place for place, subject in enumerate(self.sampler.subjects) if subject.has_truth]
         examples, drawn = [examples[place] for place in pairs], [drawn[place] for place in pairs]
         if line := constant(step, drawn, [example.target for example in examples]):
             console.say(line)
-        return sample_measures(examples, drawn)
+        measured = sample_measures(examples, drawn)
+        if self.trackers is not None:
+            rows = [
+                (example.key, example.prompt, *(one[name] for name in SAMPLED))
+                for example, one in zip(examples, measured, strict=True)
+            ]
+            self.trackers.table("sample_measures", Table(("pair", "prompt", *SAMPLED), rows), step)
+        return means(measured)
 
     def _known_base(self) -> Base | None:
         if self.folder is None:
@@ -246,13 +264,23 @@ class Validation:
             self.transformer.train(was_training)
 
 
-def sample_measures(examples: Sequence[Example], drawn: Sequence[Image.Image]) -> dict[str, float]:
-    """Means over the samples of some of `metrics.METRICS`; one that no sample has is left out."""
+def sample_measures(examples: Sequence[Example], drawn: Sequence[Image.Image]) -> list[dict[str, float | None]]:
+    """`SAMPLED` of each sample; None where it has no such measure."""
     found = []
     for example, picture in zip(examples, drawn, strict=True):
         source = samples.source_of(example)
         before = None if source is None else metrics.pixels(source)
-        found.append(metrics.measure(metrics.pixels(picture), metrics.pixels(example.target), before))
-    values = {name: [one[name] for one in found] for name in SAMPLED}
-    present = {name: [value for value in column if value is not None] for name, column in values.items()}
+        measured = metrics.measure(metrics.pixels(picture), metrics.pixels(example.target), before)
+        found.append({name: measured[name] for name in SAMPLED})
+    return found
+
+
+def means(measured: Sequence[Mapping[str, float | None]]) -> dict[str, float]:
+    """Means over the samples, for the curves; a measure that no sample has is left out."""
+    present = {name: [value for one in measured if (value := one[name]) is not None] for name in SAMPLED}
     return {f"sample_{name}": math.fsum(column) / len(column) for name, column in present.items() if column}
+
+
+def caption(about: Mapping[str, Any]) -> str:
+    """What a strip shows, from its part of the layout: the pair, its prompt, and the pictures from left to right."""
+    return f"{about['key']}: {about['prompt']} ({', '.join(part['name'] for part in about['parts'])})"

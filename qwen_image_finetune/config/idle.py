@@ -79,6 +79,9 @@ IDLE: tuple[tuple[str, Condition, str], ...] = (
        lambda c: not c.validation.enabled or (c.validation.dataset_path is None and c.validation.share == 0),
        "no pairs are held out: validation.enabled with validation.dataset_path or validation.share does that")
       for key in ("num_loss_pairs", "num_loss_sigmas")),
+    *((f"loss.{key}", lambda c: c.loss.type not in ("huber", "pseudo_huber"),
+       "loss.type is neither huber nor pseudo_huber")
+      for key in ("huber_delta", "huber_schedule")),
     *((f"loss.{key}_weight", lambda c: not c.loss.mask_loss, "loss.mask_loss is false")
       for key in ("foreground", "background")),
 )  # fmt: skip

@@ -478,11 +478,30 @@ class ValidationConfig(Section):
 
 
 class LossConfig(Section):
-    """The weighting of the loss over the picture."""
+    """What counts: how an error is measured, at which noise levels, and where in the picture."""
 
+    type: Literal["mse", "huber", "pseudo_huber", "l1"] = Field(
+        "mse", description="of an error; the two in the middle are the square where it is small, and a line beyond"
+    )
+    huber_delta: Positive = Field(0.1, description="error where huber and pseudo_huber go from square to line")
+    huber_schedule: Literal["constant", "exponential"] = Field(
+        "constant", description="exponential: huber_delta to the power of the noise level, so 1 without noise"
+    )
+    weighting: Literal["none", "sigma_sqrt", "cosmap", "min_snr"] = Field(
+        "none", description="of noise levels s: s^-2, 2 / (pi (1 - 2 s + 2 s^2)), or min(SNR, 5) / (SNR + 1)"
+    )
+    sigma_range: Annotated[list[Rate], Field(min_length=2, max_length=2), Allowed("[least, most]")] = Field(
+        [0.0, 1.0], description="[least, most] noise level that is trained at, after the shift"
+    )
     mask_loss: Switch = Field(False, description="weight the loss by the edit mask (data.init_args.use_edit_mask)")
     foreground_weight: NotNegative = Field(2.0, description="weight where the mask is white")
     background_weight: NotNegative = Field(1.0, description="weight where it is black")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> LossConfig:
+        if self.sigma_range[0] >= self.sigma_range[1]:
+            raise ValueError(f"loss.sigma_range={self.sigma_range} is not [least, most] with least below most")
+        return self
 
 
 class PredictDevices(Section):

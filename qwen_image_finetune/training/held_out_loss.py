@@ -39,7 +39,8 @@ class HeldOutLoss:
         generator = torch.Generator().manual_seed(flow.seed_of("held out", self.seed, row.key))
         place = torch.rand((), generator=generator, dtype=torch.float64)
         share = ((torch.arange(self.strata, dtype=torch.float64) + place) / self.strata).clamp(1e-6, 1 - 1e-6)
-        normal = self.objective.train.sigma_distribution == "logit_normal"
-        levels = torch.sigmoid(torch.special.ndtri(share)) if normal else share
+        train, shift = self.objective.train, self.objective.shift(row.target.shape)
+        bounds = self.objective.weighting.sigma_range
+        levels = flow.levels_at(share, train.sigma_distribution, shift, bounds)
         noise = torch.randn((self.strata, *row.target.shape), generator=generator)
-        return flow.shifted(levels.float(), self.objective.shift(row.target.shape)), noise
+        return flow.shifted(levels.float(), shift), noise

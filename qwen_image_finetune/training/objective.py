@@ -32,6 +32,7 @@ class Objective:
             scheduler_config: constants of the checkpoint's scheduler, which decide the timestep shift.
         """
         self.train, self.weighting = config.train, config.loss
+        self.measure = flow.measure(config.loss.type, config.loss.huber_delta, config.loss.huber_schedule)
         self.family, self.scheduler_config, self.accelerator = family, scheduler_config, accelerator
         self.dtype = loading.weight_dtype(config.train.mixed_precision)
         self.dropout = bool(config.model.lora and config.model.lora.lora_dropout)
@@ -62,8 +63,9 @@ class Objective:
         shape = batch.target.shape[1:]
         visits = [micro.visit] * len(batch.keys)
         sigma, noise = flow.draw(
-            batch.keys, visits, self.train.seed, shape, self.train.sigma_distribution, self.shift(shape)
-        )
+            batch.keys, visits, self.train.seed, shape, self.train.sigma_distribution, self.shift(shape),
+            self.weighting.sigma_range,
+        )  # fmt: skip
         if self.dropout:  # the only user of the global random state: make it a function of the samples as well
             torch.manual_seed(flow.seed_of("dropout", self.train.seed, *batch.keys, micro.visit))
         return self.loss(module, batch.to(self.accelerator.device, self.dtype), sigma, noise), sigma
@@ -72,5 +74,8 @@ class Objective:
         """Loss (B,) float32 of a batch on the device at noise levels (B,) and noise (B, C, H, W), float32 anywhere."""
         device = self.accelerator.device
         velocity = partial(self.family.velocity, module, batch=batch, guidance=self.guidance)
+        sigma = sigma.to(device)
         with self.accelerator.autocast():
-            return flow.loss(velocity, batch.target, sigma.to(device), noise.to(device), self.weight(batch))
+            found = flow.loss(velocity, batch.target, sigma, noise.to(device), self.weight(batch), self.measure)
+        at_level = flow.level_weight(self.weighting.weighting, sigma)
+        return found if at_level is None else found * at_level

@@ -184,7 +184,7 @@ def test_a_data_set_class_of_ones_own_takes_its_own_arguments(load: Load) -> Non
         ({"trian.seed": 3}, "'trian' is not a key; the nearest is 'train'"),
         (
             {"loss.something_else": 1},
-            "'loss.something_else' is not a key; loss has loss.mask_loss, loss.foreground_weight",
+            "'loss.something_else' is not a key; loss has loss.type, loss.huber_delta",
         ),
         (
             {"data.init_args.image_sizes": 1},
@@ -392,6 +392,8 @@ NOTED: dict[str, Any] = {
     "validation.num_inference_steps": (7, {}, {"validation.enabled": True}),
     "validation.guidance_scale": (7, {}, {"validation.enabled": True}),
     "validation.seed": (7, {}, {"validation.enabled": True}),
+    "loss.huber_delta": (0.2, {}, {"loss.type": "huber"}),
+    "loss.huber_schedule": ("exponential", {}, {"loss.type": "pseudo_huber"}),
     "loss.foreground_weight": (3, {}, {"loss.mask_loss": True, "data.init_args.use_edit_mask": True}),
     "loss.background_weight": (3, {}, {"loss.mask_loss": True, "data.init_args.use_edit_mask": True}),
 }

@@ -8,7 +8,10 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 # Processes that the tests are spread over. One more than two cores: a fifth of the time a test waits for another process.
 WORKERS ?= 3
 
-.PHONY: help env demo test faults check lint format release-check docs bench lock clean
+# What a card is lent for, less what building takes.
+MINUTES ?= 12
+
+.PHONY: help env demo test faults check lint format release-check docs bench card lock clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -51,6 +54,9 @@ docs: env  ## the documentation as a site, in build/site
 
 bench: env  ## the measurements of the documentation
 	$(BIN)/python scripts/bench.py
+
+card: env  ## what is most worth knowing about the card of this machine, in MINUTES
+	$(BIN)/python scripts/card.py --minutes $(MINUTES)
 
 lock: env  ## resolve requirements.lock anew
 	printf '%s\n' $(TORCH) > .venv/torch.txt

@@ -35,7 +35,7 @@ from qwen_image_finetune.disk.files import write_atomic
 from qwen_image_finetune.disk.outputs import check_output
 from qwen_image_finetune.families import get_family, with_targets
 from qwen_image_finetune.families.base import Family
-from qwen_image_finetune.fitting.estimate import GIB, OUTSIDE, Estimator, transformer_config
+from qwen_image_finetune.fitting.estimate import ENCODER_PARTS, GIB, OUTSIDE, Estimator, transformer_config
 from qwen_image_finetune.fitting.footprint import Footprint, footprint, stand_in
 from qwen_image_finetune.fitting.plan import cheapest_change, parse_memory
 from qwen_image_finetune.levers.attention import attention_of
@@ -76,6 +76,8 @@ VARIANTS: dict[str, Variant] = {
     "nf4-offloaded": Variant({**KEPT, "offload_activations": True}, "nf4"),
     "fp8-offloaded": Variant({**KEPT, "offload_activations": True}, "fp8"),
     "fp8-swapped": Variant({**RECOMPUTED, "blocks_to_swap": 20}, "fp8"),
+    "int8-kept": Variant(KEPT, "int8"),
+    "int8-free": Variant(FREE, "int8"),
 }
 WARM_UP = 2  # steps that are not timed, after the first one
 
@@ -97,6 +99,17 @@ class Options:
     overwrite: bool = False  # a file that is there
     text_tokens: int | None = None  # None is what the family has of them
     tiny: bool = False
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What all variants step: an architecture and one batch of it."""
+
+    family: Family
+    about: dict[str, Any]  # config.json of the transformer
+    sizes: tuple[tuple[int, int], tuple[int, int]]  # (width, height) in pixels of target and reference
+    batch: Batch
+    found: Footprint
 
 
 class Timed:
@@ -123,7 +136,7 @@ class Timed:
         if variant is None:
             _as_others_do(self.model, options)
         else:
-            config = variant.config or _config(options, variant)
+            config = variant.config or config_of(options, variant)
             levers.prepare(self.model, config, self.device)
         self.model.train()
         self.batch = batch.to(self.device, self.dtype)
@@ -191,22 +204,14 @@ def run(options: Options, say: Callable[[str], None] = print) -> list[dict[str, 
         raise ConfigError("no card here: a full-size step takes hours on a CPU; --tiny shows that everything runs")
     if options.output is not None:
         check_output(options.output, options.overwrite)
-    family = get_family(options.family)
-    if any(side % family.side_multiple for side in options.size):
-        raise ConfigError(f"--size {options.size[0]} {options.size[1]}: {family.name} takes multiples of "
-                          f"{family.side_multiple}")  # fmt: skip
-    about = _tiny(family) if options.tiny else transformer_config(family, None)
-    size = (64, 64) if options.tiny else options.size
-    text_tokens = options.text_tokens or (16 if options.tiny else family.text_tokens([size]))
-    batch = stand_in(family, about, [size] * 2, options.batch, text_tokens)
-    found = footprint(family, about, batch, _config(options, Variant()).model.lora)
-    variants = _chosen(options, family)
+    what = subject(options)
+    variants = _chosen(options, what.family)
     visits: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
     for number in range(options.rounds):
         for name, variant in variants.items():
-            visits[name].append(visit(name, variant, options, family, about, batch))
-            say(f"round {number + 1} of {options.rounds}: {name}: {_in_short(visits[name][-1])}")
-    rows = [_finished(_merged(visits[name]), found, options) for name in variants]
+            visits[name].append(visit(name, variant, options, what.family, what.about, what.batch))
+            say(f"round {number + 1} of {options.rounds}: {name}: {in_short(visits[name][-1])}")
+    rows = [merged(visits[name], what.found, options) for name in variants]
     for row in rows:
         if "error" not in row and "error" not in rows[0]:
             row["ratio"] = rows[0]["milliseconds"] / row["milliseconds"]
@@ -217,7 +222,25 @@ def run(options: Options, say: Callable[[str], None] = print) -> list[dict[str, 
     return rows
 
 
-def _in_short(visit: dict[str, Any]) -> str:
+def subject(options: Options) -> Subject:
+    """The architecture with one reference, and a batch of zeros of the sizes that are asked for.
+
+    Raises:
+        ConfigError: a size that the model does not take.
+    """
+    family = get_family(options.family)
+    if any(side % family.side_multiple for side in options.size):
+        raise ConfigError(f"--size {options.size[0]} {options.size[1]}: {family.name} takes multiples of "
+                          f"{family.side_multiple}")  # fmt: skip
+    about = _tiny(family) if options.tiny else transformer_config(family, None)
+    size = (64, 64) if options.tiny else options.size
+    text_tokens = options.text_tokens or (16 if options.tiny else family.text_tokens([size]))
+    batch = stand_in(family, about, [size] * 2, options.batch, text_tokens)
+    found = footprint(family, about, batch, config_of(options, Variant()).model.lora)
+    return Subject(family, about, (size, size), batch, found)
+
+
+def in_short(visit: dict[str, Any]) -> str:
     """What is known before all rows are done."""
     if "error" in visit:
         return str(visit["error"])
@@ -227,16 +250,6 @@ def _in_short(visit: dict[str, Any]) -> str:
     if visit["compilations"] is not None:
         words.append(f"{visit['compilations']} graphs")
     return ", ".join([*words, visit["attention"]])
-
-
-def _finished(row: dict[str, Any], found: Footprint, options: Options) -> dict[str, Any]:
-    """With what follows from the median step."""
-    if "error" in row:
-        return row
-    milliseconds = row["milliseconds"]
-    tflops = found.operations(None) / milliseconds / 1e9  # what is computed twice does not count
-    used = None if options.peak_tflops is None else tflops / options.peak_tflops
-    return {**row, "images_per_second": 1e3 * options.batch / milliseconds, "tflops": tflops, "utilisation": used}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -264,7 +277,7 @@ def _chosen(options: Options, family: Family) -> dict[str, Variant | None]:
     chosen.update((name, VARIANTS[name]) for name in names if name != BASELINE)
     for card in options.cards:
         size = parse_memory(card)
-        found = cheapest_change(Estimator(family, _config(options, Variant(FREE)), None, [options.size] * 2), size)
+        found = cheapest_change(Estimator(family, config_of(options, Variant(FREE)), None, [options.size] * 2), size)
         if found is None:
             raise ConfigError(f"--card {card}: nothing that `qif plan` knows makes a {family.name} fit")
         keys = found[0].keys
@@ -292,16 +305,27 @@ def visit(
         _forget_peaks(_device())
 
 
-def _merged(visits: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One row of all visits: the median of all steps, the first visit's compile time."""
+def merged(visits: Sequence[dict[str, Any]], found: Footprint, options: Options) -> dict[str, Any]:
+    """One row of all visits to a variant: the median of all steps and what follows from it, the first visit's compile
+    time; or what went wrong."""
     failed = [visit for visit in visits if "error" in visit]
     if failed:
         return failed[0]
     steps = [each for visit in visits for each in visit["steps"]]
-    return {**visits[0], "steps": steps, "milliseconds": statistics.median(steps)}
+    milliseconds = statistics.median(steps)
+    tflops = found.operations(None) / milliseconds / 1e9  # what is computed twice does not count
+    return {
+        **visits[0],
+        "steps": steps,
+        "milliseconds": milliseconds,
+        "images_per_second": 1e3 * options.batch / milliseconds,
+        "tflops": tflops,
+        "utilisation": None if options.peak_tflops is None else tflops / options.peak_tflops,
+    }
 
 
-def _config(options: Options, variant: Variant) -> Config:
+def config_of(options: Options, variant: Variant) -> Config:
+    """A run's configuration with the settings of a variant."""
     config = Config.model_validate(
         {
             "model": {
@@ -310,13 +334,14 @@ def _config(options: Options, variant: Variant) -> Config:
                 "lora": {"r": options.rank, "lora_alpha": options.rank, "init_lora_weights": "gaussian"},
             },
             "train": {"trainer": options.family, **variant.train},
+            "cache": {"use_cache": True, **{f"{name}_device": "cpu" for name in ENCODER_PARTS}},  # none is here
         }
     )
     return with_targets(config, get_family(options.family))
 
 
 def _as_others_do(model: Any, options: Options) -> None:
-    lora = _config(options, Variant()).model.lora
+    lora = config_of(options, Variant()).model.lora
     assert lora is not None
     model.add_adapter(
         peft.LoraConfig(

@@ -128,7 +128,9 @@ def candidates(estimator: Estimator, card: int, named: speed.Card | None, here: 
             if not estimate.fits(card) or one.config.train.compile is not compiled:  # swapped blocks are not compiled
                 continue
             measured = known.get(remembered.label(format, bool(compiled)))
-            seconds = measured if measured is not None else _supposed(one, estimate, named, here)
+            seconds = measured
+            if seconds is None and named is not None:
+                seconds = supposed(one, estimate, named, _attention(one.config, here))
             yield Candidate(one.config, format, estimate, seconds, measured is not None)
 
 
@@ -142,15 +144,18 @@ def _formats(estimator: Estimator, named: speed.Card | None) -> Iterator[str | N
             yield format
 
 
-def _supposed(estimator: Estimator, estimate: Estimate, named: speed.Card | None, here: bool) -> float | None:
-    """Seconds of an optimizer step; what is fetched from the host is hidden behind computing, or it behind that."""
-    if named is None:
-        return None
-    train = estimator.config.train
-    name: str = train.attention if train.attention != "auto" else "flash"
+def _attention(config: Config, here: bool) -> str:
+    """What attends in a run; on a card that is not here, what all of them have."""
+    asked = config.train.attention
     if here and torch.cuda.is_available():
-        name = attention.choose(train.attention, torch.device("cuda"), weight_dtype(train.mixed_precision))
-    step = speed.Step(train.recomputation_keeps, train.compile is True, estimator.format, name)
+        return attention.choose(asked, torch.device("cuda"), weight_dtype(config.train.mixed_precision))
+    return asked if asked != "auto" else "flash"
+
+
+def supposed(estimator: Estimator, estimate: Estimate, named: speed.Card, attends: str) -> float:
+    """Seconds of an optimizer step; what is fetched from the host is hidden behind computing, or it behind that."""
+    train = estimator.config.train
+    step = speed.Step(train.recomputation_keeps, train.compile is True, estimator.format, attends)
     fetched = 2 * sum(estimate.host.get(part, 0) for part in ("swapped blocks", "activations"))
     computed = speed.supposed(estimator.footprint, step, named)
     return train.gradient_accumulation_steps * max(computed, fetched / LINK)

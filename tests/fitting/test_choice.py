@@ -117,15 +117,16 @@ def test_quick_measures_the_candidates_and_keeps_them(
 ) -> None:
     config = configure("FluxKontext", "train.mixed_precision=bf16")
     monkeypatch.setattr(quick, "STEPS", 1)
+    monkeypatch.setattr(quick, "MOST", 2)
     monkeypatch.setattr(bench, "WARM_UP", 0)
     assert main(["bench", str(tmp_path / "config.yaml"), "--quick", "train.mixed_precision=bf16"]) == 0
     said = capsys.readouterr().out
     rows = [line.partition(":")[0] for line in said.splitlines() if " s a step, the first " in line]
-    assert rows == ["16 bits", "int8", "nf4"]
+    assert rows == ["16 bits", "int8"]
     file = tmp_path / "cache" / "speed-cpu.json"
     assert str(file) in said
     (kept,) = json.loads(file.read_text()).values()
-    assert set(kept["seconds"]) == {"16 bits", "int8", "nf4"}
+    assert set(kept["seconds"]) == {"16 bits", "int8"}
     assert kept["sizes"] == [[64, 64], [64, 64]]
     assert config.cache.cache_dir in str(file)
 

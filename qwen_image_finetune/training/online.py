@@ -5,12 +5,13 @@ accelerate starts and ends them and logs their curves; how each takes a picture 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from qwen_image_finetune.config import Config
 
@@ -119,6 +120,8 @@ class Trackio(Online):
 class MLflow(Online):
     """Sends to MLFLOW_TRACKING_URI; where nobody set one, it keeps a database and its artifacts in `local`."""
 
+    opened: ClassVar[set[Path]] = set()  # databases of this process
+
     def __init__(self, config: Config, version: str, local: Path) -> None:
         import mlflow
         from accelerate.tracking import MLflowTracker
@@ -126,7 +129,7 @@ class MLflow(Online):
         self.tables: dict[str, list[list[Any]]] = {}  # all rows so far
         self.ours = not mlflow.is_tracking_uri_set()
         if self.ours:
-            mlflow.set_tracking_uri(f"sqlite:///{(local / 'mlflow.db').absolute()}")
+            mlflow.set_tracking_uri(f"sqlite:///{self._database(local.absolute())}")
         # A server says itself where the artifacts of an experiment go.
         artifacts = (local / "mlartifacts").absolute().as_uri() if self.ours else None
         super().__init__(MLflowTracker(config.logging.tracker_project_name, artifacts, run_name=version))
@@ -149,6 +152,13 @@ class MLflow(Online):
             mlflow.log_table({column: [row[place] for row in rows] for place, column in enumerate(columns)}, file)
         # A table of theirs that is added to is read again, and a pair called 007 comes back as the number 7.
         mlflow.log_dict({"columns": columns, "data": rows}, file)
+
+    def _database(self, folder: Path) -> Path:
+        """`mlflow.db`, or the next name: mlflow holds on to a database that went with a version which made way."""
+        names = (folder / f"mlflow{number or ''}.db" for number in itertools.count())
+        file = next(name for name in names if name.exists() or name not in self.opened)
+        self.opened.add(file)
+        return file
 
     def close(self) -> None:
         import mlflow

@@ -349,20 +349,20 @@ def test_data_workers_change_nothing(configure: Configure) -> None:
     assert_equal(weights(alone), weights(workers))
 
 
-# Half a minute each: two families stand for all, whose loop and objective are the same code.
+# Two families stand for all, whose loop and objective are the same code.
 @pytest.mark.parametrize("name", ["FluxKontext", "QwenImageEdit"])
 @pytest.mark.parametrize("mode,share", [("full", 0.1), ("lora", 0.5)])
 def test_one_pair_can_be_overfitted(
     name: str, mode: str, share: float, configure: Configure, tmp_path: Path, write_pairs: Callable[..., Path]
 ) -> None:
-    """The loss of one pair at fixed noise falls by 90 % (full) or half (LoRA on every linear) in 150 steps."""
+    """The loss of one pair at fixed noise falls by 90 % (full) or half (LoRA on every linear) in 50 steps."""
     pair = write_pairs(tmp_path / "one", [(64, 64)])
     from qwen_image_finetune import flow
 
     fixed = flow.draw(["fixed"], [0], 0, (16, 8, 8), "uniform", 1.0)
     lora = ("model.lora.target_modules=all-linear", "model.lora.r=16", "model.lora.lora_alpha=16")
     options = ("model.lora=null", "optimizer.init_args.lr=0.002") if mode == "full" else lora
-    config = configure(name, f"data.init_args.dataset_path={pair}", "train.max_train_steps=150", *options)
+    config = configure(name, f"data.init_args.dataset_path={pair}", "train.max_train_steps=50", *options)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flow, "draw", lambda *arguments, **named: fixed)
         curve = losses(train(config))

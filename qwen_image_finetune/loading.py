@@ -11,7 +11,9 @@ from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
+from diffusers.loaders.single_file_model import FromOriginalModelMixin
 from diffusers.utils.logging import disable_progress_bar as disable_diffusers_bars
+from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
 from torch import nn
 from transformers.utils.logging import disable_progress_bar as disable_transformers_bars
@@ -20,7 +22,9 @@ from qwen_image_finetune.config import Config, ConfigError, ModelConfig
 from qwen_image_finetune.families.base import Family
 from qwen_image_finetune.levers import weights
 from qwen_image_finetune.levers.model_files import skeleton
-from qwen_image_finetune.levers.stored_precision import base_precision, refuse_scaled_fp8
+from qwen_image_finetune.levers.single_file import SingleFile
+from qwen_image_finetune.levers.stored_precision import GGUF, base_precision, refuse_scaled_fp8
+from qwen_image_finetune.lora.merging import Change, read_change
 
 # Their bars say little about weights that load in seconds, and break into ours.
 disable_diffusers_bars()
@@ -46,11 +50,15 @@ def checkpoint_folder(config: Config, family: Family) -> Path:
         ConfigError: the checkpoint can be found neither here nor there.
     """
     name = config.model.pretrained_model_name_or_path
-    folder = Path(name).expanduser()
+    folder, revision = Path(name).expanduser(), config.model.revision
     if folder.is_dir():
         return folder
+    left_out = {} if config.model.transformer_file is None else {"transformer": None}  # many gigabytes for nothing
     try:
-        return Path(family.pipeline.download(name, revision=config.model.revision, use_safetensors=True))
+        found = Path(family.pipeline.download(name, revision=revision, use_safetensors=True, **left_out))
+        if left_out:
+            hf_hub_download(name, "transformer/config.json", revision=revision)
+        return found
     except (OSError, ValueError) as error:
         if error.__cause__ is None:  # the hub answered, but not with a pipeline in safetensors; or the disk is full
             reason = str(error).strip().partition("\n")[0]
@@ -172,12 +180,58 @@ def load_transformer(
     """
     place = folder / "transformer"
     check_known(family, place)
+    change = base_change(family, folder, model)
     with readable(place):
-        precision = base_precision(place, model)
-        transformer, report = weights.load(family.transformer, place, precision, dtype, device, blocks_to_swap)
+        precision, file = base_precision(place, model), transformer_file(family, model)
+        transformer, report = weights.load(
+            family.transformer, place, precision, dtype, device, blocks_to_swap, file, change
+        )
+    for line in [] if change is None else change.words():
+        say(line)
     if report is not None:
         say(report.words())
     return cast(ModelMixin, transformer)
+
+
+def transformer_file(family: Family, model: ModelConfig | None) -> SingleFile | None:
+    """What model.transformer_file names, None where the folder has the weights.
+
+    Raises:
+        ConfigError: it is of a kind that is not read for this family.
+    """
+    path = None if model is None else model.transformer_path
+    if path is None:
+        return None
+    if path.suffix == GGUF and not issubclass(family.transformer, FromOriginalModelMixin):
+        raise ConfigError(
+            f"model.transformer_file={str(path)!r}: diffusers reads no GGUF of a {family.transformer.__name__}; "
+            "name a .safetensors"
+        )
+    return SingleFile(path, family.file_names)
+
+
+def base_change(family: Family, folder: Path, model: ModelConfig | None) -> Change | None:
+    """What model.base_loras add to the transformer of a checkpoint.
+
+    Raises:
+        ConfigError, LoraFileError: one of them is not there, broken, or does not fit.
+    """
+    if model is None or not model.base_loras:
+        return None
+    return read_change(empty_transformer(family, folder, torch.bfloat16), model.base_loras, family.naming)
+
+
+def check_base(family: Family, folder: Path, model: ModelConfig) -> ModelMixin:
+    """Refuse a base that `load_transformer` would, by headers and LoRA files alone; returns it without memory.
+
+    Raises:
+        ConfigError, LoraFileError: as there.
+    """
+    transformer = empty_transformer(family, folder, torch.bfloat16)
+    base_precision(folder / "transformer", model)
+    weights.check_tensors(transformer, transformer_file(family, model) or folder / "transformer")
+    read_change(transformer, model.base_loras, family.naming)
+    return transformer
 
 
 def check_known(family: Family, place: Path) -> None:

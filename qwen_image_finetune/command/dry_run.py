@@ -30,7 +30,11 @@ def _plan(config: Config) -> Iterator[str]:
     model, train, data = config.model, config.train, config.data
     yield f"model:    {family} ({source}), from {model.pretrained_model_name_or_path}"
     checkpoint = local_checkpoint(model)
+    if model.transformer_file is not None:
+        yield f"          its transformer from {model.transformer_file}"
     yield from _base(config, checkpoint)
+    for lora in model.base_loras:
+        yield f"          {lora.file} merged into it at strength {lora.strength:g}"
     if model.lora is None:
         yield "trains:   every weight of the transformer"
     else:
@@ -64,10 +68,13 @@ def _base(config: Config, checkpoint: Path | None) -> Iterator[str]:
     if precision.stored:
         yield f"          frozen base in {precision.format}, as the checkpoint is ({precision.source})"
     elif precision.format:
+        from qwen_image_finetune.families import get_family
         from qwen_image_finetune.levers.quantize import BOUNDS, SAMPLED_ROWS, quantization_errors
+        from qwen_image_finetune.loading import transformer_file
 
         bound = BOUNDS[precision.format]
-        errors = quantization_errors(folder, precision.format, SAMPLED_ROWS)
+        file = transformer_file(get_family(resolve_family(config)[0]), model)
+        errors = quantization_errors(folder, precision.format, SAMPLED_ROWS, file)
         yield f"          frozen base quantised to {precision.format}; errors of {len(errors)} layers, from a sample:"
         for name, error in errors[:5]:
             yield f"          {error:7.2%}  {name}"

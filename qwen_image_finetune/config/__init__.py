@@ -17,6 +17,7 @@ from qwen_image_finetune.config.load import load_config
 from qwen_image_finetune.config.root import Config
 from qwen_image_finetune.config.schema import (
     OUR_DATASETS,
+    BaseLora,
     CacheConfig,
     ConfigError,
     DataConfig,
@@ -39,6 +40,7 @@ from qwen_image_finetune.config.words import no_folder
 __all__ = [
     "OUR_DATASETS",
     "SPELLINGS",
+    "BaseLora",
     "CacheConfig",
     "Config",
     "ConfigError",

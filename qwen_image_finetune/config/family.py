@@ -16,6 +16,7 @@ from qwen_image_finetune.config.tree import shown
 from qwen_image_finetune.config.words import no_folder
 
 MODEL = "model.pretrained_model_name_or_path"
+TRANSFORMER_FILES = (".safetensors", ".gguf")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # OWNER/NAME: a place to send to, where a short name will not do
 EXAMPLES = {entry.example for entry in FAMILIES.values()}
@@ -34,7 +35,13 @@ def model_problems(name: Any) -> list[str]:
     if folder.is_dir():
         return _folder_problems(name, folder)
     if exists:
-        return [f"{MODEL}={name!r} is a file; it takes a hub id or a folder in diffusers layout"]
+        takes = f"{MODEL}={name!r} is a file; it takes a hub id or a folder in diffusers layout"
+        if folder.suffix in TRANSFORMER_FILES:
+            takes += (
+                f". Write model.transformer_file={name} for a file with the transformer, and here the model that it is "
+                f"of, such as {FAMILIES[DEFAULT_FAMILY].example}, for encoders, VAE and scheduler"
+            )
+        return [takes]
     if name.startswith(("/", "./", "../", "~")) or name in (".", ".."):
         return [f"{MODEL}={name!r}: {no_folder(folder)}"]
     if not HUB_ID.fullmatch(name):
@@ -45,6 +52,23 @@ def model_problems(name: Any) -> list[str]:
     if fnmatchcase(name.lower(), "qwen/qwen*-vl*"):
         return [f"{MODEL}={name!r} is a language model, not an image model; {SUGGESTION}"]
     return []
+
+
+def file_problems(name: Any) -> list[str]:
+    """Why `name` cannot be model.transformer_file, without opening it; empty if it may be."""
+    if not isinstance(name, str) or not name:
+        return []
+    key = f"model.transformer_file={name!r}"
+    try:
+        path = Path(name).expanduser()
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except (OSError, RuntimeError) as error:
+        return [f"{key} is no path: {error}"]
+    if path.suffix not in TRANSFORMER_FILES:
+        return [f"{key}: it takes one file that ends in {' or '.join(TRANSFORMER_FILES)}"]
+    if is_folder:
+        return [f"{key} is a folder; it takes one file with the transformer"]
+    return [] if is_file else [f"{key}: not in {path.absolute().parent}"]
 
 
 def _folder_problems(name: str, folder: Path) -> list[str]:

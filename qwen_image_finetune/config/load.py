@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from pydantic import ValidationError
 
-from qwen_image_finetune.config.family import model_problems, trainer_problems
+from qwen_image_finetune.config.family import file_problems, model_problems, trainer_problems
 from qwen_image_finetune.config.idle import idle_notes
 from qwen_image_finetune.config.interpolation import resolve
 from qwen_image_finetune.config.root import Config
@@ -61,6 +61,7 @@ def _check(values: dict[str, Any]) -> tuple[Config | None, list[str]]:
     notes, wrong = canonicalise(values)
     wrong += [unknown(key) for key in take_unknown(values)]
     wrong += model_problems(find(values, "model.pretrained_model_name_or_path"))
+    wrong += file_problems(find(values, "model.transformer_file"))
     wrong += trainer_problems(find(values, "train.trainer"))
     try:
         config = Config.model_validate(values)

@@ -159,11 +159,26 @@ class LoraConfig(Section):
         return self.init_lora_weights if self.pretrained_weight is None else True
 
 
+class BaseLora(Section):
+    """A LoRA under the training."""
+
+    file: Text = Field(description="file, folder or hub id of the LoRA, in any dialect")
+    strength: Strength = Field(1.0, description="factor of its change; 1 is as its file says")
+
+
 class ModelConfig(Section):
     """What is trained."""
 
     pretrained_model_name_or_path: Text = Field(description="hub id or folder in diffusers layout")
     revision: Text | None = Field(None, description="branch, tag or commit of a hub id")
+    transformer_file: Text | None = Field(
+        None,
+        description="one .safetensors or .gguf with the transformer; everything else comes from "
+        "pretrained_model_name_or_path",
+    )
+    base_loras: Annotated[list[BaseLora], Allowed("list of sections: file, strength")] = Field(
+        [], description="LoRAs that are merged into the frozen base before anything else"
+    )
     quantize: Annotated[Switch | Literal["fp8", "nf4", "fp4", "int8", "auto"], BeforeValidator(_one_way)] = Field(
         False,
         description='quantise the frozen base while loading; true means fp8; "auto": chosen for the card, and said why',
@@ -178,6 +193,15 @@ class ModelConfig(Section):
         if self.quantize == "auto":
             return None
         return "fp8" if self.quantize is True else self.quantize or None
+
+    @property
+    def transformer_path(self) -> Path | None:
+        """`transformer_file` as a path."""
+        return None if self.transformer_file is None else Path(self.transformer_file).expanduser()
+
+    def of_a_tuned_transformer(self) -> ModelConfig:
+        """The same for a transformer that was tuned as a whole, which has its base and what was merged in it."""
+        return self.model_copy(update={"transformer_file": None, "base_loras": []})
 
 
 class DatasetArguments(Section):

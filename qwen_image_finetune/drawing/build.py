@@ -38,6 +38,8 @@ def build_predictor(config: Config, tuned: Path | None = None) -> Predictor:
     family = get_family(resolve_family(config, download=True)[0])
     folder = loading.checkpoint_folder(config, family)
     check_installed(config.model, folder)
+    if tuned is None and (config.model.transformer_file is not None or config.model.base_loras):
+        loading.check_base(family, folder, config.model)  # before the encoders load
     home = resolve_device(None, "predict.devices")
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if local > 1 and home.type != "cpu":  # each process draws for itself, on its own card
@@ -52,7 +54,7 @@ def build_predictor(config: Config, tuned: Path | None = None) -> Predictor:
              if waiting and name in family.text_components and homes[name] == card]  # fmt: skip
     dtype = loading.encoder_dtype(config.train.mixed_precision)
     pipe = loading.load_encoders(family, folder, dtype, homes | dict.fromkeys(turns, torch.device("cpu")))
-    transformer = load_for_prediction(config, family, tuned or folder, card)
+    transformer = load_for_prediction(config, family, tuned or folder, card, tuned is not None)
     if turns and fits_beside([pipe.components[name] for name in turns], card):
         for name in turns:
             pipe.components[name].to(card)
@@ -67,10 +69,15 @@ def fits_beside(encoders: Sequence[torch.nn.Module], card: torch.device) -> bool
     return card.type == "cuda" and torch.cuda.mem_get_info(card)[0] >= weights + ROOM_TO_DRAW
 
 
-def load_for_prediction(config: Config, family: Family, folder: Path, device: torch.device) -> ModelMixin:
-    """The transformer of a checkpoint as prediction has it: at rest, with an attention that runs here."""
+def load_for_prediction(config: Config, family: Family, folder: Path, device: torch.device, tuned: bool) -> ModelMixin:
+    """The transformer of a checkpoint as prediction has it: at rest, with an attention that runs here.
+
+    Args:
+        tuned: the folder is of a transformer that was tuned as a whole, not of the base.
+    """
     dtype = loading.weight_dtype(config.train.mixed_precision)
-    transformer = loading.load_transformer(family, folder, dtype, config.model, device, say=console.say)
+    model = config.model.of_a_tuned_transformer() if tuned else config.model
+    transformer = loading.load_transformer(family, folder, dtype, model, device, say=console.say)
     transformer.eval().to(device)
     use_attention(transformer, "auto", config.train.mixed_precision)  # what training used may not run here
     return transformer

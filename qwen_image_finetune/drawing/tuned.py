@@ -98,7 +98,8 @@ class TunedPredictor:
         del predictor.transformer  # the device need not hold two
         with explained(self.config, "loading the model for prediction"):
             folder = checkpoint or checkpoint_folder(self.config, family)
-            predictor.transformer = load_for_prediction(self.config, family, folder, home)
+            tuned = checkpoint is not None
+            predictor.transformer = load_for_prediction(self.config, family, folder, home, tuned)
         self._predictor = predictor
 
     def predict(

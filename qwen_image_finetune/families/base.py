@@ -17,7 +17,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from PIL.Image import Image, Resampling
 from torch import Tensor
 
-from qwen_image_finetune.lora.names import USUAL_TARGETS, Naming, Native
+from qwen_image_finetune.lora.names import USUAL_TARGETS, Names, Naming, Native
 from qwen_image_finetune.lora.readers import USUAL_READERS, Reader
 from qwen_image_finetune.records import Batch
 
@@ -82,6 +82,11 @@ class Family(ABC):
     def naming(self) -> Naming:
         """What LoRA files have to know of the model."""
         return Naming(self.pipeline, self.lora_names, self.lora_readers, self.published_transformers)
+
+    @property
+    def file_names(self) -> Names:
+        """What files with the whole transformer call modules that diffusers calls otherwise."""
+        return self.lora_names
 
     def published_transformers(self) -> Iterator[ModelMixin]:
         """The published transformers, one after the other, without memory."""

@@ -26,6 +26,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from qwen_image_finetune.families.base import Family, Published, Reference, replaced
+from qwen_image_finetune.lora.names import Names, Native
 from qwen_image_finetune.lora.readers import EVERYTHING, Reader
 from qwen_image_finetune.records import Batch
 
@@ -56,6 +57,12 @@ class QwenImage21(Family):
     published: ClassVar[tuple[Published, ...]] = (
         Published("Qwen/Qwen-Image-2.1", 9.1e9, "Qwen Research, non-commercial"),
     )
+
+    @property
+    def file_names(self) -> Names:
+        """ComfyUI's files have the two upper layers of the feed-forward in one matrix; its LoRAs are not known to."""
+        block = "transformer_blocks.{}.img_mlp"
+        return {f"{block}.gate_up": Native((f"{block}.gate_layer", f"{block}.proj"), rows=(1, 1))}
 
     def size(self, width: int, height: int, area: int | None = None) -> tuple[int, int]:
         """The aspect ratio kept at `area` (the model's: 1024 x 1024), sides rounded to 32."""

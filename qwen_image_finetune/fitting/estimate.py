@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,9 +20,10 @@ from qwen_image_finetune.config import Config
 from qwen_image_finetune.families import with_targets
 from qwen_image_finetune.families.base import Family, Published
 from qwen_image_finetune.fitting.footprint import Footprint, footprint, stand_in
-from qwen_image_finetune.levers.stored_precision import base_precision
+from qwen_image_finetune.levers.stored_precision import base_precision, file_format
 from qwen_image_finetune.levers.swap import AHEAD
-from qwen_image_finetune.loading import encoder_dtype, weight_dtype
+from qwen_image_finetune.loading import encoder_dtype, transformer_file, weight_dtype
+from qwen_image_finetune.lora.names import numbered
 
 GIB = 2**30
 Size = tuple[int, int]
@@ -138,6 +140,8 @@ class Estimator:
         """Bytes of the weights outside of the blocks, and of those of one block of each kind."""
         wide = 4 if config.model.lora is None else weight_dtype(config.train.mixed_precision).itemsize
         narrow = BYTES[format] if format is not None else wide
+        if format is not None and format == self._stored_in_file:
+            narrow = self._mean_bytes(narrow, wide)
         found = self.footprint
         kinds = found.kinds.values()
         blocks = [int(kind.linear * narrow + (kind.weights - kind.linear) * wide) for kind in kinds]
@@ -162,9 +166,30 @@ class Estimator:
         return found or int(self.published.encoder_parameters * dtype.itemsize)
 
     def _format(self) -> str | None:
-        if self.folder is not None:
-            return base_precision(self.folder / "transformer", self.config.model).format
-        return self.config.model.asked_format
+        if self.folder is None and self.config.model.transformer_file is None:
+            return self.config.model.asked_format
+        return base_precision((self.folder or Path()) / "transformer", self.config.model).format
+
+    @cached_property
+    def _stored_in_file(self) -> str | None:
+        """The format in which model.transformer_file has some of its layers already."""
+        path = self.config.model.transformer_path
+        found = None if path is None else file_format(path)
+        return None if found is None else found[0]
+
+    def _mean_bytes(self, narrow: float, wide: int) -> float:
+        """Of one weight in the matrices of the blocks of model.transformer_file, of which some may be wide.
+
+        Args:
+            narrow, wide: those of a weight that is quantised, and of another.
+        """
+        file = transformer_file(self.family, self.config.model)
+        assert file is not None
+        tensors = file.tensors().items()
+        inside = [one for key, one in tensors if key.endswith(".weight") and len(one.shape) == 2 and numbered(key)[1]]
+        weights = sum(math.prod(one.shape) for one in inside)
+        quantised = sum(math.prod(one.shape) for one in inside if one.dtype not in ("F32", "F16", "BF16"))
+        return narrow if not weights else (quantised * narrow + (weights - quantised) * wide) / weights
 
     def _usual_sizes(self) -> tuple[Size, ...]:
         arguments = self.config.data.init_args

@@ -1,4 +1,4 @@
-"""A model folder in diffusers layout: its class, the model without weights, and its tensors one by one."""
+"""A model in diffusers layout or one file: its class, the model without weights, and its tensors one by one."""
 
 from __future__ import annotations
 
@@ -9,38 +9,53 @@ from pathlib import Path
 from typing import Any, cast
 
 import diffusers
+import torch
 from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from qwen_image_finetune.config import ConfigError
-from qwen_image_finetune.levers.stored_precision import tensor_index
+from qwen_image_finetune.levers.gguf_file import GgufTensors
+from qwen_image_finetune.levers.single_file import SingleFile
+from qwen_image_finetune.levers.stored_precision import GGUF, tensor_index
 
 
 class Checkpoint:
-    """Tensors of a model folder, read one by one. `unread` are those nobody has asked for yet."""
+    """Tensors of a model, read one by one. `unread` are those nobody has asked for yet."""
 
-    def __init__(self, folder: Path, stack: ExitStack) -> None:
-        self.folder, self.tensors = folder, tensor_index(folder)
+    def __init__(self, source: Path | SingleFile, stack: ExitStack) -> None:
+        self.source = source.path if isinstance(source, SingleFile) else source
+        self.tensors = source.tensors() if isinstance(source, SingleFile) else tensor_index(source)
         files = {entry.file for entry in self.tensors.values()}
-        self._open = {path: stack.enter_context(safe_open(path, framework="pt")) for path in files}
+        self._open: dict[Path, Any] = {
+            path: GgufTensors(path) if path.suffix == GGUF else stack.enter_context(safe_open(path, framework="pt"))
+            for path in files
+        }
         self.unread = dict.fromkeys(self.tensors)
 
     def read(self, key: str) -> Tensor:
-        """The tensor as stored, a view of the file; copy what is kept."""
+        """The tensor as stored (of GGUF's blocks, as numbers), maybe a view of the file; copy what is kept."""
         self.unread.pop(key, None)
-        return cast(Tensor, self._open[self.tensors[key].file].get_tensor(key))
+        entry = self.tensors[key]
+        file, name = self._open[entry.file], entry.key or key
+        if not entry.rows:
+            return cast(Tensor, file.get_tensor(name))
+        stored = file.get_slice(name)
+        parts = [stored[begin:end] for begin, end in entry.rows]
+        if len(parts) == 1:
+            return cast(Tensor, parts[0])
+        return torch.cat([part.view(torch.uint8) for part in parts]).view(parts[0].dtype)
 
 
 @contextmanager
-def opened(folder: Path) -> Iterator[Checkpoint]:
-    """The tensors of a model folder, while the context lasts.
+def opened(source: Path | SingleFile) -> Iterator[Checkpoint]:
+    """The tensors of a model's folder in diffusers layout, or of one file, while the context lasts.
 
     Raises:
         ConfigError: files are missing or broken.
     """
     with ExitStack() as stack:
-        yield Checkpoint(folder, stack)
+        yield Checkpoint(source, stack)
 
 
 def model_class(folder: Path) -> type[nn.Module]:

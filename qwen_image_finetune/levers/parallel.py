@@ -25,7 +25,9 @@ from torch.distributed.tensor import DTensor
 from qwen_image_finetune.config import Config, ConfigError
 from qwen_image_finetune.disk import checkpoint
 from qwen_image_finetune.levers.model_files import opened
+from qwen_image_finetune.levers.single_file import SingleFile
 from qwen_image_finetune.levers.stored_precision import Precision
+from qwen_image_finetune.lora.merging import Change
 
 ASKED = "ACCELERATE_USE_FSDP"
 QUANTISED = (
@@ -162,28 +164,41 @@ def is_sharded(transformer: nn.Module) -> bool:
     return isinstance(transformer, FSDPModule)
 
 
-def fill(transformer: nn.Module, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+def fill(
+    transformer: nn.Module,
+    source: Path | SingleFile,
+    dtype: torch.dtype,
+    device: torch.device,
+    change: Change | None = None,
+) -> None:
     """Give cut weights without memory their values: each process reads its own part of each tensor of the files.
 
     Adapters must have their values already; they are small and made alike in every process.
 
     Args:
+        source: a folder in diffusers layout, or one file.
         dtype: that the unshared model would be loaded in; values are rounded to it, whatever they are kept in.
+        change: is added before they are.
 
     Raises:
         ConfigError: files are missing or broken, or a tensor is missing or of another shape.
     """
     filled: dict[str, Tensor] = {}
-    with opened(folder) as files:
+    with opened(source) as files:
         for name, parameter in transformer.named_parameters():
             if not parameter.is_meta:
                 continue
             key = name.replace(".base_layer.", ".")
             if key not in files.tensors or files.tensors[key].shape != tuple(parameter.shape):
-                raise ConfigError(f"{folder}: {key} is missing or not {tuple(parameter.shape)}, as config.json has it")
+                raise ConfigError(
+                    f"{files.source}: {key} is missing or not {tuple(parameter.shape)}, as config.json has it"
+                )
             assert isinstance(parameter, DTensor)
             begin, rows = _own_rows(parameter)
-            part = files.read(key)[begin : begin + rows].to(device, dtype).to(parameter.dtype, copy=True)
+            part = files.read(key)[begin : begin + rows].to(device)
+            if change is not None and key.endswith(".weight") and change.touches(key.removesuffix(".weight")):
+                part = change.added_to(key.removesuffix(".weight"), part, begin)
+            part = part.to(dtype).to(parameter.dtype, copy=True)
             filled[name] = _as_cut(part, parameter)
     transformer.load_state_dict(filled, strict=False, assign=True)  # FSDP takes notice of what is assigned
     whole = [name for name, parameter in transformer.named_parameters() if not isinstance(parameter, DTensor)]

@@ -8,7 +8,7 @@ whose error is above the bound of its format: it does not fit the format, and wo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from qwen_image_finetune.config import ConfigError
 from qwen_image_finetune.levers.model_files import model_class, opened, skeleton
 from qwen_image_finetune.levers.quantized_linear import QuantizedLinear, quantised
+from qwen_image_finetune.levers.single_file import SingleFile
 
 # Largest error with which a layer is still quantised. Gaussian weights come out at 0.027, 0.009, 0.092 and 0.122.
 BOUNDS = {"fp8": 0.05, "int8": 0.05, "nf4": 0.15, "fp4": 0.20}
@@ -35,6 +36,7 @@ class Report:
     kept: tuple[tuple[str, float], ...]  # above the bound of the format, left in full precision
     num_quantised: int
     num_linear: int
+    merged: tuple[tuple[str, float], ...] = ()  # that came quantised and, changed, were quantised again; worst first
 
     def words(self) -> str:
         """One or two lines for the person who started the run."""
@@ -42,6 +44,12 @@ class Report:
         line += f"{self.num_quantised} of {self.num_linear} linear layers"
         if self.errors:
             line += f", worst error {self.errors[0][1]:.1%} ({self.errors[0][0]})"
+        if self.merged:
+            mean = sum(error for _, error in self.merged) / len(self.merged)
+            line += (
+                f"\nmodel.base_loras cost a second rounding of {len(self.merged)} layers: {mean:.1%} of their weights "
+                f"on average, {self.merged[0][1]:.1%} at worst ({self.merged[0][0]})"
+            )
         if self.kept:
             listed = ", ".join(f"{name} ({error:.1%})" for name, error in self.kept)
             line += f"\nabove {BOUNDS[self.format]:.0%} and therefore left in full precision: {listed}"
@@ -64,18 +72,19 @@ def quantize(transformer: nn.Module, format: str) -> Report:
 
 
 def quantization_errors(
-    source: nn.Module | Path | str, format: str, rows: int | None = None
+    source: nn.Module | Path | str, format: str, rows: int | None = None, file: SingleFile | None = None
 ) -> list[tuple[str, float]]:
     """Relative error of each layer that `format` would be used for, worst first (see `relative_error`).
 
     Args:
         source: a transformer, or a folder of one in diffusers layout, whose weights are read layer by layer.
         rows: look at this many rows of a layer, evenly spread; None is all of them.
+        file: has the weights in place of the folder.
 
     Raises:
         ConfigError: the folder cannot be read.
     """
-    weights = _weights(source) if isinstance(source, nn.Module) else _stored_weights(Path(source))
+    weights = _weights(source) if isinstance(source, nn.Module) else _stored_weights(Path(source), file)
     errors = []
     for name, weight in weights:
         step = 1 if rows is None else max(1, weight.shape[0] // rows)
@@ -130,15 +139,22 @@ def replace(transformer: nn.Module, name: str, layer: QuantizedLinear) -> None:
 
 
 def report(
-    transformer: nn.Module, format: str, errors: dict[str, float], kept: dict[str, float], stored: bool = False
+    transformer: nn.Module,
+    format: str,
+    errors: dict[str, float],
+    kept: dict[str, float],
+    stored: bool = False,
+    merged: Mapping[str, float] | None = None,
 ) -> Report:
     """Count what is there."""
     linear = [module for module in transformer.modules() if isinstance(module, nn.Linear)]
     num_quantised = sum(isinstance(module, QuantizedLinear) for module in linear)
-    return Report(format, stored, tuple(_worst_first(errors)), tuple(_worst_first(kept)), num_quantised, len(linear))
+    of_merged = tuple(_worst_first(merged or {}))
+    worst, wide = tuple(_worst_first(errors)), tuple(_worst_first(kept))
+    return Report(format, stored, worst, wide, num_quantised, len(linear), of_merged)
 
 
-def _worst_first(errors: dict[str, float]) -> list[tuple[str, float]]:
+def _worst_first(errors: Mapping[str, float]) -> list[tuple[str, float]]:
     """Sorted by error; what is not a number is the worst."""
     return sorted(errors.items(), key=lambda item: (item[1] == item[1], -item[1]))
 
@@ -148,7 +164,7 @@ def _weights(transformer: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield name, layer.weight.detach()
 
 
-def _stored_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    with opened(folder) as checkpoint:
+def _stored_weights(folder: Path, file: SingleFile | None) -> Iterator[tuple[str, Tensor]]:
+    with opened(file or folder) as checkpoint:
         for name, _ in candidates(skeleton(model_class(folder), folder)):
             yield name, checkpoint.read(f"{name}.weight")

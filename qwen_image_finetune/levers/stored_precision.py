@@ -1,6 +1,6 @@
 """In which precision a checkpoint keeps its transformer, read from its own files and never from its name.
 
-Only config.json and the headers of the safetensors files are looked at: no weights, no torch.
+Only config.json and the headers of the files with weights are looked at: no weights, no torch.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ from qwen_image_finetune.config.tree import shown
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' name; with ".index.json" the list of its shards
 FP8_SCALES = ("weight_scale", "scale_weight")  # one number, or one a row; the weight is what is stored, times this
-SIDE_NOTES = ("scaled_fp8", "input_scale", "scale_input", "weight_format")  # nothing that weights are computed from
+SIDE_NOTES = (  # nothing that weights are computed from
+    "scaled_fp8", "input_scale", "scale_input", "weight_format", "comfy_quant", "__index_timestep_zero__",
+)  # fmt: skip
 FOUR_BITS = ("nf4", "fp4")
+GGUF = ".gguf"
 PACKED = "weight.quant_state.bitsandbytes__"  # followed by nf4 or fp4
 
 
@@ -33,8 +36,10 @@ class StoredTensor:
     """Where a tensor lies."""
 
     file: Path
-    dtype: str  # in the words of safetensors: F32, BF16, F8_E4M3, U8, ...
+    dtype: str  # in the words of safetensors: F32, BF16, F8_E4M3, U8, ...; in those of GGUF what only that has
     shape: tuple[int, ...]
+    key: str = ""  # its name in the file, where that is another
+    rows: tuple[tuple[int, int], ...] = ()  # (first, behind the last) of the file's tensor that make it, where not all
 
 
 @dataclass(frozen=True)
@@ -60,11 +65,13 @@ def local_checkpoint(model: ModelConfig) -> Path | None:
     if not isinstance(cached, str):
         return None
     transformer = Path(cached).parent
-    return transformer.parent if all(path.is_file() for path in _shards(transformer)) else None
+    whole = model.transformer_file is not None or all(path.is_file() for path in _shards(transformer))
+    return transformer.parent if whole else None
 
 
 def base_precision(folder: Path, model: ModelConfig | None = None) -> Precision:
-    """Precision of the transformer in `folder` under model.quantize; without a configuration, as it is stored.
+    """Precision of the transformer in `folder`, or in model.transformer_file, under model.quantize; without a
+    configuration, as it is stored.
 
     Raises:
         ConfigError: the checkpoint is quantised in another way than model.quantize says, in one that is not known here,
@@ -72,8 +79,14 @@ def base_precision(folder: Path, model: ModelConfig | None = None) -> Precision:
             other.
     """
     asked = None if model is None else model.asked_format
-    found = stored_format(folder)
+    file = None if model is None else model.transformer_path
+    found = stored_format(folder) if file is None else file_format(file)
+    folder = file or folder
     if found is None:
+        if file is not None and file.suffix == GGUF and model is not None and model.lora is None:
+            raise ConfigError(
+                f"model.lora=null, but {file} is GGUF: name a .safetensors in full precision or give model.lora"
+            )
         return Precision(asked, stored=False, source="model.quantize" if asked else "")
     format, source = found
     if model is not None and asked not in (None, format):
@@ -96,7 +109,7 @@ def stored_format(folder: Path) -> tuple[str, str] | None:
         ConfigError: it is quantised in a way that is not known here, or its files contradict each other.
     """
     tensors = tensor_index(folder)
-    found = _format_of(tensors, folder)
+    found = format_of(tensors, folder)
     declared = _declared(folder)
     if declared is not None and found != declared:
         raise ConfigError(
@@ -106,6 +119,16 @@ def stored_format(folder: Path) -> tuple[str, str] | None:
     if found is None:
         return None
     return found, "quantization_config of its config.json" if declared else "dtypes of its safetensors files"
+
+
+def file_format(path: Path) -> tuple[str, str] | None:
+    """The same of a transformer in one file.
+
+    Raises:
+        ConfigError: it is not there, broken, or quantised in a way that is not known here.
+    """
+    found = format_of(header(path), path)
+    return None if found is None else (found, "dtypes of its tensors")
 
 
 def check_installed(model: ModelConfig, checkpoint: Path | None) -> None:
@@ -118,6 +141,11 @@ def check_installed(model: ModelConfig, checkpoint: Path | None) -> None:
     Raises:
         ConfigError: names what asks for it.
     """
+    if model.transformer_path is not None and model.transformer_path.suffix == GGUF and find_spec("gguf") is None:
+        raise ConfigError(
+            f"model.transformer_file={model.transformer_file!r} needs gguf, not installed here: pip install "
+            "'qwen-image-finetune[gguf]', or name a .safetensors"
+        )
     if find_spec("bitsandbytes") is not None:
         return
     wanted_by = None
@@ -141,20 +169,34 @@ def tensor_index(folder: Path) -> dict[str, StoredTensor]:
     Raises:
         ConfigError: files are missing or broken.
     """
-    from safetensors import SafetensorError, safe_open
-
     tensors: dict[str, StoredTensor] = {}
     for path in _shards(folder):
-        if not path.is_file():
-            raise ConfigError(f"{path} is missing: download the checkpoint again")
-        try:
-            with safe_open(path, framework="np") as file:
-                for key in file.keys():  # noqa: SIM118 (not a mapping)
-                    entry = file.get_slice(key)
-                    tensors[key] = StoredTensor(path, entry.get_dtype(), tuple(entry.get_shape()))
-        except SafetensorError as error:
-            raise ConfigError(f"{path} is broken ({error}): download the checkpoint again") from error
+        tensors |= header(path)
     return tensors
+
+
+def header(path: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a file.
+
+    Raises:
+        ConfigError: the file is missing or broken.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise ConfigError(f"{path} is missing: download the checkpoint again")
+    if path.suffix == GGUF:
+        from qwen_image_finetune.levers.gguf_file import gguf_header
+
+        return gguf_header(path)
+    try:
+        with safe_open(path, framework="np") as file:
+            entries = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+            return {
+                key: StoredTensor(path, entry.get_dtype(), tuple(entry.get_shape())) for key, entry in entries.items()
+            }
+    except SafetensorError as error:
+        raise ConfigError(f"{path} is broken ({error}): download the checkpoint again") from error
 
 
 def refuse_scaled_fp8(folder: Path) -> None:
@@ -181,7 +223,15 @@ def _shards(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _format_of(tensors: dict[str, StoredTensor], folder: Path) -> str | None:
+def format_of(tensors: dict[str, StoredTensor], folder: Path) -> str | None:
+    """fp8, int8, nf4 or fp4 by the dtypes and names of tensors; None of full precision, to which GGUF is widened.
+
+    Args:
+        folder: or file that they lie in.
+
+    Raises:
+        ConfigError: they are e5m2.
+    """
     kinds = {entry.dtype for entry in tensors.values()}
     if "F8_E5M2" in kinds:
         raise ConfigError(f"the weights in {folder} are e5m2; of the 8-bit floats only e4m3 can be used here")

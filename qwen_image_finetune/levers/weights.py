@@ -8,8 +8,10 @@ precision than what stays so, and one layer.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,7 @@ from qwen_image_finetune.levers.quantized_linear import (
     QuantizedLinear,
     bitsandbytes_functional,
 )
+from qwen_image_finetune.levers.single_file import OF_ANOTHER, SingleFile
 from qwen_image_finetune.levers.stored_precision import (
     FOUR_BITS,
     FP8_SCALES,
@@ -33,6 +36,9 @@ from qwen_image_finetune.levers.stored_precision import (
     tensor_index,
 )
 from qwen_image_finetune.levers.swap import swapped_names
+from qwen_image_finetune.lora.merging import Change
+
+MARK_OF_2511 = "__index_timestep_zero__"  # what ComfyUI's files of that model have
 
 # Tensors beside the weight of a layer that comes quantised: its scales, and what bitsandbytes packs with 4-bit codes.
 BESIDE_QUANTISED = (
@@ -48,6 +54,8 @@ def load(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     blocks_to_swap: int = 0,
+    file: SingleFile | None = None,
+    change: Change | None = None,
 ) -> tuple[nn.Module, Report | None]:
     """A frozen model from a folder in diffusers layout; the report says what was quantised, None if nothing was.
 
@@ -55,6 +63,9 @@ def load(
         precision: what `base_precision` says about the folder.
         dtype: of everything that is not quantised.
         blocks_to_swap: how many blocks `levers.swap` will be asked to swap; their weights stay in host memory.
+        file: has the weights in place of the folder, which has the configuration.
+        change: is added to the weights before they are rounded or quantised; a layer that came quantised is quantised
+            again, in its format.
 
     Raises:
         ConfigError: tensors are missing, left over or of another shape, or stored in a layout that is not known here.
@@ -71,7 +82,8 @@ def load(
     keeps = set(getattr(cls, "_keep_in_fp32_modules", None) or ())  # as diffusers does
     errors: dict[str, float] = {}
     kept: dict[str, float] = {}
-    with opened(folder) as checkpoint:
+    merged: dict[str, float] = {}
+    with opened(file or folder) as checkpoint:
         for key in checkpoint.tensors:
             name = key.removesuffix(".weight")
             if key not in shapes:
@@ -79,10 +91,25 @@ def load(
             home = "cpu" if key.startswith(swapped) else device
             if name in linear and _is_quantised(checkpoint.tensors, name):
                 layer = _stored_layer(checkpoint, name, shapes[key], home, may_compute_in_fp8=name in inside)
-                replace(model, name, layer)
+                changed = change is not None and change.touches(name)
+                if not changed:
+                    replace(model, name, layer)
+                    continue
+                assert change is not None
+                weight = change.added_to(name, layer.dequantised(torch.float32))
+                new, error = quantised_within_bound(weight, layer.format)
+                (kept if new is None else merged)[name] = error
+                if new is not None:
+                    new.may_compute_in_fp8 = layer.may_compute_in_fp8
+                    new.will_run_on(new.weight.device)
+                    replace(model, name, new)
+                    continue
+                _put(model, key, weight.to(dtype))
                 continue
-            _check_shape(folder, key, checkpoint.tensors[key].shape, shapes[key])
+            _check_shape(checkpoint.source, key, checkpoint.tensors[key].shape, shapes[key])
             weight = checkpoint.read(key).to(home)
+            if change is not None and key.endswith(".weight") and change.touches(name):
+                weight = change.added_to(name, weight)
             if key in wanted:
                 assert precision.format is not None
                 new, error = quantised_within_bound(weight, precision.format)
@@ -92,10 +119,10 @@ def load(
                     continue
             precise = not keeps.isdisjoint(key.split("."))
             _put(model, key, weight.to(torch.float32 if precise else dtype, copy=True))
-        _check_complete(type(model).__name__, parameters, folder, checkpoint.tensors, checkpoint.unread)
+        _check_complete(type(model).__name__, parameters, file or folder, checkpoint.tensors, checkpoint.unread)
     if precision.format is None:
         return model, None
-    return model, report(model, precision.format, errors, kept, precision.stored)
+    return model, report(model, precision.format, errors, kept, precision.stored, merged)
 
 
 def _put(model: nn.Module, key: str, tensor: Tensor) -> None:
@@ -108,15 +135,24 @@ def _put(model: nn.Module, key: str, tensor: Tensor) -> None:
 
 
 def _check_complete(
-    kind: str, parameters: Iterable[str], folder: Path, tensors: Mapping[str, StoredTensor], unread: Iterable[str]
+    kind: str,
+    parameters: Iterable[str],
+    source: Path | SingleFile,
+    tensors: Mapping[str, StoredTensor],
+    unread: Iterable[str],
 ) -> None:
     missing = [name for name in parameters if name not in tensors]
     left = [key for key in unread if key.rpartition(".")[2] not in SIDE_NOTES]
-    if missing or left:
-        raise ConfigError(
-            f"{folder}: {len(missing)} weights of a {kind} are missing {missing[:3]}, "
-            f"{len(left)} of its tensors are not known {left[:3]}; download the checkpoint again, or upgrade diffusers"
-        )
+    if not missing and not left:
+        return
+    remedy = "download the checkpoint again, or upgrade diffusers"
+    if isinstance(source, SingleFile):
+        left = [tensors[key].key for key in left]
+        remedy = OF_ANOTHER
+    raise ConfigError(
+        f"{source.path if isinstance(source, SingleFile) else source}: {len(missing)} weights of a {kind} are missing "
+        f"{missing[:3]}, {len(left)} of its tensors are not known {left[:3]}; {remedy}"
+    )
 
 
 def _check_shape(folder: Path, key: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
@@ -124,13 +160,16 @@ def _check_shape(folder: Path, key: str, found: tuple[int, ...], wanted: tuple[i
         raise ConfigError(f"{folder}: {key} is {found}, config.json makes it {wanted}")
 
 
-def check_tensors(model: nn.Module, folder: Path) -> None:
-    """Compare the tensors of a folder in diffusers layout, by their headers alone, with a model that has no adapter.
+def check_tensors(model: nn.Module, source: Path | SingleFile) -> None:
+    """Compare the tensors of a folder in diffusers layout, or of one file, with a model that has no adapter; of weights
+    only headers are read.
 
     Raises:
         ConfigError: `load` would find tensors missing, left over or of another shape.
     """
-    tensors = tensor_index(folder)
+    place, tensors = (
+        (source.path, source.tensors()) if isinstance(source, SingleFile) else (source, tensor_index(source))
+    )
     shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     quantised = {
         name for name, module in model.named_modules()
@@ -138,10 +177,19 @@ def check_tensors(model: nn.Module, folder: Path) -> None:
     }  # fmt: skip
     beside = {f"{name}.{ending}" for name in quantised for ending in BESIDE_QUANTISED}
     unread = [key for key in tensors if key not in shapes and key not in beside]
-    _check_complete(type(model).__name__, [name for name, _ in model.named_parameters()], folder, tensors, unread)
-    for key in shapes.keys() & tensors.keys():
-        if _code(tensors, key.removesuffix(".weight")) is None:  # packed weights have their shape written elsewhere
-            _check_shape(folder, key, tensors[key].shape, shapes[key])
+    _check_complete(type(model).__name__, [name for name, _ in model.named_parameters()], source, tensors, unread)
+    for key, shape in shapes.items():
+        if key in tensors and _code(tensors, key.removesuffix(".weight")) is None:  # codes have it written elsewhere
+            _check_shape(place, key, tensors[key].shape, shape)
+    for name in quantised:
+        for key in (f"{name}.{ending}" for ending in FP8_SCALES):
+            if key in tensors and math.prod(tensors[key].shape) not in (1, shapes[f"{name}.weight"][0]):
+                raise _strange_scale(place, key, tensors[key].shape, shapes[f"{name}.weight"][0])
+    if MARK_OF_2511 in tensors and not cast(Any, model).config.get("zero_cond_t", False):
+        raise ConfigError(
+            f"{place} is of Qwen-Image-Edit-2511 ({MARK_OF_2511}), whose references are modulated at t = 0; "
+            "model.pretrained_model_name_or_path is of a model that has them otherwise: name Qwen/Qwen-Image-Edit-2511"
+        )
 
 
 # Layers that come quantised
@@ -165,7 +213,7 @@ def _stored_layer(
     if code is not None:
         return _packed_layer(checkpoint, name, (out, columns), code, device)
     key = f"{name}.weight"
-    _check_shape(checkpoint.folder, key, checkpoint.tensors[key].shape, shape)
+    _check_shape(checkpoint.source, key, checkpoint.tensors[key].shape, shape)
     weight = checkpoint.read(key).to(device, copy=True)
     if weight.dtype == torch.int8:
         scale = _scale(checkpoint, f"{name}.SCB", out) / LARGEST["int8"]
@@ -188,26 +236,28 @@ def _scale(checkpoint: Checkpoint, key: str, rows: int) -> Tensor:
         ConfigError: there are others, as many as blocks of a weight, say.
     """
     if key not in checkpoint.tensors:
-        raise ConfigError(f"{checkpoint.folder}: {key} is missing: download the checkpoint again")
+        raise ConfigError(f"{checkpoint.source}: {key} is missing: download the checkpoint again")
     scale = checkpoint.read(key)
     if scale.numel() not in (1, rows):
-        raise ConfigError(
-            f"{checkpoint.folder}: {key} is {tuple(scale.shape)}; known are one scale, or one for each of {rows} rows"
-        )
+        raise _strange_scale(checkpoint.source, key, tuple(scale.shape), rows)
     return scale.float().reshape(-1, 1).expand(rows, 1).contiguous()
+
+
+def _strange_scale(place: Path, key: str, shape: tuple[int, ...], rows: int) -> ConfigError:
+    return ConfigError(f"{place}: {key} is {shape}; known are one scale, or one for each of {rows} rows")
 
 
 def _packed_layer(
     checkpoint: Checkpoint, name: str, shape: tuple[int, int], code: str, device: torch.device | str
 ) -> QuantizedLinear:
     """A layer of bitsandbytes' 4-bit codes, from its weight and the tensors of its quantisation state."""
-    bitsandbytes_functional(f"the {code} checkpoint {checkpoint.folder}")
+    bitsandbytes_functional(f"the {code} checkpoint {checkpoint.source}")
     prefix = f"{name}.weight."
     about = json.loads(bytes(checkpoint.read(f"{name}.{PACKED}{code}").tolist()))
     nested = f"{prefix}nested_absmax" in checkpoint.tensors
     if tuple(about["shape"]) != shape or (nested and about["nested_blocksize"] != SCALE_BLOCK):
         raise ConfigError(
-            f"{checkpoint.folder}: {name} is packed as {about}; expected are the shape {shape} of config.json, and "
+            f"{checkpoint.source}: {name} is packed as {about}; expected are the shape {shape} of config.json, and "
             f"blocks of {SCALE_BLOCK} where the scales themselves are in 8 bits"
         )
     checkpoint.unread.pop(f"{prefix}quant_map", None)  # the code itself, which goes by its name

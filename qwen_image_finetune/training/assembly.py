@@ -153,6 +153,8 @@ def _place(job: Job, transformer: ModelMixin) -> None:
     if job.sharding is not None:
         dtype = loading.weight_dtype(job.config.train.mixed_precision)
         parallel.shard(transformer, job.sharding, device)
-        parallel.fill(transformer, job.folder / "transformer", dtype, device)
+        source = loading.transformer_file(job.family, job.config.model) or job.folder / "transformer"
+        change = loading.base_change(job.family, job.folder, job.config.model)
+        parallel.fill(transformer, source, dtype, device, change)
     elif job.config.train.blocks_to_swap == 0:
         transformer.to(device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,13 +14,14 @@ from qwen_image_finetune.config import (
     OUR_DATASETS,
     Config,
     ConfigError,
+    ModelConfig,
     OptimizerConfig,
     SchedulerConfig,
     no_folder,
     resolve_family,
 )
 from qwen_image_finetune.families import get_family, with_targets
-from qwen_image_finetune.levers.stored_precision import base_precision, check_installed, local_checkpoint
+from qwen_image_finetune.levers.stored_precision import check_installed, local_checkpoint
 from qwen_image_finetune.lora.header import LoraFileError, read_metadata
 from qwen_image_finetune.lora.sources import find_lora
 from qwen_image_finetune.training.online import unavailable
@@ -63,7 +65,7 @@ def run_problems(config: Config, download: bool = False) -> list[str]:
         )
     checks: list[Callable[[], None]] = [
         lambda: check_installed(config.model, local_checkpoint(config.model)),
-        lambda: _check_lora(config, download),
+        *(partial(_check_lora, key, lora, download) for key, lora in _loras(config.model)),
     ]
     if find_spec("torch") is not None:  # a dry run goes without
         checks += [lambda: _check_optimizer(config), lambda: _check_drop_keys(config, download)]
@@ -97,16 +99,12 @@ def check_transformer(config: Config, family: Family, checkpoint: Path) -> None:
     Raises:
         ConfigError, LoraFileError: it does not; or the installed diffusers does not know this transformer.
     """
-    import torch
-
     from qwen_image_finetune import loading
-    from qwen_image_finetune.levers.weights import check_tensors
     from qwen_image_finetune.lora.files import check_lora
     from qwen_image_finetune.lora.targets import target_modules
 
     lora = with_targets(config, family).model.lora
-    transformer = loading.empty_transformer(family, checkpoint, torch.bfloat16)
-    check_tensors(transformer, checkpoint / "transformer")
+    transformer = loading.check_base(family, checkpoint, config.model)
     if lora is not None:
         target_modules(transformer, lora.target_modules)
         if lora.pretrained_weight is not None and config.train.resume_from_checkpoint is None:
@@ -114,7 +112,6 @@ def check_transformer(config: Config, family: Family, checkpoint: Path) -> None:
 
 
 def _check_checkpoint(config: Config, checkpoint: Path) -> None:
-    base_precision(checkpoint / "transformer", config.model)  # it is whole, and of the precision that was asked for
     check_transformer(config, get_family(resolve_family(config)[0]), checkpoint)
 
 
@@ -147,16 +144,20 @@ def _resume(config: Config) -> Iterator[str]:
         yield f'train.resume_from_checkpoint={spec!r} is neither "latest" nor a folder: {no_folder(folder)}'
 
 
-def _check_lora(config: Config, download: bool) -> None:
-    weight = config.model.lora and config.model.lora.pretrained_weight
-    if not weight:
-        return
+def _loras(model: ModelConfig) -> Iterator[tuple[str, str]]:
+    if model.lora is not None and model.lora.pretrained_weight is not None:
+        yield "model.lora.pretrained_weight", model.lora.pretrained_weight
+    for place, one in enumerate(model.base_loras):
+        yield f"model.base_loras[{place}].file", one.file
+
+
+def _check_lora(key: str, weight: str, download: bool) -> None:
     path = Path(weight).expanduser()
     names = 3 if path.suffix == ".safetensors" else 2  # of OWNER/NAME/FILE
     on_hub = len(path.parts) == names and not os.path.isdir(path.parts[0])  # else a mistyped path of this machine
     if not (path.exists() or on_hub):
         raise ConfigError(
-            f"model.lora.pretrained_weight={weight!r}: not in {path.absolute().parent}; give a .safetensors file, a "
+            f"{key}={weight!r}: not in {path.absolute().parent}; give a .safetensors file, a "
             "folder with one, or OWNER/NAME on the hub"
         )
     if path.exists() or download:

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
-from qwen_image_finetune.config import ConfigError
+from qwen_image_finetune.config import ConfigError, ModelConfig
 from qwen_image_finetune.config.tree import ABSENT, find, shown
 from qwen_image_finetune.disk import checkpoint
 from qwen_image_finetune.disk.files import Staged
 from qwen_image_finetune.levers import parallel
 from qwen_image_finetune.loading import pipeline_config
 from qwen_image_finetune.lora.metadata import run_metadata
+from qwen_image_finetune.lora.sources import find_lora
 from qwen_image_finetune.training import trained
 from qwen_image_finetune.training.assembly import Learner
 from qwen_image_finetune.training.job import Job
@@ -49,7 +50,7 @@ FREE = (
 NAMES = {  # of what is stored under a name that is no key
     "seed": "train.seed",
     "micro_batches_per_step": "train.gradient_accumulation_steps times processes",
-    "base": "the sum over the files of the base's transformer",
+    "base": "the sum over the files of the base (its transformer, model.transformer_file, model.base_loras)",
     "pairs": "the number of pairs",
     "variations": "the number of crops and flips of each sample",
 }
@@ -68,17 +69,25 @@ def settings(job: Job) -> dict[str, Any]:
     values = job.config.model_dump(mode="json")
     kept = {key: value for key in (*FIXED, *FREE) if (value := find(values, key)) is not ABSENT}
     if job.config.model.lora is not None:  # a full fine-tune brings its whole model along
-        kept["base"] = sampled(job.folder / "transformer")
+        kept["base"] = base_sum(job.folder, job.config.model)
     cached = job.config.cache.use_cache and job.config.data.is_random
     kept["variations"] = job.config.cache.num_variations if cached else None  # without the cache all are new
     kept["seed"], kept["micro_batches_per_step"] = job.config.train.seed, job.micro_batches_per_step
     return {**kept, "pairs": len(job.rows.dataset)}
 
 
-def sampled(folder: Path) -> str:
-    """A sum over sizes and small parts of the weight files in a folder: tells models apart without reading them."""
+def base_sum(checkpoint: Path, model: ModelConfig) -> str:
+    """A sum over the files that the frozen base is made of, and the strengths of the LoRAs among them."""
+    file = model.transformer_path
+    parts = [sampled([file] if file is not None else sorted((checkpoint / "transformer").glob("*.safetensors")))]
+    parts += [f"{sampled([find_lora(one.file)])} at {one.strength:g}" for one in model.base_loras]
+    return " + ".join(parts)
+
+
+def sampled(files: Iterable[Path]) -> str:
+    """A sum over sizes and small parts of files: tells models apart without reading them."""
     digest = hashlib.blake2b(digest_size=8)
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in files:
         size = path.stat().st_size
         digest.update(f"{size}\n".encode())
         with path.open("rb") as file:
@@ -86,6 +95,11 @@ def sampled(folder: Path) -> str:
                 file.seek(size * place // 16)
                 digest.update(file.read(4096))
     return digest.hexdigest()
+
+
+def _named(path: Path) -> dict[str, str]:
+    with path.open("rb") as file:
+        return {"file": path.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def check_resume(job: Job, now: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -163,7 +177,22 @@ class State:
             "qif.sigma_shift": str(train.sigma_shift),
             "qif.guidance_scale": str(train.guidance_scale),
             "qif.sampling": json.dumps(sampling),
+            **self.base_files,
         }
+
+    @cached_property
+    def base_files(self) -> dict[str, str]:
+        """What a LoRA file says of the files under it, beside the checkpoint: names and SHA-256 sums."""
+        model = self.job.config.model
+        if model.lora is None:
+            return {}
+        about = (
+            {}
+            if model.transformer_path is None
+            else {"qif.transformer_file": json.dumps(_named(model.transformer_path))}
+        )
+        merged = [{**_named(find_lora(one.file)), "strength": one.strength} for one in model.base_loras]
+        return about | ({"qif.base_loras": json.dumps(merged)} if merged else {})
 
     def load(self, folder: Path) -> None:
         """Continue from a checkpoint folder, which was verified when it was found, and compared by `check_resume`.

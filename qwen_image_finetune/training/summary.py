@@ -39,12 +39,14 @@ class Outlook:
 
 def before(job: Job, path: Path | None) -> Rows:
     """What is about to be trained."""
-    config, lora = job.config, job.config.model.lora
+    config, lora, file = job.config, job.config.model.lora, job.config.model.transformer_file
     held_out = len(job.pairs.held_out) if job.pairs.held_out is not None else 0
     rate = config.optimizer.init_args.get("lr")
     trained = "every weight of the transformer" if lora is None else f"a LoRA of rank {lora.r}"
     return [
         ("model", config.model.pretrained_model_name_or_path),
+        *([] if file is None else [("transformer", file)]),
+        *(("base LoRA", f"{one.file} at {one.strength:g}") for one in config.model.base_loras),
         ("trains", trained if rate is None else f"{trained}, learning rate {rate:g}"),
         ("pairs", f"{len(job.pairs.training)}" + (f", {held_out} more held out" if held_out else "")),
         ("steps", f"{job.total_steps:,}, a checkpoint every {config.train.checkpointing_steps:,}"),

@@ -234,7 +234,7 @@ class Validation:
         train = config.train.model_dump(
             include={"mixed_precision", "sigma_distribution", "sigma_shift", "guidance_scale"}
         )
-        model = config.model.model_dump(include={"pretrained_model_name_or_path", "revision", "quantize"})
+        model = config.model.model_dump(exclude={"lora"})
         keys = [[row.key, *self.rows.content(place)] for place, row in enumerate(self.rows.dataset.rows)]
         own = [subject for subject in self.sampler.subjects if not subject.has_truth]
         keys += [[str(subject.seed), *subject.rows.content(subject.index)] for subject in own]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_transformers import run, tiny_transformer
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwen_image_finetune.config import ConfigError, ModelConfig
 from qwen_image_finetune.levers import model_files, weights
@@ -23,6 +21,7 @@ from qwen_image_finetune.levers.quantized_linear import E4M3, QuantizedLinear
 from qwen_image_finetune.levers.recompute import blocks
 from qwen_image_finetune.levers.stored_precision import WEIGHTS, base_precision
 from qwen_image_finetune.levers.swap import spread
+from tests.levers.live_bytes import LiveBytes
 
 FORMATS = ("fp8", "int8", "nf4", "fp4")
 FAMILIES = ("flux", "qwen")
@@ -112,37 +111,6 @@ def test_a_file_may_change_after_loading(tmp_path: Path) -> None:
             file.write(bytes(len(content) // 2))
         assert torch.equal(run(loaded), before)
         (tmp_path / WEIGHTS).write_bytes(content)
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the memory of tensors of 16 and more bits that operations make and that are still held."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.seen: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.element_size() >= 2:
-                self._count(tensor)
-        return result
-
-    def _count(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        place, size = storage._cdata, storage.nbytes()
-        if tensor.is_meta or place in self.seen:
-            return
-        self.seen.add(place)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-
-        def gone() -> None:
-            self.seen.discard(place)
-            self.now -= size
-
-        weakref.finalize(storage, gone)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,59 @@
+"""LoRAs under the training: what they add to the weights of a base that is then frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from qwen_image_finetune.config import BaseLora
+from qwen_image_finetune.lora.names import Naming
+from qwen_image_finetune.lora.reading import LoraFile, read_fitting
+from qwen_image_finetune.lora.sources import find_lora
+
+
+@dataclass(frozen=True)
+class Change:
+    """LoRA files, each with its strength."""
+
+    files: tuple[tuple[LoraFile, float], ...]
+
+    def touches(self, module: str) -> bool:
+        """Whether the weight of a linear layer changes."""
+        return any(module in file.layers for file, _ in self.files)
+
+    def added_to(self, module: str, weight: Tensor, first_row: int = 0) -> Tensor:
+        """float32: a weight (out, in), or rows of it, with the changes of all files, W + sum strength alpha / r B A.
+
+        Source: `LoraLayer.get_delta_weight` of peft.
+
+        Args:
+            first_row: which row of the layer the first one of `weight` is.
+        """
+        changed = weight.to(torch.float32, copy=True)
+        for file, strength in self.files:
+            layer = file.layers.get(module)
+            if layer is not None:
+                up = layer.up[first_row : first_row + len(weight)].to(weight.device)
+                changed += strength * layer.scale * (up @ layer.down.to(weight.device))
+        return changed
+
+    def words(self) -> list[str]:
+        """A line for each file."""
+        return [
+            f"merged into the base: {file.path} at strength {strength:g}, {len(file.layers)} layers"
+            for file, strength in self.files
+        ]
+
+
+def read_change(transformer: nn.Module, loras: Sequence[BaseLora], naming: Naming) -> Change | None:
+    """The LoRAs of model.base_loras, read for a transformer of which shapes are enough; None without any.
+
+    Raises:
+        LoraFileError: one is not there, broken, or does not fit.
+    """
+    if not loras:
+        return None
+    return Change(tuple((read_fitting(transformer, find_lora(one.file), naming), one.strength) for one in loras))

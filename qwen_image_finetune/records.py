@@ -72,7 +72,7 @@ class Batch:
 def collate(rows: list[Encoded]) -> Batch:
     """Stack rows of one geometry; token sequences of unequal length are zero-padded and masked.
 
-    A single row is not copied: the batch shares its memory.
+    A single row is not copied, nor are rows that already lie one after the other: the batch shares their memory.
 
     Raises:
         ValueError: the rows differ in the shape of their target or references.
@@ -147,4 +147,15 @@ def joined(first: Batch, second: Batch) -> Batch:
 def _stacked(tensors: Sequence[Tensor]) -> Tensor:
     import torch
 
-    return tensors[0][None] if len(tensors) == 1 else torch.stack(tuple(tensors))
+    first = tensors[0]
+    storage, size = first.untyped_storage().data_ptr(), first.numel()
+    in_place = all(
+        tensor.is_contiguous()
+        and (tensor.shape, tensor.dtype) == (first.shape, first.dtype)
+        and tensor.untyped_storage().data_ptr() == storage
+        and tensor.storage_offset() == first.storage_offset() + number * size
+        for number, tensor in enumerate(tensors)
+    )
+    if not in_place:
+        return torch.stack(tuple(tensors))
+    return first.as_strided((len(tensors), *first.shape), (size, *first.stride()))

@@ -134,8 +134,8 @@ def bench_reading(folder: Path, rounds: int) -> dict[str, Any]:
     """Entries of full size: a 1024 x 1024 pair of FLUX Kontext in bfloat16 is 0.5 + 0.5 + 4 MiB."""
     import torch
 
-    from qwen_image_finetune.encoding.store import Store, entry_key
-    from qwen_image_finetune.records import Encoded, collate
+    from qwen_image_finetune.encoding.store import Stack, Store, entry_key
+    from qwen_image_finetune.records import Batch, Encoded, collate
 
     store, batch = Store(folder / "reading"), 4
     samples = [[entry_key(sample=sample, place=place) for place in range(3)] for sample in range(2 * batch)]
@@ -143,19 +143,24 @@ def bench_reading(folder: Path, rounds: int) -> dict[str, Any]:
         for key, shape in ((target, (16, 128, 128)), (reference, (16, 128, 128)), (text, (512, 4096))):
             store.write(key, {"tensor": torch.randn(shape).bfloat16()})
 
-    def sample_of(keys: list[str]) -> Encoded:
-        target, reference, text = (store.read(key)["tensor"] for key in keys)
+    def sample_of(stack: Stack, row: int, keys: list[str]) -> Encoded:
+        entries = (store.read(key, stack.of(row, str(place))) for place, key in enumerate(keys))
+        target, reference, text = (entry["tensor"] for entry in entries)
         return Encoded("sample", target, (reference,), {"text": text})
 
-    def batches(read: Callable[[list[str]], Any], stack: Callable[[list[Any]], Any], size: int = batch) -> None:
+    def batches(read: Callable[[list[list[str]]], Any], size: int = batch) -> None:
         for first in range(0, len(samples), size):
-            stack([read(keys) for keys in samples[first : first + size]])
+            read(samples[first : first + size])
+
+    def stacked(samples: list[list[str]]) -> Batch:
+        stack = Stack(len(samples))
+        return collate([sample_of(stack, row, keys) for row, keys in enumerate(samples)])
 
     variants: dict[str, Callable[[], None]] = {
-        "bytes": partial(batches, lambda keys: [store.path(key).read_bytes() for key in keys], len),
-        "entries": partial(batches, lambda keys: [store.read(key) for key in keys], len),
-        "batches of one": partial(batches, sample_of, collate, 1),
-        "batches": partial(batches, sample_of, collate),
+        "bytes": partial(batches, lambda rows: [[store.path(key).read_bytes() for key in keys] for keys in rows]),
+        "entries": partial(batches, lambda rows: [[store.read(key) for key in keys] for keys in rows]),
+        "batches of one": partial(batches, stacked, 1),
+        "batches": partial(batches, stacked),
     }
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(max(rounds, 3) * 20):

@@ -7,9 +7,10 @@ one for each reference, and one for each text it can be trained or sampled with.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -23,13 +24,15 @@ from qwen_image_finetune.config import Config
 from qwen_image_finetune.data.dataset import ImageDataset, cropped
 from qwen_image_finetune.data.geometry import Picture
 from qwen_image_finetune.data.images import READING
-from qwen_image_finetune.encoding.store import Fingerprints, Store, entry_key
+from qwen_image_finetune.encoding.store import Fingerprints, Stack, Store, entry_key
 from qwen_image_finetune.families.base import Family, Reference
 from qwen_image_finetune.machine import console
-from qwen_image_finetune.records import Encoded, Example
+from qwen_image_finetune.records import Batch, Encoded, Example, collate
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+    from qwen_image_finetune.encoding.store import Memory
 
 Item = TypeVar("Item")
 Loaded = TypeVar("Loaded")
@@ -258,11 +261,24 @@ class EncodedDataset:
 
     # Reading rows
 
-    def read(self, index: int, variant: TextVariant = AS_IT_IS, visit: int = 0) -> Encoded:
+    def read_batch(self, indices: Sequence[int], variants: Sequence[TextVariant], visit: int) -> Batch:
+        """Several rows of one geometry, read to where they lie in the batch."""
+        stack = Stack(len(indices))
+        rows = zip(indices, variants, strict=True)
+        return collate([self.read(*row, visit, partial(stack.of, number)) for number, row in enumerate(rows)])
+
+    def read(
+        self,
+        index: int,
+        variant: TextVariant = AS_IT_IS,
+        visit: int = 0,
+        memory: Callable[[str], Memory | None] = lambda place: None,
+    ) -> Encoded:
         """A row out of the store; `missing` must have named its entries.
 
         Args:
             visit: how often the row was seen before.
+            memory: what the entry at each place of the row is read into.
 
         Raises:
             DamagedEntry: an entry is not as it was written.
@@ -274,14 +290,16 @@ class EncodedDataset:
             # Where the text encoder is blind, a row has one text with and without its references.
             seen = wanted.references or not self.family.text_sees_references
             place = self.variants.index(TextVariant(wanted.prompt, seen))
-            return self.store.read(keys.texts[place])
+            return self.store.read(keys.texts[place], memory(f"text of {wanted.prompt == variant.prompt}"))
 
-        target = self.store.read(keys.target)
+        target = self.store.read(keys.target, memory("target"))
         pictures = keys.references if variant.references else ()
         return Encoded(
             key=self.dataset.rows[index].key,
             target=target["latent"],
-            references=tuple(self.store.read(key)["latent"] for key in pictures),
+            references=tuple(
+                self.store.read(key, memory(f"reference {number}"))["latent"] for number, key in enumerate(pictures)
+            ),
             text=self._text(variant, embed),
             mask=target.get("mask"),
         )

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,10 @@ from qwen_image_finetune.disk.locks import FileLock
 from qwen_image_finetune.disk.reading import MEBIBYTE, Unreadable, read_json
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
+
+    Memory = Callable[[str, torch.dtype, Sequence[int]], Tensor]
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64", "I64": "int64"}  # what is stored
 FORMAT = 1  # part of every key: raise it when the meaning of stored tensors changes
@@ -83,8 +87,11 @@ class Store:
         digits = _begin_sum(key, data, place).hexdigest().encode()
         write_atomic(path, data[: place.start] + digits + data[place.stop :])
 
-    def read(self, key: str) -> dict[str, Tensor]:
-        """The tensors of an entry, on the CPU, sharing the one buffer that the file was read into.
+    def read(self, key: str, memory: Memory | None = None) -> dict[str, Tensor]:
+        """The tensors of an entry, on the CPU.
+
+        Args:
+            memory: what they are read into, asked by name, dtype and shape; default: memory of their own.
 
         Raises:
             DamagedEntry: the file is cut short, has flipped bytes or is not ours.
@@ -92,15 +99,15 @@ class Store:
         """
         path = self.path(key)
         try:
-            return _tensors(_read(path, key))
-        except (ValueError, KeyError) as error:
+            return _read(path, key, memory or _own_memory)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DamagedEntry(f"{path} is damaged: {error}; the next start encodes it again") from error
 
     def verify(self, key: str) -> bool:
         """Whether an entry is there and undamaged."""
         try:
-            _read(self.path(key), key)
-        except (FileNotFoundError, ValueError):
+            self.read(key)
+        except (FileNotFoundError, DamagedEntry):
             return False
         return True
 
@@ -124,45 +131,92 @@ class Store:
             shared.release()
 
 
-def _tensors(data: memoryview) -> dict[str, Tensor]:
-    """The tensors of a safetensors file as views of `data`. Raises ValueError or KeyError where it is none."""
+class Stack:
+    """Memory for the entries of a batch: what stands at one place of each row is read to where `collate` wants it."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+        self._stacked: dict[tuple[str, str], Tensor] = {}
+
+    def of(self, row: int, place: str) -> Memory:
+        """For the entry that stands at `place` in a row; each is asked for once."""
+
+        def memory(name: str, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+            stacked = self._stacked.setdefault((place, name), _own_memory(name, dtype, (self.rows, *shape)))
+            fits = stacked.dtype == dtype and list(stacked.shape[1:]) == list(shape)
+            return stacked[row] if fits else _own_memory(name, dtype, shape)  # prompts differ in length
+
+        return memory
+
+
+def _own_memory(name: str, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+    """By numpy, which asks the system for large pages: it provides them several times sooner than those of torch."""
     import torch
 
-    start = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(bytes(data[8:start]))
-    header.pop("__metadata__", None)
-    tensors = {}
-    for name, entry in header.items():
-        dtype: torch.dtype = getattr(torch, DTYPES[entry["dtype"]])
-        begin, end = entry["data_offsets"]
-        count = (end - begin) // dtype.itemsize
-        # An empty tensor has no byte to be a view of.
-        flat = torch.frombuffer(data, dtype=dtype, count=count, offset=start + begin) if count else torch.empty(0)
-        tensors[name] = flat.to(dtype).reshape(entry["shape"])
-    return tensors
+    if not math.prod(shape):  # no byte to be a view of
+        return torch.empty(tuple(shape), dtype=dtype)
+    data = np.empty(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(data).view(dtype).reshape(tuple(shape))
 
 
-def _read(path: Path, key: str) -> memoryview:
-    """The bytes of an entry, writable. Raises ValueError where they are not the ones that were written for this key.
+def _read(path: Path, key: str, memory: Memory) -> dict[str, Tensor]:
+    """The tensors of an entry. Raises what a broken header brings about, or ValueError, where its bytes
+    are not those of this key.
 
     The checksum is taken of each part while it is still near the processor; fetching everything twice from memory would
     cost as much as the checksum itself.
     """
+    import torch
+
     with open(path, "rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
-        data = np.empty(size, dtype=np.uint8).data  # not filled with zeros first
-        filled = file.readinto(data[:PART])
-        place = _place_of_sum(data[:filled])
-        digest = _begin_sum(key, data[:filled], place)
-        while filled < size and (count := file.readinto(data[filled : filled + PART])):
-            digest.update(data[filled : filled + count])
-            filled += count
-    if filled < size or bytes(data[place.start : place.stop]) != digest.hexdigest().encode():
+        head = file.read(8)
+        length = int.from_bytes(head, "little")
+        if 8 + length > size:
+            raise ValueError("it is cut short")
+        head += file.read(length)
+        place = _place_of_sum(head)
+        digest = _begin_sum(key, head, place)
+        tensors: dict[str, Tensor] = {}
+        # In the order of the file; that they fill it is seen before memory is asked for by what may be damaged.
+        for name, entry in _laid_out(json.loads(head[8:]), size - 8 - length):
+            tensors[name] = memory(name, getattr(torch, DTYPES[entry["dtype"]]), entry["shape"])
+            flat = tensors[name].reshape(-1)
+            data = flat.view(torch.uint8).numpy().data if len(flat) else memoryview(b"")
+            filled = 0
+            while filled < len(data) and (count := file.readinto(data[filled : filled + PART])):
+                digest.update(data[filled : filled + count])
+                filled += count
+            if filled < len(data):
+                raise ValueError("it is cut short")
+    if head[place] != digest.hexdigest().encode():
         raise ValueError("its bytes are not the ones that were written")
-    return data
+    return tensors
 
 
-def _place_of_sum(data: bytes | memoryview) -> slice:
+def _laid_out(header: dict[str, Any], size: int) -> list[tuple[str, dict[str, Any]]]:
+    """The tensors of a safetensors header in the order of their bytes, of which there are `size`."""
+    import torch
+
+    header.pop("__metadata__", None)
+    entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+    end = 0
+    for _, entry in entries:
+        begin, after = entry["data_offsets"]
+        dtype: torch.dtype = getattr(torch, DTYPES[entry["dtype"]])
+        if (
+            begin != end
+            or min(entry["shape"], default=0) < 0
+            or after - begin != math.prod(entry["shape"]) * dtype.itemsize
+        ):
+            raise ValueError("its header does not say what its bytes are")
+        end = after
+    if end != size:
+        raise ValueError("its header does not say what its bytes are")
+    return entries
+
+
+def _place_of_sum(data: bytes) -> slice:
     """Where the digits of the checksum stand in the header."""
     length = int.from_bytes(data[:8], "little")
     found = SUM_IN_FILE.search(data, 8, min(8 + length, len(data)))  # a damaged length may be beyond any integer of C
@@ -171,7 +225,7 @@ def _place_of_sum(data: bytes | memoryview) -> slice:
     return slice(found.start(1), found.end(1))
 
 
-def _begin_sum(key: str, data: bytes | memoryview, place: slice) -> xxhash.xxh3_128:
+def _begin_sum(key: str, data: bytes, place: slice) -> xxhash.xxh3_128:
     """xxh3 of the key and the beginning of a file, without the digits of the checksum itself; `update` adds the rest.
 
     With the key in it, an entry under the name of another one is as damaged as one whose bytes changed.

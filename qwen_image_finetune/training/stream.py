@@ -72,9 +72,7 @@ class _Reader(torch.utils.data.Dataset[tuple[MicroBatch, Any]]):
     def __getitem__(self, micro: MicroBatch) -> tuple[MicroBatch, Batch | list[Example]]:
         if self.cached:
             # Stacked here: a few large tensors pass from a worker process sooner than several for each sample.
-            variants = row_variants(micro)
-            samples = zip(micro.rows, variants, strict=True)
-            return micro, collate([self.rows.read(row, variant, micro.visit) for row, variant in samples])
+            return micro, self.rows.read_batch(micro.rows, row_variants(micro), micro.visit)
         return micro, [self.rows.dataset.load(row, micro.visit) for row in micro.rows]
 
 

@@ -16,6 +16,7 @@ from qwen_image_finetune.encoding import cache
 from qwen_image_finetune.encoding.cache import EncodedDataset, TextVariant
 from qwen_image_finetune.encoding.pairs import open_dataset
 from qwen_image_finetune.families import FAMILIES, get_family
+from qwen_image_finetune.records import collate
 
 Configure = Callable[..., Config]
 FAMILY_NAMES = sorted(FAMILIES)
@@ -232,6 +233,24 @@ def test_a_dropped_prompt_replaces_only_the_configured_embeddings(configure: Con
     own, dropped = rows.read(0).text, rows.read(0, TextVariant("")).text
     assert torch.equal(own["pooled_prompt_embeds"], dropped["pooled_prompt_embeds"])
     assert not torch.equal(own["prompt_embeds"], dropped["prompt_embeds"])
+    variants = [TextVariant(), TextVariant(""), TextVariant("")]
+    batch = rows.read_batch((0, 3, 0), variants, 0)
+    expected = collate([rows.read(*row) for row in zip((0, 3, 0), variants, strict=True)])
+    for name, tensor in expected.text.items():
+        assert torch.equal(batch.text[name], tensor)
+
+
+def test_a_batch_lies_where_it_was_read(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = open_rows(configure("FluxKontext"), "FluxKontext")
+    cache.fill(rows, rows.missing(), CPU, shown=False)
+    indices = (4, 0, 0, 6)  # the same row twice
+    expected = collate([rows.read(index) for index in indices])
+    monkeypatch.setattr(torch, "stack", None)  # nothing is copied
+    batch = rows.read_batch(indices, [TextVariant()] * 4, 0)
+    assert batch.keys == expected.keys
+    assert torch.equal(batch.target, expected.target)
+    assert torch.equal(batch.references[0], expected.references[0])
+    assert all(torch.equal(batch.text[name], tensor) for name, tensor in expected.text.items())
 
 
 def test_a_damaged_entry_is_noticed_and_rebuilt(configure: Configure) -> None:

@@ -195,6 +195,13 @@ class ModelConfig(Section):
         return "fp8" if self.quantize is True else self.quantize or None
 
     @property
+    def loras(self) -> list[tuple[str, str]]:
+        """The LoRAs that a run reads, each with the key that names it."""
+        under = [(f"model.base_loras[{place}].file", one.file) for place, one in enumerate(self.base_loras)]
+        start = None if self.lora is None else self.lora.pretrained_weight
+        return under if start is None else [("model.lora.pretrained_weight", start), *under]
+
+    @property
     def transformer_path(self) -> Path | None:
         """`transformer_file` as a path."""
         return None if self.transformer_file is None else Path(self.transformer_file).expanduser()

@@ -30,6 +30,7 @@ ELSEWHERE = {
     **dict.fromkeys(("alpha", "linear_alpha", "network_alpha"), "model.lora.lora_alpha"),
     **dict.fromkeys(("save", "save_every", "save_every_n_steps"), "train.checkpointing_steps"),
     "name_or_path": "model.pretrained_model_name_or_path",
+    "base_weights": "model.base_loras",
     **dict.fromkeys(("datasets", "folder_path"), "data.init_args.dataset_path"),
     # The later style of the framework that the guide comes from.
     "resume": "train.resume_from_checkpoint",

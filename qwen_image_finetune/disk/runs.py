@@ -12,7 +12,7 @@ import math
 import os
 import re
 import socket
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
@@ -130,14 +130,14 @@ class Run:
         self._lock.release()
 
 
-def claim_version(project_dir: Path, needed: Path | None = None) -> Run:
+def claim_version(project_dir: Path, needed: Sequence[Path] = ()) -> Run:
     """Make the next version of a project and own it; versions that ended before step 5 go first.
 
     Kept, whatever their steps: versions of living processes, versions with a checkpoint of 5 or more steps, unfinished
     ones with a complete checkpoint to resume from, links, and whatever a link leads to or from.
 
     Args:
-        needed: a file or folder that the new run is about to read; the version that it lies in is kept as well.
+        needed: files or folders that the new run is about to read; the versions that they lie in are kept as well.
 
     Raises:
         RunError: the folder cannot be written.
@@ -146,7 +146,7 @@ def claim_version(project_dir: Path, needed: Path | None = None) -> Run:
         project_dir.mkdir(parents=True, exist_ok=True)
         with _project_lock(project_dir):
             clean_leftovers(project_dir)
-            links = [*links_around(project_dir), *([] if needed is None else [(project_dir, needed.resolve())])]
+            links = [*links_around(project_dir), *((project_dir, path.resolve()) for path in needed)]
             for version in version_folders(project_dir):
                 _tidy(version, links)
             path = next_version(project_dir)

@@ -28,6 +28,7 @@ from qwen_image_finetune.judging.evaluate import INPUT, RESULTS, TRUTH
 from qwen_image_finetune.judging.pages.reading import Version, flat
 from qwen_image_finetune.judging.pages.shapes import Evaluation, Mean
 from qwen_image_finetune.judging.request import BASE, COPY, checkpoints
+from qwen_image_finetune.judging.usage import loading_words
 
 CARD, SETTINGS, PICTURES = "README.md", "config.yaml", "samples"
 MOST_PICTURES, HEIGHT = 6, 512  # pixels
@@ -246,7 +247,7 @@ def _use(version: Version, repository: str, is_lora: bool) -> str:
     base = base_of(version) or "THE_BASE"
     if is_lora:
         load = f'pipe = DiffusionPipeline.from_pretrained("{base}", dtype=torch.bfloat16).to("cuda")\n'
-        load += f'pipe.load_lora_weights("{repository}")'
+        load += loading_words(flat(told(version)), repository)
         note = "`qif export` writes the same file under the names of ComfyUI or kohya's scripts."
     else:
         load = (

@@ -17,6 +17,7 @@ from qwen_image_finetune.judging.pages.curves import Curve, Series, charts
 from qwen_image_finetune.judging.pages.html import cards, details, document, escape, is_page, picture, section, table
 from qwen_image_finetune.judging.pages.reading import Sample, Version, flat, said
 from qwen_image_finetune.judging.pages.shapes import Evaluation, Mean
+from qwen_image_finetune.judging.usage import loading_words
 
 THUMBNAILS, THUMBNAIL_HEIGHT, SAMPLE_HEIGHT = 12, 128, 768
 REQUIRED = "model.pretrained_model_name_or_path"  # has no default
@@ -251,7 +252,7 @@ def usage(version: Version, chosen: Path) -> list[str]:
     ])  # fmt: skip
     python = (
         "pipe = diffusers.DiffusionPipeline.from_pretrained("
-        f"{version.settings['model.pretrained_model_name_or_path']!r})\npipe.load_lora_weights({str(chosen)!r})"
+        f"{version.settings['model.pretrained_model_name_or_path']!r})\n{loading_words(version.settings, str(chosen))}"
     )
     return [
         f"<h3>On the command line</h3><pre>{escape(command)}</pre>",

@@ -121,7 +121,7 @@ def check_base(sharding: Sharding | None, folder: Path, precision: Precision) ->
     """Refuse to share a base that came quantised: read without its scales it would be another model.
 
     Args:
-        folder: of the transformer.
+        folder: of the transformer, or the file.
         precision: what `base_precision` says about it.
 
     Raises:

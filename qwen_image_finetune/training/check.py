@@ -14,7 +14,6 @@ from qwen_image_finetune.config import (
     OUR_DATASETS,
     Config,
     ConfigError,
-    ModelConfig,
     OptimizerConfig,
     SchedulerConfig,
     no_folder,
@@ -65,7 +64,7 @@ def run_problems(config: Config, download: bool = False) -> list[str]:
         )
     checks: list[Callable[[], None]] = [
         lambda: check_installed(config.model, local_checkpoint(config.model)),
-        *(partial(_check_lora, key, lora, download) for key, lora in _loras(config.model)),
+        *(partial(_check_lora, key, lora, download) for key, lora in config.model.loras),
     ]
     if find_spec("torch") is not None:  # a dry run goes without
         checks += [lambda: _check_optimizer(config), lambda: _check_drop_keys(config, download)]
@@ -142,13 +141,6 @@ def _resume(config: Config) -> Iterator[str]:
     spec = config.train.resume_from_checkpoint
     if spec not in (None, "latest") and not os.path.isdir(folder := Path(spec).expanduser()):
         yield f'train.resume_from_checkpoint={spec!r} is neither "latest" nor a folder: {no_folder(folder)}'
-
-
-def _loras(model: ModelConfig) -> Iterator[tuple[str, str]]:
-    if model.lora is not None and model.lora.pretrained_weight is not None:
-        yield "model.lora.pretrained_weight", model.lora.pretrained_weight
-    for place, one in enumerate(model.base_loras):
-        yield f"model.base_loras[{place}].file", one.file
 
 
 def _check_lora(key: str, weight: str, download: bool) -> None:

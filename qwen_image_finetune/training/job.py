@@ -104,7 +104,7 @@ def open_job(config: Config) -> Job:
     check_installed(config.model, folder)
     check_transformer(config, family, folder)
     attention.choose(config.train.attention, accelerator.device, loading.weight_dtype(config.train.mixed_precision))
-    parallel.check_base(sharding, place, precision)
+    parallel.check_base(sharding, config.model.transformer_path or place, precision)
     card = least(accelerator, card_memory() if accelerator.device.type == "cuda" else None)
     version = team.share(lambda: resumed_version(config), "looking for a run to resume")
     config = choice.kept(config, None if version is None else Path(version))

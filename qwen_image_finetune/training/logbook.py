@@ -171,15 +171,15 @@ def find_resume(config: Config, say: Callable[[str], None]) -> str | None:
 
 def open_run(config: Config, continued: Path | None) -> runs.Run:
     """A new version, or the one that is continued."""
-    project = config.logging.project_dir
+    project, file = config.logging.project_dir, config.model.transformer_path
     if continued is not None:
         return runs.reopen_version(continued)
     if (before := runs.unfinished(project)) is not None:
         console.say(f"note: {before} ended at step {history.steps_of(before)} without finishing; this is a new run, "
                     "and train.resume_from_checkpoint=latest would go on with that one")  # fmt: skip
-    lora = config.model.lora
-    start = Path(lora.pretrained_weight).expanduser() if lora and lora.pretrained_weight else None
-    return runs.claim_version(project, start)  # what it starts from may lie in a version that would make way
+    # What it starts from may lie in a version that would make way.
+    needed = [Path(lora).expanduser() for _, lora in config.model.loras]
+    return runs.claim_version(project, needed if file is None else [*needed, file])
 
 
 def memory_gib(device: torch.device) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from qwen_image_finetune.command.cli import main
 from qwen_image_finetune.config import BaseLora, Config, ConfigError, ModelConfig
 from qwen_image_finetune.drawing.tuned import TunedPredictor
 from qwen_image_finetune.families import get_family
+from qwen_image_finetune.judging.report import report
 from qwen_image_finetune.levers.quantize import relative_error
 from qwen_image_finetune.levers.quantized_linear import QuantizedLinear
 from qwen_image_finetune.lora import files as lora_files
@@ -180,6 +182,19 @@ def test_diffusers_draws_our_picture_with_both_loras(
     assert np.abs(np.asarray(base, int) - np.asarray(both, int)).max() > 20
 
 
+def test_a_transformer_that_was_tuned_as_a_whole_has_them_in_it(
+    flux_folder: Path, loras: tuple[Path, Path], tmp_path: Path
+) -> None:
+    loaded(flux_folder, *loras).save_pretrained(tmp_path / "tuned" / "transformer")
+    model = asked(flux_folder, *loras).model_dump()
+    ours = TunedPredictor(Config.model_validate({"model": model, "train": {"mixed_precision": "no"}}))
+    for tuned in (tmp_path / "tuned", None):  # before it is loaded, and in its place
+        ours.load_transformer(tuned)
+        weights = ours.predictor.transformer.state_dict()
+        merged = load_file(tmp_path / "tuned" / "transformer" / "diffusion_pytorch_model.safetensors")
+        assert all(torch.equal(weights[key], tensor) for key, tensor in merged.items())
+
+
 def test_a_run_on_top_of_a_lora_names_it_and_goes_on_with_no_other(
     configure: Configure, loras: tuple[Path, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -190,9 +205,12 @@ def test_a_run_on_top_of_a_lora_names_it_and_goes_on_with_no_other(
     with safe_open(checkpoint / "pytorch_lora_weights.safetensors", "pt") as file:
         (about,) = json.loads(file.metadata()["qif.base_loras"])
     assert (about["file"], about["strength"], len(about["sha256"])) == (loras[0].name, STRENGTH, 64)
-    without = newest(train(configure("FluxKontext", *same, "logging.tracker_project_name=other")))
-    first, second = (load_file(folder / "adapter.safetensors") for folder in (checkpoint, without))
+    on_top = newest(train(configure("FluxKontext", *same, f"model.base_loras=[{{file: {checkpoint}}}]")))
+    first, second = (load_file(folder / "adapter.safetensors") for folder in (checkpoint, on_top))  # both are kept
     assert any(not torch.equal(first[key], second[key]) for key in first)
+    page = report(on_top.parent, tmp_path / "report.html").read_text()
+    assert escape(f'pipe.load_lora_weights("{checkpoint}", adapter_name="under_0")') in page
+    assert escape('pipe.set_adapters(["under_0", "trained"], [1.0, 1.0])') in page
     for other in ("model.base_loras=[]", under.replace(str(STRENGTH), "0.5"), under.replace("first", "second")):
         with pytest.raises(ConfigError, match=r"model\.base_loras.*what was learnt belongs to that base"):
             train(configure("FluxKontext", *same, other, f"train.resume_from_checkpoint={checkpoint}"))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from accelerate import init_empty_weights
@@ -20,16 +22,19 @@ from torch import Tensor
 
 from qwen_image_finetune import loading
 from qwen_image_finetune.command.cli import main
-from qwen_image_finetune.config import Config, ConfigError, ModelConfig
+from qwen_image_finetune.config import BaseLora, Config, ConfigError, ModelConfig
 from qwen_image_finetune.drawing.build import build_predictor
 from qwen_image_finetune.families import get_family
 from qwen_image_finetune.fitting.estimate import Estimator
+from qwen_image_finetune.levers import parallel
 from qwen_image_finetune.levers.model_files import opened
 from qwen_image_finetune.levers.quantized_linear import E4M3, QuantizedLinear
 from qwen_image_finetune.levers.single_file import SingleFile
+from qwen_image_finetune.levers.stored_precision import local_checkpoint
 from qwen_image_finetune.lora.export import authors_state
 from qwen_image_finetune.training.train import train
 from tests.levers.live_bytes import LiveBytes
+from tests.training.test_base_loras import lora
 
 Configure = Callable[..., Config]
 BuildOnce = Callable[[str, Callable[[Path], object]], Path]
@@ -73,6 +78,10 @@ def files(build_once: BuildOnce, tiny_checkpoints: dict[str, Path]) -> Path:
             found = scaled(state, "weight_scale" if by_row else "scale_weight", by_row)
             about = {"layers": {key.removesuffix(".weight"): {"format": "float8_e4m3fn"}
                                 for key, tensor in found.items() if tensor.dtype == E4M3}}  # fmt: skip
+            for key in [key for key, tensor in found.items() if tensor.dtype == E4M3]:
+                layer = key.removesuffix("weight")
+                note = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
+                found |= {f"{layer}comfy_quant": note} if by_row else {f"{layer}scale_input": torch.tensor(1.0)}
             found |= {} if by_row else {"scaled_fp8": torch.zeros(2, dtype=E4M3)}
             save_file(found, folder / f"{name}-scaled.safetensors",
                       metadata={"_quantization_metadata": json.dumps(about)} if by_row else None)  # fmt: skip
@@ -215,6 +224,67 @@ def test_gguf_holds_what_diffusers_reads_of_it(tiny_checkpoints: dict[str, Path]
     family = get_family("JoyImageEditPlus")
     with pytest.raises(ConfigError, match=r"diffusers reads no GGUF of a JoyImageEditPlusTransformer3DModel"):
         loading.transformer_file(family, ModelConfig(pretrained_model_name_or_path="x", transformer_file=str(path)))
+
+
+def test_processes_that_share_the_base_read_their_parts_of_the_file(
+    files: Path, tiny_checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    """A group of one, which goes the same way; with a LoRA under the training, fused matrices on both sides."""
+    name = "FluxKontext"
+    family, folder = get_family(name), tiny_checkpoints[name]
+    under = lora(tmp_path / "under.safetensors", name, folder, 1)
+    model = ModelConfig(
+        pretrained_model_name_or_path=str(folder), transformer_file=str(files / f"{name}.safetensors"),
+        base_loras=[BaseLora(file=str(under))],
+    )  # fmt: skip
+    whole = loading.load_transformer(family, folder, torch.bfloat16, model).state_dict()
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        shared: Any = loading.empty_transformer(family, folder, torch.bfloat16)
+        parallel.shard(shared, parallel.Sharding(), torch.device("cpu"))
+        source, change = loading.transformer_file(family, model), loading.base_change(family, folder, model)
+        assert source is not None
+        parallel.fill(shared, source, torch.bfloat16, torch.device("cpu"), change)
+        for key, tensor in shared.state_dict().items():
+            assert torch.equal(parallel.whole(tensor), whole[key])
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_file_with_wide_layers_among_its_blocks_is_planned_with_them(
+    files: Path, configure: Configure, tmp_path: Path
+) -> None:
+    name = "FluxKontext"
+    narrow, wide = load_file(files / f"{name}-scaled.safetensors"), load_file(files / f"{name}.safetensors")
+    for key in [key for key in narrow if key.startswith("single_blocks.") and key.endswith("linear1.weight")]:
+        narrow[key] = wide[PREFIX + key]
+        del narrow[key.removesuffix("weight") + "scale_weight"]
+    save_file(narrow, tmp_path / "mixed.safetensors")
+    sizes = []
+    for file in (files / f"{name}-scaled.safetensors", tmp_path / "mixed.safetensors", files / f"{name}.safetensors"):
+        config = configure(name, "train.mixed_precision=bf16", f"model.transformer_file={file}")
+        folder = Path(config.model.pretrained_model_name_or_path)
+        planned = Estimator(get_family(name), config, folder).estimate().device["weights"]
+        model: Any = loaded(name, folder, file)
+        held = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+        assert planned == pytest.approx(held, rel=0.1)
+        sizes.append(planned)
+    assert sizes == sorted(sizes)
+
+
+def test_of_a_checkpoint_of_the_hub_the_transformer_is_not_needed(
+    files: Path, flux_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = tmp_path / "models--owner--name" / "snapshots" / ("0" * 40)
+    (snapshot / "transformer").mkdir(parents=True)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("0" * 40)
+    shutil.copy(flux_folder / "transformer" / "config.json", snapshot / "transformer")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    model = ModelConfig(pretrained_model_name_or_path="owner/name")
+    assert local_checkpoint(model) is None
+    file = files / "FluxKontext.safetensors"
+    assert local_checkpoint(model.model_copy(update={"transformer_file": str(file)})) == snapshot
 
 
 # Runs

@@ -140,7 +140,7 @@ def test_a_short_version_that_the_new_run_reads_stays(project: Path, tmp_path: P
         run.close()
     link = tmp_path / "link"
     link.symlink_to(project)
-    claim_version(project, link / "v1" / "checkpoint-0-4" / "state").close()
+    claim_version(project, [link / "v1" / "checkpoint-0-4" / "state"]).close()
     assert names(project) == {"v1", "v2"}
 
 
@@ -377,7 +377,7 @@ def test_what_a_link_leads_to_is_not_tidied_away(holder: str, project: Path) -> 
     place = {"output": project.parent, "project": project, "other version": other, "needed": None}[holder]
     if place is not None:
         (place / "best").symlink_to(os.path.relpath(kept, place))
-    claim_version(project, kept / "state" if place is None else None).close()
+    claim_version(project, [kept / "state"] if place is None else []).close()
     assert verify_folder(kept) is None
     if holder == "project":
         run = reopen_version(path)

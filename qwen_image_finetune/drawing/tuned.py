@@ -76,7 +76,7 @@ class TunedPredictor:
 
         self._loras = []
         if self._predictor is not None and adapters.adapter_names(self._predictor.transformer):
-            self._predictor.transformer.unload_lora()
+            adapters.remove(self._predictor.transformer)
 
     def load_transformer(self, checkpoint: Path | None) -> None:
         """Predict with a transformer that was tuned as a whole in place of the base; before or after `setup_predict`.

@@ -250,9 +250,10 @@ def test_levels_are_stratified_and_noise_is_fixed(configure: Configure, held_out
 
     @dataclass
     class Flat:
-        """The two things that the levels depend on."""
+        """What the levels depend on."""
 
         train = configure("FluxKontext", "train.sigma_distribution=uniform").train
+        weighting = configure("FluxKontext").loss
 
         def shift(self, shape: object) -> float:
             return 1.0

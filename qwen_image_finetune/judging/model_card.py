@@ -18,15 +18,15 @@ from typing import Any
 import yaml
 from PIL import Image
 
-from qwen_image_finetune.config import Config
 from qwen_image_finetune.config.family import REPOSITORY
 from qwen_image_finetune.disk.files import Staged, staged_folder
 from qwen_image_finetune.disk.reading import read_json
 from qwen_image_finetune.disk.versions import LORA_WEIGHTS, step_of
+from qwen_image_finetune.drawing.samples import side_by_side
 from qwen_image_finetune.families import FAMILIES, get_family
 from qwen_image_finetune.judging.evaluate import INPUT, RESULTS, TRUTH
-from qwen_image_finetune.judging.pages.reading import Version, flat
-from qwen_image_finetune.judging.pages.shapes import Evaluation, Mean
+from qwen_image_finetune.judging.pages.reading import Version, changed, flat
+from qwen_image_finetune.judging.pages.shapes import Evaluation, mean_words
 from qwen_image_finetune.judging.request import BASE, COPY, checkpoints
 from qwen_image_finetune.judging.usage import loading_words
 
@@ -161,7 +161,8 @@ def _pictures(version: Version, checkpoint: Path, staged: Staged) -> Iterator[Sh
     strips = list(_evaluated(version, checkpoint)) or list(_drawn(version, checkpoint))
     for place, (names, pictures, prompt) in enumerate(strips[:MOST_PICTURES]):
         (staged / PICTURES).mkdir(exist_ok=True)
-        _side_by_side(pictures).save(staged / PICTURES / f"{place}.png")
+        height = min(pictures[-1].height, HEIGHT)
+        side_by_side(list(zip(names, pictures, strict=True)), height)[0].save(staged / PICTURES / f"{place}.png")
         yield Shown(f"{PICTURES}/{place}.png", names, prompt)
 
 
@@ -198,18 +199,6 @@ def _drawn(version: Version, checkpoint: Path) -> Iterator[Strip]:
             yield tuple(parts), list(parts.values()), sample.prompt
 
 
-def _side_by_side(pictures: list[Image.Image]) -> Image.Image:
-    """In one row, all as high as the last, and none higher than `HEIGHT`."""
-    height = min(pictures[-1].height, HEIGHT)
-    resized = [one.resize((max(one.width * height // one.height, 1), height)) for one in pictures]
-    sheet = Image.new("RGB", (sum(one.width for one in resized), height))
-    left = 0
-    for one in resized:
-        sheet.paste(one, (left, 0))
-        left += one.width
-    return sheet
-
-
 def _about(version: Version, checkpoint: Path, is_lora: bool) -> str:
     settings, base = version.settings, base_of(version)
     what = "A LoRA" if is_lora else "A fine-tuned transformer"
@@ -227,7 +216,7 @@ def _measured(found: Evaluation) -> str:
     names = [name for name in found.metrics if any(one.means.get(name) for one in found.candidates)]
     lines = [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     lines += [
-        f"| {one.name} | {' | '.join(_mean(one.means.get(name)) for name in names)} |" for one in found.candidates
+        f"| {one.name} | {' | '.join(mean_words(one.means.get(name)) for name in names)} |" for one in found.candidates
     ]
     meaning = [f"- **{name}**: {found.metrics[name].words}" for name in names]
     about = (
@@ -235,12 +224,6 @@ def _measured(found: Evaluation) -> str:
         f"{found.guidance_scale:g}, seed {found.seed}."
     )
     return "\n".join([*lines, "", about, "", *meaning])
-
-
-def _mean(value: Mean | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value.mean:.4g}" + ("" if value.low is None else f" [{value.low:.3g}, {value.high:.3g}]")
 
 
 def _use(version: Version, repository: str, is_lora: bool) -> str:
@@ -260,9 +243,8 @@ def _use(version: Version, repository: str, is_lora: bool) -> str:
 
 
 def _settings(version: Version) -> str:
-    defaults = flat(Config.model_validate({"model": {"pretrained_model_name_or_path": "x"}}).model_dump(mode="json"))
-    own = {key: value for key, value in flat(told(version)).items() if key not in defaults or defaults[key] != value}
-    lines = [f"| `{key}` | `{json.dumps(value, ensure_ascii=False)}` |" for key, value in own.items()]
+    own = changed(flat(told(version))).items()
+    lines = [f"| `{key}` | `{json.dumps(value, ensure_ascii=False)}` |" for key, value in own]
     made = version.packages.get("qwen-image-finetune")
     by = f"qwen-image-finetune {made}" if made else "qwen-image-finetune"
     return "\n".join([f"{by}; `{SETTINGS}` has all settings.", "", "| setting | value |", "|---|---|", *lines])

@@ -6,7 +6,6 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from qwen_image_finetune.config import Config
 from qwen_image_finetune.data.images import DataError, open_upright
 from qwen_image_finetune.data.listing import Row
 from qwen_image_finetune.disk.files import write_atomic
@@ -15,8 +14,8 @@ from qwen_image_finetune.disk.versions import LORA_WEIGHTS
 from qwen_image_finetune.encoding.remembered import content_of
 from qwen_image_finetune.judging.pages.curves import Curve, Series, charts
 from qwen_image_finetune.judging.pages.html import cards, details, document, escape, is_page, picture, section, table
-from qwen_image_finetune.judging.pages.reading import Sample, Version, flat, said
-from qwen_image_finetune.judging.pages.shapes import Evaluation, Mean
+from qwen_image_finetune.judging.pages.reading import Sample, Version, changed, defaults, flat, said
+from qwen_image_finetune.judging.pages.shapes import Evaluation, mean_words
 from qwen_image_finetune.judging.usage import loading_words
 
 THUMBNAILS, THUMBNAIL_HEIGHT, SAMPLE_HEIGHT = 12, 128, 768
@@ -194,7 +193,7 @@ def evaluation(found: Evaluation | None) -> str:
         return '<p class="note">Not evaluated yet: <code>qif evaluate RUN</code> adds this part.</p>'
     names = [name for name in found.metrics if any(one.means.get(name) for one in found.candidates)]
     heads = [f"{name}, {found.metrics[name].unit}" if found.metrics[name].unit else name for name in names]
-    rows = [[one.name, *(_mean(one.means.get(name)) for name in names)] for one in found.candidates]
+    rows = [[one.name, *(mean_words(one.means.get(name)) for name in names)] for one in found.candidates]
     meaning = "".join(
         f"<li><b>{escape(name)}</b>: {escape(about.words)}{escape(_better(about.better))}</li>"
         for name, about in found.metrics.items()
@@ -206,13 +205,6 @@ def evaluation(found: Evaluation | None) -> str:
         f"{found.guidance_scale:g}, seed {found.seed}; means with 95 % bootstrap intervals"
     )
     return f"<p>{escape(about)}</p>{table(['', *heads], rows)}{notes}<ul>{meaning}</ul>"
-
-
-def _mean(value: Mean | None) -> str:
-    if value is None:
-        return "-"
-    ends = "" if value.low is None or value.high is None else f" [{value.low:.3g}, {value.high:.3g}]"
-    return f"{value.mean:.4g}{ends}"
 
 
 def _better(direction: str) -> str:
@@ -262,11 +254,10 @@ def usage(version: Version, chosen: Path) -> list[str]:
 
 def resolved(version: Version) -> str:
     """The settings away from their defaults, and all of them."""
-    defaults = flat(Config.model_validate({"model": {"pretrained_model_name_or_path": "x"}}).model_dump(mode="json"))
-    own = {key: value for key, value in version.settings.items() if key not in defaults or defaults[key] != value}
+    usual = defaults()
     rows = [
-        [key, said(value), said(defaults[key]) if key in defaults and key != REQUIRED else ""]
-        for key, value in own.items()
+        [key, said(value), said(usual[key]) if key in usual and key != REQUIRED else ""]
+        for key, value in changed(version.settings).items()
     ]
     return table(["setting away from its default", "value", "default"], rows) + details("All settings", version.yaml)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, cast
 from omegaconf import OmegaConf
 from PIL import Image
 
+from qwen_image_finetune.config import Config
 from qwen_image_finetune.config.text import read_yaml
 from qwen_image_finetune.data.listing import Row
 from qwen_image_finetune.data.sources import read_folder
@@ -169,6 +171,17 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             values[f"{prefix}{name}"] = value
     return values
+
+
+def defaults() -> dict[str, Any]:
+    """What every key is when nothing is written, by its dotted name."""
+    return flat(Config.model_validate({"model": {"pretrained_model_name_or_path": "x"}}).model_dump(mode="json"))
+
+
+def changed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings, by their dotted keys, that are not at their defaults."""
+    usual = defaults()
+    return {key: value for key, value in settings.items() if key not in usual or usual[key] != value}
 
 
 def said(value: Any) -> str:

@@ -26,6 +26,14 @@ class Mean:
     high: float | None
 
 
+def mean_words(value: Mean | None) -> str:
+    """A mean with its interval, as pages and cards say it."""
+    if value is None:
+        return "-"
+    ends = "" if value.low is None or value.high is None else f" [{value.low:.3g}, {value.high:.3g}]"
+    return f"{value.mean:.4g}{ends}"
+
+
 @dataclass(frozen=True)
 class Measured:
     """A candidate of an evaluation; None is a measure that none of its pictures has."""

@@ -90,6 +90,15 @@ def test_a_run_learns_resumes_and_is_held_to_it(options: tuple[str, ...], config
     assert any("held_out_difference" in line for line in read_metrics(whole))
 
 
+def test_another_loss_in_the_middle_of_a_run_is_said(
+    configure: Callable[..., Config], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train(configure("FluxKontext", "train.max_train_steps=1"))
+    train(configure("FluxKontext", "train.max_train_steps=2", f"train.resume_from_checkpoint={run}/checkpoint-0-1",
+                    "loss.type=l1"))  # fmt: skip
+    assert "note: loss.type='l1', but" in capsys.readouterr().out.replace('"', "'")
+
+
 @pytest.mark.parametrize("given", ["[0.5, 0.5]", "[0.9, 0.1]", "[-1, 1]", "[0.1]"])
 def test_a_range_that_is_none_is_refused(given: str, tmp_path: Any) -> None:
     (tmp_path / "c.yaml").write_text("model: {pretrained_model_name_or_path: Qwen/Qwen-Image-Edit}")

@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from qwen_image_finetune.config import ConfigError, ModelConfig
+from qwen_image_finetune.config import ConfigError, LossConfig, ModelConfig
 from qwen_image_finetune.config.tree import ABSENT, find, shown
 from qwen_image_finetune.disk import checkpoint
 from qwen_image_finetune.disk.files import Staged
@@ -45,7 +45,7 @@ FREE = (
         "center_crop_ratio", "random_crop", "crop_size", "crop_scale", "random_flip")),
     *(f"train.{key}" for key in (
         "mixed_precision", "max_grad_norm", "sigma_distribution", "sigma_shift", "guidance_scale")),
-    *(f"loss.{key}" for key in ("mask_loss", "foreground_weight", "background_weight")),
+    *(f"loss.{key}" for key in LossConfig.model_fields),
 )  # fmt: skip
 NAMES = {  # of what is stored under a name that is no key
     "seed": "train.seed",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,11 @@ class Encoded:
     text: dict[str, Tensor]  # the family's own names, (T, D) or (D,)
     mask: Tensor | None = None  # (H, W) in [0, 1], share of foreground under each latent cell
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of them, in one order."""
+        masks = () if self.mask is None else (self.mask,)
+        return self.target, *self.references, *self.text.values(), *masks
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -72,7 +78,28 @@ class Batch:
 def collate(rows: list[Encoded]) -> Batch:
     """Stack rows of one geometry; token sequences of unequal length are zero-padded and masked.
 
-    A single row is not copied, nor are rows that already lie one after the other: the batch shares their memory.
+    A single row is not copied: the batch shares its memory.
+
+    Raises:
+        ValueError: the rows differ in the shape of their target or references.
+    """
+    if len(rows) == 1:
+        return _alone(rows[0])
+    batch, places = laid_out(rows)
+    for row, place in zip(rows, places, strict=True):
+        for tensor, room in zip(row.tensors(), place.tensors(), strict=True):
+            room.copy_(tensor)
+    return batch
+
+
+def laid_out(rows: Sequence[Encoded]) -> tuple[Batch, list[Encoded]]:
+    """Memory for the batch of some rows, and each row's place in it, contiguous, yet to be filled.
+
+    What belongs to no row is filled: tokens beyond a shorter sequence with zeros, masks of rows without one with ones
+    (such a row counts as foreground everywhere).
+
+    Args:
+        rows: of one geometry. Only shapes, dtypes and devices are looked at; for meta tensors the memory is the CPU's.
 
     Raises:
         ValueError: the rows differ in the shape of their target or references.
@@ -86,31 +113,68 @@ def collate(rows: list[Encoded]) -> Batch:
         if shapes != expected:
             raise ValueError(f"a batch holds one geometry: {first.key} has {expected}, {row.key} has {shapes}")
 
+    def room(*shape: int, like: Tensor) -> Tensor:
+        whole = (len(rows), *shape)
+        if like.is_meta or like.is_cpu:
+            return memory(whole, like.dtype)
+        return torch.empty(whole, dtype=like.dtype, device=like.device)
+
+    target = room(*first.target.shape, like=first.target)
+    references = tuple(room(*tensor.shape, like=tensor) for tensor in first.references)
     text: dict[str, Tensor] = {}
     text_masks: dict[str, Tensor] = {}
+    text_places: list[dict[str, Tensor]] = [{} for _ in rows]
     for name, tensor in first.text.items():
-        tensors = [row.text[name] for row in rows]
         if tensor.ndim == 1:
-            text[name] = _stacked(tensors)
-            continue
-        lengths = torch.tensor([len(tokens) for tokens in tensors])
-        if lengths.min() == lengths.max():
-            text[name] = _stacked(tensors)
+            text[name] = room(*tensor.shape, like=tensor)
+            lengths = [len(tensor)] * len(rows)
         else:
-            text[name] = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True)
-            text_masks[name] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+            lengths = [len(row.text[name]) for row in rows]
+            text[name] = room(max(lengths), *tensor.shape[1:], like=tensor)
+        if min(lengths) < max(lengths):
+            text_masks[name] = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+        for place, whole, length in zip(text_places, text[name], lengths, strict=True):
+            place[name] = whole[:length]
+            whole[length:].zero_()
 
-    masks = [row.mask for row in rows if row.mask is not None]
-    if masks and len(masks) < len(rows):  # a row without an edit mask counts as foreground everywhere
-        masks = [torch.ones(row.target.shape[1:]) if row.mask is None else row.mask for row in rows]
+    masked = any(row.mask is not None for row in rows)
+    mask = torch.ones(len(rows), *first.target.shape[1:]) if masked else None
+    batch = Batch(tuple(row.key for row in rows), target, references, text, text_masks, mask)
+    return batch, [
+        Encoded(
+            key=row.key,
+            target=target[index],
+            references=tuple(reference[index] for reference in references),
+            text=text_places[index],
+            mask=None if mask is None or row.mask is None else mask[index],
+        )
+        for index, row in enumerate(rows)
+    ]
+
+
+def _alone(row: Encoded) -> Batch:
+    """The batch of one row, in its memory."""
     return Batch(
-        keys=tuple(row.key for row in rows),
-        target=_stacked([row.target for row in rows]),
-        references=tuple(_stacked(column) for column in zip(*(row.references for row in rows), strict=True)),
-        text=text,
-        text_masks=text_masks,
-        mask=_stacked(masks) if masks else None,
+        keys=(row.key,),
+        target=row.target[None],
+        references=tuple(reference[None] for reference in row.references),
+        text={name: tensor[None] for name, tensor in row.text.items()},
+        mask=None if row.mask is None else row.mask[None],
     )
+
+
+def memory(shape: Sequence[int], dtype: dtype) -> Tensor:
+    """A contiguous tensor on the CPU, not filled.
+
+    NumPy asks for huge pages where an array is large; page by page, the first touch costs more than reading a file.
+    """
+    import numpy as np
+    import torch
+
+    size = math.prod(shape) * dtype.itemsize
+    if size == 0:
+        return torch.empty(shape, dtype=dtype)
+    return torch.from_numpy(np.empty(size, dtype=np.uint8)).view(dtype).view(tuple(shape))
 
 
 def joined(first: Batch, second: Batch) -> Batch:
@@ -142,20 +206,3 @@ def joined(first: Batch, second: Batch) -> Batch:
         text=text,
         text_masks=text_masks,
     )
-
-
-def _stacked(tensors: Sequence[Tensor]) -> Tensor:
-    import torch
-
-    first = tensors[0]
-    storage, size = first.untyped_storage().data_ptr(), first.numel()
-    in_place = all(
-        tensor.is_contiguous()
-        and (tensor.shape, tensor.dtype) == (first.shape, first.dtype)
-        and tensor.untyped_storage().data_ptr() == storage
-        and tensor.storage_offset() == first.storage_offset() + number * size
-        for number, tensor in enumerate(tensors)
-    )
-    if not in_place:
-        return torch.stack(tuple(tensors))
-    return first.as_strided((len(tensors), *first.shape), (size, *first.stride()))

@@ -132,35 +132,42 @@ def time_loop(folder: Path, family: str, rounds: int) -> tuple[list[float], list
 
 def bench_reading(folder: Path, rounds: int) -> dict[str, Any]:
     """Entries of full size: a 1024 x 1024 pair of FLUX Kontext in bfloat16 is 0.5 + 0.5 + 4 MiB."""
+    import numpy as np
     import torch
 
-    from qwen_image_finetune.encoding.store import Stack, Store, entry_key
-    from qwen_image_finetune.records import Batch, Encoded, collate
+    from qwen_image_finetune.encoding.cache import read_stacked
+    from qwen_image_finetune.encoding.store import Store, entry_key
+    from qwen_image_finetune.records import Encoded
 
     store, batch = Store(folder / "reading"), 4
-    samples = [[entry_key(sample=sample, place=place) for place in range(3)] for sample in range(2 * batch)]
-    for target, reference, text in samples:
-        for key, shape in ((target, (16, 128, 128)), (reference, (16, 128, 128)), (text, (512, 4096))):
+    samples = [[entry_key(sample=sample, place=place) for place in range(4)] for sample in range(2 * batch)]
+    for number, keys in enumerate(samples):
+        shapes = ((16, 128, 128), (16, 128, 128), (512, 4096), (512 - number % batch, 4096))
+        for key, shape in zip(keys, shapes, strict=True):
             store.write(key, {"tensor": torch.randn(shape).bfloat16()})
+    alike, unlike = [keys[:3] for keys in samples], [[*keys[:2], keys[3]] for keys in samples]
 
-    def sample_of(stack: Stack, row: int, keys: list[str]) -> Encoded:
-        entries = (store.read(key, stack.of(row, str(place))) for place, key in enumerate(keys))
-        target, reference, text = (entry["tensor"] for entry in entries)
+    def sample_of(keys: list[str], read: Callable[[str], dict[str, Any]]) -> Encoded:
+        target, reference, text = (read(key)["tensor"] for key in keys)
         return Encoded("sample", target, (reference,), {"text": text})
 
-    def batches(read: Callable[[list[list[str]]], Any], size: int = batch) -> None:
+    def batches(load: Callable[[list[list[str]]], Any], samples: list[list[str]], size: int = batch) -> None:
         for first in range(0, len(samples), size):
-            read(samples[first : first + size])
+            load(samples[first : first + size])
 
-    def stacked(samples: list[list[str]]) -> Batch:
-        stack = Stack(len(samples))
-        return collate([sample_of(stack, row, keys) for row, keys in enumerate(samples)])
+    def every(read: Callable[[str], Any]) -> Callable[[list[list[str]]], Any]:
+        return lambda several: [read(key) for keys in several for key in keys]
+
+    def stacked(several: list[list[str]]) -> Any:
+        return read_stacked(store, lambda read: [sample_of(keys, read) for keys in several])
 
     variants: dict[str, Callable[[], None]] = {
-        "bytes": partial(batches, lambda rows: [[store.path(key).read_bytes() for key in keys] for keys in rows]),
-        "entries": partial(batches, lambda rows: [[store.read(key) for key in keys] for keys in rows]),
-        "batches of one": partial(batches, stacked, 1),
-        "batches": partial(batches, stacked),
+        # By numpy, as entries are: how soon the system provides memory depends on who asks for it.
+        "bytes": partial(batches, every(lambda key: np.fromfile(store.path(key), np.uint8)), alike),
+        "entries": partial(batches, every(store.read), alike),
+        "batches of one": partial(batches, stacked, alike, 1),
+        "batches": partial(batches, stacked, alike),
+        "unlike": partial(batches, stacked, unlike),
     }
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(max(rounds, 3) * 20):
@@ -170,7 +177,8 @@ def bench_reading(folder: Path, rounds: int) -> dict[str, Any]:
             seconds[name].append(time.process_time() - began)
     results = {}
     measured = {"entries": "verified entries", "batches of one": "batches of one sample",
-                "batches": f"batches of {batch}, stacked"}  # fmt: skip
+                "batches": f"batches of {batch}, stacked",
+                "unlike": f"batches of {batch}, prompts of unlike length"}  # fmt: skip
     for name, words in measured.items():
         ratios = [one / other for one, other in zip(seconds[name], seconds["bytes"], strict=True)]
         low, median, high = statistics.quantiles(ratios, n=4)

@@ -10,9 +10,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -24,18 +23,17 @@ from qwen_image_finetune.config import Config
 from qwen_image_finetune.data.dataset import ImageDataset, cropped
 from qwen_image_finetune.data.geometry import Picture
 from qwen_image_finetune.data.images import READING
-from qwen_image_finetune.encoding.store import Fingerprints, Stack, Store, entry_key
+from qwen_image_finetune.encoding.store import Entry, Fingerprints, Store, entry_key
 from qwen_image_finetune.families.base import Family, Reference
 from qwen_image_finetune.machine import console
-from qwen_image_finetune.records import Batch, Encoded, Example, collate
+from qwen_image_finetune.records import Batch, Encoded, Example, collate, laid_out
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from qwen_image_finetune.encoding.store import Memory
-
 Item = TypeVar("Item")
 Loaded = TypeVar("Loaded")
+ReadEntry: TypeAlias = Callable[[str], dict[str, Tensor]]  # key of an entry -> its tensors by name
 
 
 class TextVariant(NamedTuple):
@@ -261,45 +259,46 @@ class EncodedDataset:
 
     # Reading rows
 
-    def read_batch(self, indices: Sequence[int], variants: Sequence[TextVariant], visit: int) -> Batch:
-        """Several rows of one geometry, read to where they lie in the batch."""
-        stack = Stack(len(indices))
-        rows = zip(indices, variants, strict=True)
-        return collate([self.read(*row, visit, partial(stack.of, number)) for number, row in enumerate(rows)])
-
-    def read(
-        self,
-        index: int,
-        variant: TextVariant = AS_IT_IS,
-        visit: int = 0,
-        memory: Callable[[str], Memory | None] = lambda place: None,
-    ) -> Encoded:
+    def read(self, index: int, variant: TextVariant = AS_IT_IS, visit: int = 0) -> Encoded:
         """A row out of the store; `missing` must have named its entries.
 
         Args:
             visit: how often the row was seen before.
-            memory: what the entry at each place of the row is read into.
 
         Raises:
             DamagedEntry: an entry is not as it was written.
             FileNotFoundError: an entry is gone.
         """
+        return self._row(index, variant, visit, self.store.read)
+
+    def read_batch(self, indices: Sequence[int], variants: Sequence[TextVariant], visit: int = 0) -> Batch:
+        """`collate` of what `read` returns for some rows, read straight into the memory of the batch.
+
+        Raises:
+            ValueError: the rows are not of one geometry.
+            DamagedEntry, FileNotFoundError: as `read`.
+        """
+        samples = list(zip(indices, variants, strict=True))
+        return read_stacked(
+            self.store, lambda read: [self._row(index, variant, visit, read) for index, variant in samples]
+        )
+
+    def _row(self, index: int, variant: TextVariant, visit: int, read: ReadEntry) -> Encoded:
+        """A row of what `read` gives for the keys of its entries."""
         keys = self._row_keys[index][visit % len(self.visits)]
 
         def embed(wanted: TextVariant) -> dict[str, Tensor]:
             # Where the text encoder is blind, a row has one text with and without its references.
             seen = wanted.references or not self.family.text_sees_references
             place = self.variants.index(TextVariant(wanted.prompt, seen))
-            return self.store.read(keys.texts[place], memory(f"text of {wanted.prompt == variant.prompt}"))
+            return read(keys.texts[place])
 
-        target = self.store.read(keys.target, memory("target"))
+        target = read(keys.target)
         pictures = keys.references if variant.references else ()
         return Encoded(
             key=self.dataset.rows[index].key,
             target=target["latent"],
-            references=tuple(
-                self.store.read(key, memory(f"reference {number}"))["latent"] for number, key in enumerate(pictures)
-            ),
+            references=tuple(read(key)["latent"] for key in pictures),
             text=self._text(variant, embed),
             mask=target.get("mask"),
         )
@@ -338,6 +337,38 @@ def latent_mask(mask: Image, latent: Tensor) -> Tensor:
     height, width = latent.shape[-2:]
     pooled: Tensor = torch.nn.functional.adaptive_avg_pool2d(pixels[None], (height, width))[0]
     return pooled
+
+
+def read_stacked(store: Store, rows_of: Callable[[ReadEntry], list[Encoded]]) -> Batch:
+    """The batch of some rows, their entries read straight into its memory: the bits that `collate` would copy there.
+
+    Args:
+        rows_of: the rows, made of what it reads; of the tensors that it is given it may use any and change none.
+
+    Raises:
+        ValueError: the rows are not of one geometry.
+        DamagedEntry: an entry is not as it was written.
+        FileNotFoundError: an entry is gone.
+    """
+    opened: list[Entry] = []
+
+    def describe(key: str) -> dict[str, Tensor]:
+        opened.append(store.open(key))
+        return opened[-1].tensors
+
+    try:
+        rows = rows_of(describe)
+        batch, places = laid_out(rows)
+    except (KeyError, ValueError):  # a damaged header may describe anything: read whole, an entry says so itself
+        return collate(rows_of(store.read))
+    place_of = {
+        id(tensor): place
+        for row, own in zip(rows, places, strict=True)
+        for tensor, place in zip(row.tensors(), own.tensors(), strict=True)
+    }
+    for entry in opened:
+        entry.read({name: place_of[id(tensor)] for name, tensor in entry.tensors.items() if id(tensor) in place_of})
+    return batch
 
 
 def ahead(items: Iterable[Item], load: Callable[[Item], Loaded], depth: int = 4) -> Iterator[tuple[Item, Loaded]]:

@@ -13,23 +13,23 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import xxhash
 
 from qwen_image_finetune.disk.files import clean_leftovers, write_atomic
 from qwen_image_finetune.disk.locks import FileLock
 from qwen_image_finetune.disk.reading import MEBIBYTE, Unreadable, read_json
+from qwen_image_finetune.records import memory
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-    Memory = Callable[[str, torch.dtype, Sequence[int]], Tensor]
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64", "I64": "int64"}  # what is stored
 FORMAT = 1  # part of every key: raise it when the meaning of stored tensors changes
@@ -87,21 +87,18 @@ class Store:
         digits = _begin_sum(key, data, place).hexdigest().encode()
         write_atomic(path, data[: place.start] + digits + data[place.stop :])
 
-    def read(self, key: str, memory: Memory | None = None) -> dict[str, Tensor]:
-        """The tensors of an entry, on the CPU.
-
-        Args:
-            memory: what they are read into, asked by name, dtype and shape; default: memory of their own.
+    def open(self, key: str) -> Entry:
+        """What an entry holds, by its header; the tensors are read by the entry itself, to where they are wanted.
 
         Raises:
-            DamagedEntry: the file is cut short, has flipped bytes or is not ours.
+            DamagedEntry: the file is cut short or is not ours.
             FileNotFoundError: there is no such entry.
         """
-        path = self.path(key)
-        try:
-            return _read(path, key, memory or _own_memory)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DamagedEntry(f"{path} is damaged: {error}; the next start encodes it again") from error
+        return Entry(self.path(key), key)
+
+    def read(self, key: str) -> dict[str, Tensor]:
+        """The tensors of an entry, on the CPU. Raises as `open` and `Entry.read` do."""
+        return self.open(key).read()
 
     def verify(self, key: str) -> bool:
         """Whether an entry is there and undamaged."""
@@ -131,89 +128,103 @@ class Store:
             shared.release()
 
 
-class Stack:
-    """Memory for the entries of a batch: what stands at one place of each row is read to where `collate` wants it."""
+class Entry:
+    """A stored file of which the header is known.
 
-    def __init__(self, rows: int) -> None:
-        self.rows = rows
-        self._stacked: dict[tuple[str, str], Tensor] = {}
+    Nothing stays open: a batch may be of hundreds of entries.
 
-    def of(self, row: int, place: str) -> Memory:
-        """For the entry that stands at `place` in a row; each is asked for once."""
+    Attributes:
+        tensors: by name, on the meta device: shapes and dtypes, not yet known to be what was written.
+    """
 
-        def memory(name: str, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
-            stacked = self._stacked.setdefault((place, name), _own_memory(name, dtype, (self.rows, *shape)))
-            fits = stacked.dtype == dtype and list(stacked.shape[1:]) == list(shape)
-            return stacked[row] if fits else _own_memory(name, dtype, shape)  # prompts differ in length
+    def __init__(self, path: Path, key: str) -> None:
+        import torch
 
-        return memory
+        self.path, self.key = path, key
+        with open(path, "rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            try:
+                self._header = _header(file, size)
+                self._sum = _place_of_sum(self._header)
+                described = _described(self._header[8 : self._sum.start] + self._header[self._sum.stop :])
+                if size != len(self._header) + sum(count for *_, count in described):
+                    raise ValueError("it has another length than its header says")
+            except ValueError as error:
+                raise self._damaged(error) from error
+        self.tensors = {name: torch.empty(shape, dtype=dtype, device="meta") for name, dtype, shape, _ in described}
+
+    def read(self, places: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The tensors, on the CPU, by name.
+
+        Args:
+            places: contiguous tensors on the CPU, shaped as `tensors` are, to be filled; what has no place here gets
+                memory of its own.
+
+        Raises:
+            DamagedEntry: bytes are not the ones that were written; the places then hold anything.
+        """
+        places = places or {}
+        filled = {
+            name: places[name] if name in places else memory(meta.shape, meta.dtype)
+            for name, meta in self.tensors.items()
+        }
+        with open(self.path, "rb", buffering=0) as file:
+            header = file.read(len(self._header))
+            digest = _begin_sum(self.key, header, self._sum)
+            whole = all(_filled(file, tensor, digest) for tensor in filled.values())
+        if not whole or header[self._sum] != digest.hexdigest().encode():
+            raise self._damaged("its bytes are not the ones that were written")
+        return filled
+
+    def _damaged(self, why: object) -> DamagedEntry:
+        return DamagedEntry(f"{self.path} is damaged: {why}; the next start encodes it again")
 
 
-def _own_memory(name: str, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
-    """By numpy, which asks the system for large pages: it provides them several times sooner than those of torch."""
+def _header(file: FileIO, size: int) -> bytes:
+    """Length and header of a safetensors file of `size` bytes; those of the tensors follow. Raises ValueError."""
+    begun = file.read(8)
+    length = int.from_bytes(begun, "little")
+    if len(begun) < 8 or length > size - 8:
+        raise ValueError("it is cut short")
+    return begun + file.read(length)
+
+
+@lru_cache(64)  # entries of one geometry differ in their checksums alone
+def _described(header: bytes) -> tuple[tuple[str, torch.dtype, tuple[int, ...], int], ...]:
+    """Name, dtype, shape and number of bytes of each tensor, in the order of its bytes. Raises ValueError."""
     import torch
 
-    if not math.prod(shape):  # no byte to be a view of
-        return torch.empty(tuple(shape), dtype=dtype)
-    data = np.empty(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
-    return torch.from_numpy(data).view(dtype).reshape(tuple(shape))
+    try:
+        described = json.loads(header)
+        described.pop("__metadata__", None)
+        tensors, end = [], 0
+        for name, entry in sorted(described.items(), key=lambda item: item[1]["data_offsets"]):
+            dtype: torch.dtype = getattr(torch, DTYPES[entry["dtype"]])
+            shape = tuple(entry["shape"])
+            count = math.prod(shape) * dtype.itemsize
+            if min(shape, default=0) < 0 or entry["data_offsets"] != [end, end + count]:
+                raise ValueError("its header describes other bytes")
+            tensors.append((name, dtype, shape, count))
+            end += count
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError("its header is not one of ours") from error
+    return tuple(tensors)
 
 
-def _read(path: Path, key: str, memory: Memory) -> dict[str, Tensor]:
-    """The tensors of an entry. Raises what a broken header brings about, or ValueError, where its bytes
-    are not those of this key.
+def _filled(file: FileIO, tensor: Tensor, digest: xxhash.xxh3_128) -> bool:
+    """Read a tensor's bytes from where `file` stands, and add them to the checksum; whether there were enough.
 
     The checksum is taken of each part while it is still near the processor; fetching everything twice from memory would
     cost as much as the checksum itself.
     """
     import torch
 
-    with open(path, "rb", buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size
-        head = file.read(8)
-        length = int.from_bytes(head, "little")
-        if 8 + length > size:
-            raise ValueError("it is cut short")
-        head += file.read(length)
-        place = _place_of_sum(head)
-        digest = _begin_sum(key, head, place)
-        tensors: dict[str, Tensor] = {}
-        # In the order of the file; that they fill it is seen before memory is asked for by what may be damaged.
-        for name, entry in _laid_out(json.loads(head[8:]), size - 8 - length):
-            tensors[name] = memory(name, getattr(torch, DTYPES[entry["dtype"]]), entry["shape"])
-            flat = tensors[name].reshape(-1)
-            data = flat.view(torch.uint8).numpy().data if len(flat) else memoryview(b"")
-            filled = 0
-            while filled < len(data) and (count := file.readinto(data[filled : filled + PART])):
-                digest.update(data[filled : filled + count])
-                filled += count
-            if filled < len(data):
-                raise ValueError("it is cut short")
-    if head[place] != digest.hexdigest().encode():
-        raise ValueError("its bytes are not the ones that were written")
-    return tensors
-
-
-def _laid_out(header: dict[str, Any], size: int) -> list[tuple[str, dict[str, Any]]]:
-    """The tensors of a safetensors header in the order of their bytes, of which there are `size`."""
-    import torch
-
-    header.pop("__metadata__", None)
-    entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-    end = 0
-    for _, entry in entries:
-        begin, after = entry["data_offsets"]
-        dtype: torch.dtype = getattr(torch, DTYPES[entry["dtype"]])
-        if (
-            begin != end
-            or min(entry["shape"], default=0) < 0
-            or after - begin != math.prod(entry["shape"]) * dtype.itemsize
-        ):
-            raise ValueError("its header does not say what its bytes are")
-        end = after
-    if end != size:
-        raise ValueError("its header does not say what its bytes are")
-    return entries
+    data = tensor.view(-1).view(torch.uint8).numpy().data
+    filled = 0
+    while filled < len(data) and (count := file.readinto(data[filled : filled + PART])):
+        digest.update(data[filled : filled + count])
+        filled += count
+    return filled == len(data)
 
 
 def _place_of_sum(data: bytes) -> slice:

@@ -262,6 +262,18 @@ def _init(verb: argparse.ArgumentParser) -> None:
     _overwritten(verb)
 
 
+def _convert(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "file", type=Path, help="of ai-toolkit (YAML), musubi-tuner (TOML, or a script with its command), SimpleTuner "
+        "(config.json), OneTrainer (JSON) or qflux (YAML)",
+    )  # fmt: skip
+    verb.add_argument("--output", type=Path, default=Path("my_run.yaml"), help="file; default: my_run.yaml")
+    verb.add_argument("--pairs", type=Path, help="folder that pairs are laid out in; default: OUTPUT_pairs")
+    verb.add_argument("--model", help="hub id or folder, in place of the model that the file names")
+    _overwritten(verb)
+    _json(verb)
+
+
 def _doctor(verb: argparse.ArgumentParser) -> None:
     _json(verb)
 
@@ -308,6 +320,7 @@ ARGUMENTS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "studio": _studio,
     "doctor": _doctor,
     "init": _init,
+    "convert": _convert,
     "push": _push,
     "demo": _demo,
     "completion": _completion,

@@ -300,6 +300,15 @@ def init(options: argparse.Namespace) -> None:
     init(filled(Answers, options))
 
 
+def convert(options: argparse.Namespace) -> None:
+    """Turn the project of another trainer into a configuration, saying what becomes of each key."""
+    from qwen_image_finetune.command.convert.run import Request, convert
+
+    found = convert(filled(Request, options))
+    if options.json:
+        options.answer(found)
+
+
 def doctor(options: argparse.Namespace) -> None:
     """Say what this machine can do for a run: each line is good, or says what to do."""
     from qwen_image_finetune.command.doctor import doctor
@@ -344,8 +353,8 @@ def tiny(options: argparse.Namespace) -> None:
 
 
 VERBS = (
-    init, train, cache, check, predict, evaluate, report, compare, plan, bench, export, push, studio, doctor, demo,
-    completion, tiny,
+    init, convert, train, cache, check, predict, evaluate, report, compare, plan, bench, export, push, studio, doctor,
+    demo, completion, tiny,
 )  # fmt: skip
 
 

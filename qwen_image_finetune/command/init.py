@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qwen_image_finetune.command.written import REQUIRED, as_config, written
 from qwen_image_finetune.config import Config, resolve_family
-from qwen_image_finetune.config.tree import find, put
 from qwen_image_finetune.disk.files import write_atomic
 from qwen_image_finetune.disk.outputs import check_output
 from qwen_image_finetune.encoding.pairs import Pairs, open_pairs
@@ -24,9 +22,6 @@ from qwen_image_finetune.levers.stored_precision import local_checkpoint
 from qwen_image_finetune.machine.console import note, say
 
 PREFERENCES = tuple(recipe.FORMATS)
-REQUIRED = "model.pretrained_model_name_or_path"
-ALWAYS = (REQUIRED, "data.init_args.dataset_path", "optimizer.init_args.lr")  # what a person looks for, default or not
-SPREAD = ("model", "train")  # sections with a line for each key; the others take one
 COMMENTS = {
     "data.init_args.dataset_path": "pairs, by name (docs/data.md)",
     "train.max_train_steps": "{visits} visits of each pair; stop earlier if the held-out loss no longer falls",
@@ -198,54 +193,8 @@ def open_validation(values: dict[str, Any], pairs: Pairs) -> None:
             del values[key]
 
 
-def as_config(values: dict[str, Any]) -> Config:
-    """Dotted keys as a configuration."""
-    return Config.model_validate(nested(values))
-
-
-def nested(values: dict[str, Any]) -> dict[str, Any]:
-    """Dotted keys as sections within sections."""
-    tree: dict[str, Any] = {}
-    for key, value in values.items():
-        put(tree, key, value)
-    return tree
-
-
 def text(values: dict[str, Any], pairs: int) -> Iterator[str]:
     """The lines of the file: what differs from the defaults and what a person changes first, with its comment."""
     yield f"# Written by `qif init` for {pairs} pairs. The numbers: docs/recipe.md. More keys: docs/configuration.md."
-    told = [key for key in values if key in ALWAYS or not _is_default(key, values[key])]
-    for section, keys in itertools.groupby(sorted(told, key=_place), key=lambda key: key.partition(".")[0]):
-        group = list(keys)
-        comments = [
-            COMMENTS.get(key, "").format(visits=round(values["train.max_train_steps"] / pairs)) for key in group
-        ]
-        tree = nested({key.partition(".")[2]: values[key] for key in group})
-        if section not in SPREAD:
-            yield _line(f"{section}: {_flow(tree)}", "; ".join(filter(None, comments)))
-            continue
-        yield f"{section}:"
-        for (name, value), comment in zip(tree.items(), comments, strict=False):
-            yield _line(f"  {name}: {_flow(value)}", comment)
-
-
-def _line(words: str, comment: str) -> str:
-    return f"{words}  # {comment}" if comment else words
-
-
-def _flow(value: Any) -> str:
-    """A value on one line; the names of keys need no quotes."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{name}: {_flow(inner)}" for name, inner in value.items()) + "}"
-    return json.dumps(value, ensure_ascii=False)
-
-
-def _is_default(key: str, value: Any) -> bool:
-    """Whether a configuration without the key says the same."""
-    return bool(find(as_config({REQUIRED: "any"}).model_dump(mode="json"), key) == value)
-
-
-def _place(key: str) -> tuple[Sequence[int | str], ...]:
-    order = list(Config.model_fields)
-    section, *rest = key.split(".")
-    return (order.index(section),), *((int(depth == 0 and len(rest) > 1), part) for depth, part in enumerate(rest))
+    visits = round(values["train.max_train_steps"] / pairs)
+    yield from written(values, {key: words.format(visits=visits) for key, words in COMMENTS.items()})

@@ -52,7 +52,7 @@ def _refuse_other_programs(tree: dict[str, Any], path: str | Path) -> None:
     if isinstance(config, dict) and "process" in config:
         raise ConfigError(
             f"{path} is a configuration of ai-toolkit (config.process), whose keys are not those of this program: "
-            "start from a file in configs/; docs/configuration.md has every key, and what ai-toolkit calls it"
+            "`qif convert` turns it into one; docs/configuration.md has every key, and what ai-toolkit calls it"
         )
 
 

@@ -29,7 +29,7 @@ def read_yaml(path: Path) -> DictConfig:
     if path.suffix.lower() == ".toml":
         raise ConfigError(
             f"{path} is TOML, as kohya's scripts and musubi-tuner read it; a configuration of this program is YAML: "
-            "start from a file in configs/; docs/configuration.md has every key"
+            "`qif convert` turns one into the other; docs/configuration.md has every key"
         )
     if (size := path.stat().st_size) > LARGEST_FILE:
         raise ConfigError(f"{path} has {size} bytes; a configuration has at most {LARGEST_FILE}")

@@ -251,13 +251,16 @@ def _mode(file: Path) -> int:
 
 
 def _open_to_umask(folder: Path) -> None:
-    """Give every file in a folder the mode that the umask gives: safetensors writes files for their owner alone."""
+    """Give every file in a folder the mode that the umask gives: safetensors writes files for their owner alone.
+
+    A file that has another name as well, a hard link, is somebody's own and keeps its mode.
+    """
     probe = hidden(folder / "probe", "partial")
     probe.touch()
     mode = _mode(probe)
     probe.unlink()
     for path in folder.rglob("*"):
-        if path.is_file():
+        if path.is_file() and path.stat().st_nlink == 1:
             path.chmod(mode)
 
 

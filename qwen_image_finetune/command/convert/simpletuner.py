@@ -1,0 +1,236 @@
+"""SimpleTuner: config.json, and multidatabackend.json with the data sets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qwen_image_finetune.command.convert.ledger import ConvertError, Ledger
+from qwen_image_finetune.command.convert.pairs import Folder, Pair, beside, named, pictures, readable, some
+from qwen_image_finetune.command.convert.terms import (
+    CACHED,
+    NO_CLASS,
+    PRECISIONS,
+    RATE,
+    SCHEDULES,
+    base_format,
+    found,
+    optimizer,
+)
+
+MODELS = {
+    ("flux", "kontext"): "black-forest-labs/FLUX.1-Kontext-dev",
+    ("flux2", "dev"): "black-forest-labs/FLUX.2-dev",
+    ("flux2", "klein-4b"): "black-forest-labs/FLUX.2-klein-base-4B",
+    ("flux2", "klein-9b"): "black-forest-labs/FLUX.2-klein-base-9B",
+    ("qwen_image", "edit-v1"): "Qwen/Qwen-Image-Edit",
+    ("qwen_image", "edit-v2"): "Qwen/Qwen-Image-Edit-2509",
+    ("qwen_image", "edit-v2+"): "Qwen/Qwen-Image-Edit-2509",
+    ("qwen_image", "edit-v3"): "Qwen/Qwen-Image-Edit-2511",
+}
+SAME = {
+    "learning_rate": RATE, "train_batch_size": "data.batch_size",
+    "gradient_accumulation_steps": "train.gradient_accumulation_steps", "seed": "train.seed",
+    "gradient_checkpointing": "train.gradient_checkpointing", "max_grad_norm": "train.max_grad_norm",
+    "lora_rank": "model.lora.r", "lora_alpha": "model.lora.lora_alpha", "lora_dropout": "model.lora.lora_dropout",
+    "checkpoint_step_interval": "train.checkpointing_steps", "checkpointing_steps": "train.checkpointing_steps",
+    "checkpoints_total_limit": "train.checkpoints_total_limit", "output_dir": "logging.output_dir",
+    "resume_from_checkpoint": "train.resume_from_checkpoint", "lr_warmup_steps": "lr_scheduler.warmup_steps",
+    "caption_dropout_probability": "data.init_args.caption_dropout_rate", "flow_schedule_shift": "train.sigma_shift",
+    "validation_guidance": "validation.guidance_scale", "validation_seed": "validation.seed",
+    "validation_num_inference_steps": "validation.num_inference_steps", "dataloader_prefetch_qlen":
+    "data.prefetch_factor", "musubi_blocks_to_swap": "train.blocks_to_swap", "init_lora":
+    "model.lora.pretrained_weight", "revision": "model.revision", "tracker_project_name":
+    "logging.tracker_project_name", "use_ema": "train.ema.enabled", "ema_decay": "train.ema.decay",
+    "ema_update_interval": "train.ema.every", "lr_num_cycles": "lr_scheduler.num_cycles", "lr_power":
+    "lr_scheduler.power", "use_dora": "model.lora.use_dora",
+}  # fmt: skip
+SO_HERE = {
+    "model_family": "in model.pretrained_model_name_or_path", "model_flavour": "in model.pretrained_model_name_or_path",
+    "data_backend_config": "read: its keys are those below `data`", "aspect_bucket_rounding":
+    "every picture keeps its shape", "disable_benchmark": "no picture of the base is drawn first",
+    "minimum_image_size": "small pictures are enlarged, and named by qif check", "quantize_via":
+    "quantised while it is read", "lora_type": "a LoRA", "delete_invalid_checkpoints":
+    "a checkpoint is whole or not there", "vae_batch_size": "pictures are encoded one by one",
+    "attention_mechanism": "attention is chosen by train.attention",
+    "write_batch_size": "the cache is written entry by entry",
+    "preserve_data_backend_cache": "the cache is kept, by content",
+}  # fmt: skip
+LOST = {
+    "validation_resolution": "samples have the size of their reference, as the model makes it",
+    "validation_guidance_rescale": "", "validation_prompt": "write it as one of validation.samples, with its reference",
+    "validation_prompt_library": "write them as validation.samples", "user_prompt_library":
+    "write them as validation.samples", "num_eval_images": "see validation.num_loss_pairs",
+    "push_to_hub": "qif push sends a run when it is there", "push_checkpoints_to_hub":
+    "qif push sends a run when it is there", "hub_model_id": "qif push sends a run when it is there",
+    "tracker_run_name": "runs are called v0, v1, ...", "fuse_qkv_projections": "",
+    "gradient_checkpointing_interval": "see train.keep_activations", "text_encoder_1_precision":
+    "encoders run once, before the transformer is loaded", "conditioning_multidataset_sampling":
+    "all references of a pair are shown together", "lycoris_config": "see model.lora.type",
+    "eval_dataset_id": "see validation.dataset_path",
+}  # fmt: skip
+OF_DATA = {
+    "cache_dir_vae": "the cache is one folder, by content: cache.cache_dir", "cache_dir":
+    "the cache is one folder, by content: cache.cache_dir", "vae_cache_clear_each_epoch": "see cache.num_variations",
+    "minimum_image_size": "small pictures are enlarged, and named by qif check", "maximum_image_size":
+    "pictures are resized once", "target_downsample_size": "pictures are resized once", "crop_aspect":
+    "every picture keeps its shape", "skip_file_discovery": "folders are listed at every start",
+    "preserve_data_backend_cache": "the cache is kept, by content",
+    "metadata_backend": "folders are listed at every start", "text_embeds": "one cache for all",
+    "image_embeds": "one cache for all", "conditioning_image_embeds":
+    "one cache for all", "default": "one cache for all", "dataset_type": "", "ignore_epochs": "",
+}  # fmt: skip
+
+
+def read(tree: Mapping[str, Any], file: Path) -> tuple[Ledger, list[Folder]]:
+    """The ledger and the data sets of a config.json.
+
+    Raises:
+        ConvertError: a model or a way of training that is not here, or the file of the data sets is not there.
+    """
+    options = {name.lstrip("-"): value for name, value in tree.items()}
+    sets = _backends(options, file)
+    ledger = Ledger({**options, "data": sets})
+    model = (str(options.get("model_family")), str(options.get("model_flavour")))
+    known = MODELS.get(model)
+    if known is None and "pretrained_model_name_or_path" not in ledger:
+        all_models = ", ".join(map(" ".join, MODELS))
+        raise ConvertError(f"{file}: {' '.join(model)} edits no pictures; {all_models} can be converted")
+    ledger.values["model.pretrained_model_name_or_path"] = known
+    ledger.same("", {"pretrained_model_name_or_path": "model.pretrained_model_name_or_path"})
+    ledger.becomes("model_type", {"model.lora": None} if options.get("model_type") == "full" else {})
+    ledger.is_so("model_type", "a LoRA")
+    folders = _folders(ledger, sets)
+    for name, ours in (("max_train_steps", "train.max_train_steps"), ("num_train_epochs", "train.num_epochs")):
+        if int(ledger.get(name, 0)) > 0:
+            ledger.same("", {name: ours})
+        ledger.is_so(name, "0: the other one counts")
+    if options.get("lora_type", "standard") != "standard":
+        ledger.lost("lora_type", "LoKr, LoHa and OFT are model.lora.type")
+    ledger.same("", SAME)
+    ledger.default("lora_alpha", options.get("lora_rank", 16), {"model.lora.lora_alpha": options.get("lora_rank", 16)})
+    ledger.read("optimizer", "optimizer.class_path", optimizer, NO_CLASS)
+    ledger.read("lr_scheduler", "lr_scheduler.scheduler_type", SCHEDULES)
+    ledger.read("mixed_precision", "train.mixed_precision", PRECISIONS)
+    if options.get("base_model_precision") in ("no_change", "no", "bf16"):
+        ledger.is_so("base_model_precision", "as the checkpoint is")
+    ledger.read("base_model_precision", "model.quantize", base_format, "fp8, int8, nf4 and fp4 are the formats here")
+    tracker = options.get("report_to")
+    ledger.read("report_to", "logging.report_to", {name: name for name in ("none", "wandb", "tensorboard", "swanlab")})
+    if tracker == "all":
+        ledger.becomes("report_to", {"logging.report_to": ["tensorboard", "wandb"]})
+    if "validation_steps" in ledger:
+        steps = int(ledger.get("validation_steps"))
+        ledger.becomes("validation_steps", {"validation.enabled": True, "validation.steps": steps})
+    for name in ("resolution", "resolution_type"):
+        ledger.is_so(name, "of the data sets that have none, see below")
+    targets = "model.lora.target_modules"
+    ledger.read("flux_lora_target", targets, {"all+ffs": "all-linear"}, f"see {targets}")
+    ledger.values[CACHED] = True
+    ledger.table("", SO_HERE, lost=False)
+    ledger.table("", LOST)
+    return ledger, folders
+
+
+def _backends(options: Mapping[str, Any], file: Path) -> list[dict[str, Any]]:
+    """What the file of the data sets holds; its path begins where SimpleTuner was started."""
+    name = Path(str(options.get("data_backend_config", "multidatabackend.json")))
+    if (place := found(name, file)) is None:
+        raise ConvertError(f"{file}: data_backend_config={str(name)!r} is neither in this folder nor beside that file")
+    try:
+        return [one for one in json.loads(place.read_text(encoding="utf-8-sig")) if isinstance(one, dict)]
+    except ValueError as error:
+        raise ConvertError(f"{place}: no JSON ({error})") from error
+
+
+def _folders(ledger: Ledger, sets: Sequence[Mapping[str, Any]]) -> list[Folder]:
+    by_id = {one.get("id"): one for one in sets}
+    conditioning = {name for one in sets for name in _listed(one.get("conditioning_data"))}
+    folders = []
+    for place, one in enumerate(sets):
+        at = f"data[{place}]."
+        kind = one.get("dataset_type", "image")
+        if one.get("id") in conditioning or kind == "conditioning":
+            for key in ledger.below(at):
+                ledger.is_so(key, "references of the data sets that name it")
+        elif kind != "image":
+            for key in ledger.below(at):
+                ledger.is_so(key, "one cache for all, by content: cache.cache_dir")
+        elif one.get("disabled") or one.get("disable"):
+            for key in ledger.below(at):
+                ledger.lost(key, "a data set that is disabled")
+        elif one.get("type", "local") == "huggingface" and "dataset_name" in one:
+            _hub(ledger, at, one)
+        elif one.get("type", "local") != "local":
+            for key in ledger.below(at):
+                ledger.lost(key, f"data of type {one['type']} is not read: bring it to this machine")
+        else:
+            others = [by_id[name] for name in _listed(one.get("conditioning_data")) if name in by_id]
+            folders.append(_folder(ledger, at, one, others))
+    return folders
+
+
+def _listed(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or [])
+
+
+def _hub(ledger: Ledger, at: str, one: Mapping[str, Any]) -> None:
+    for key in ledger.below(at):
+        if key == f"{at}dataset_name":
+            ledger.lost(key, f"load it: dataset_path: hf://{one['dataset_name']}, with columns (docs/data.md)")
+        else:
+            ledger.lost(key, "of a data set on the hub")
+
+
+def _folder(ledger: Ledger, at: str, one: Mapping[str, Any], references: Sequence[Mapping[str, Any]]) -> Folder:
+    root = Path(str(one.get("instance_data_dir", ""))).expanduser()
+    homes = [Path(str(other.get("instance_data_dir", ""))).expanduser() for other in references]
+    strategy, instance = one.get("caption_strategy", "filename"), one.get("instance_prompt") or ""
+    pairs, without = list[Pair](), list[Path]()
+    for target in pictures(root, nested=True):
+        inside = target.relative_to(root)
+        shown = [home / inside if (home / inside).is_file() else named((home / inside).parent, target.stem)
+                 for home in homes]  # fmt: skip
+        if any(each is None for each in shown):
+            without.append(target)
+            continue
+        pairs.append(Pair(target, tuple(filter(None, shown)), _caption(target, str(strategy), instance)))
+    kept, other = readable(pairs)
+    said = [f"left out: {some(without)} without a reference of the same name"] if without else []
+    for name in ("instance_data_dir", "conditioning_data", "id", "type"):
+        ledger.is_so(at + name, f"{len(kept)} pairs, see data.init_args.dataset_path")
+    if strategy in ("textfile", "filename", "instanceprompt"):
+        ledger.is_so(f"{at}caption_strategy", "captions are .txt there")
+    ledger.lost(f"{at}caption_strategy", "captions are taken from .txt: write others there")
+    ledger.is_so(f"{at}instance_prompt", "the caption" if strategy == "instanceprompt" else "not used")
+    ledger.is_so(f"{at}only_instance_prompt", "captions are what caption_strategy says")
+    if one.get("crop"):
+        random = one.get("crop_style") == "random"
+        ledger.becomes(f"{at}crop", {f"data.init_args.{'random' if random else 'center'}_crop": True})
+    ledger.is_so(f"{at}crop", "nothing is cut off")
+    ledger.is_so(f"{at}crop_style", "as crop says")
+    for name in ("resolution", "resolution_type", "repeats", "probability"):
+        ledger.is_so(at + name, "of the data set, see below")
+    ledger.is_so(f"{at}disabled", "it is on")
+    ledger.table(at, OF_DATA, lost=False)
+    settings: dict[str, Any] = {}
+    size = one.get("resolution", ledger.get("resolution"))
+    if size is not None:
+        kind = one.get("resolution_type", ledger.get("resolution_type", "pixel_area"))
+        settings["resolution"] = round(float(size) ** 0.5 * 1000) if kind == "area" else int(size)
+    if one.get("repeats"):
+        settings["repeats"] = int(one["repeats"]) + 1  # theirs are beyond the first visit
+    if one.get("probability", 1.0) != 1.0:
+        settings["weight"] = float(one["probability"])
+    return Folder(f"{at}instance_data_dir", kept, root, [*said, *other], settings)
+
+
+def _caption(target: Path, strategy: str, instance: str) -> Path | str:
+    if strategy == "instanceprompt":
+        return instance
+    if strategy == "filename":
+        return target.stem.replace("_", " ")
+    file = beside(target, ".txt")
+    return file if file.is_file() else ""

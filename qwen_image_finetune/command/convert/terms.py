@@ -1,0 +1,69 @@
+"""Words that the trainers share: optimizers, schedules, precisions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+OPTIMIZERS = {
+    "adam": "torch.optim.Adam",
+    "adamw": "torch.optim.AdamW",
+    "adam8bit": "bitsandbytes.optim.Adam8bit",
+    "adamw8bit": "bitsandbytes.optim.AdamW8bit",
+    "pagedadamw": "bitsandbytes.optim.PagedAdamW",
+    "pagedadamw8bit": "bitsandbytes.optim.PagedAdamW8bit",
+    "ademamix8bit": "bitsandbytes.optim.AdEMAMix8bit",
+    "lion": "bitsandbytes.optim.Lion",
+    "lion8bit": "bitsandbytes.optim.Lion8bit",
+    "sgd": "torch.optim.SGD",
+    "adagrad": "torch.optim.Adagrad",
+    "rmsprop": "torch.optim.RMSprop",
+    "adafactor": "torch.optim.Adafactor",
+    "prodigy": "prodigyopt.Prodigy",
+}
+SCHEDULES = {
+    name: name for name in ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts",
+                            "polynomial")
+}  # fmt: skip
+PRECISIONS = {
+    "bf16": "bf16", "bfloat16": "bf16", "fp16": "fp16", "float16": "fp16", "fp32": "no", "float32": "no",
+    "float": "no", "no": "no", False: "no",
+}  # fmt: skip
+CACHED = "cache.use_cache"
+NO_CLASS = "no class of it is known; AdamW is the default"
+RATE = "optimizer.init_args.lr"
+
+
+def optimizer(name: Any) -> str | None:
+    """The class of an optimizer by any of its names; None for those that nobody here has."""
+    if not isinstance(name, str):
+        return None
+    plain = name.lower().replace("_", "").replace("-", "").removeprefix("optimi").removeprefix("bnb")
+    plain = plain.removesuffix("bf16").removesuffix("fp32")
+    return OPTIMIZERS.get(plain) or (name if name.startswith(("torch.optim.", "bitsandbytes.optim.")) else None)
+
+
+def base_format(name: Any) -> str | None:
+    """model.quantize for the name of a format in any trainer: by its bits, and floats apart from integers."""
+    text = str(name).lower()
+    if any(part in text for part in ("nf4", "nfloat_4", "uint4", "int4", "4bit")):
+        return "nf4"
+    if "fp4" in text or "float4" in text:
+        return "fp4"
+    if any(part in text for part in ("int8", "int_8", "int_w8")):
+        return "int8"
+    return "fp8" if any(part in text for part in ("fp8", "float8", "float_8", "float_w8")) else None
+
+
+def found(name: str | Path, file: Path) -> Path | None:
+    """A file that another one names: its path begins where the program was started, or beside that file, or above."""
+    name = Path(name).expanduser()
+    places = (name, file.parent / name, file.parent / name.name, *(above / name for above in file.resolve().parents))
+    return next((place for place in places if place.is_file()), None)
+
+
+def common(settings: list[Mapping[str, Any]], name: str) -> Any:
+    """The value that all data sets have for a key; None where they differ or have none."""
+    values = [each.get(name) for each in settings]
+    return values[0] if values and all(value == values[0] for value in values) else None

@@ -1,0 +1,357 @@
+"""`qif convert`: projects of five other trainers; every key is answered for, and our reader finds the same pairs."""
+
+from __future__ import annotations
+
+import json
+import os
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+
+from qwen_image_finetune.command.cli import main
+from qwen_image_finetune.config import load_config
+from qwen_image_finetune.data.sources import read_folder
+
+Project = tuple[str, dict[str, Any]]  # the file to convert, and what ours must say, by dotted key
+
+AI_TOOLKIT = """
+job: extension
+config:
+  name: smile
+  process:
+    - type: sd_trainer
+      training_folder: runs
+      trigger_word: p3r5on
+      network: {type: lora, linear: 32}
+      save: {dtype: float16, save_every: 250, push_to_hub: false}
+      datasets:
+        - folder_path: targets
+          control_path: [first, second]
+          caption_ext: caption
+          caption_dropout_rate: 0.05
+          shuffle_tokens: false
+          cache_latents_to_disk: true
+          resolution: 768
+      train: {batch_size: 2, steps: 300, lr: 2e-4, optimizer: adamw8bit, timestep_type: sigmoid, dtype: bf16,
+              noise_scheduler: flowmatch, optimizer_params: {weight_decay: 0.01}, free_u: true}
+      model: {name_or_path: Qwen/Qwen-Image-Edit-2509, arch: qwen_image_edit_plus, quantize: true, low_vram: true,
+              qtype: "uint4|some/adapter.safetensors"}
+      sample:
+        sample_every: 100
+        walk_seed: true
+        seed: 7
+        samples:
+          - {prompt: "a smile", ctrl_img_1: a.png, ctrl_img_2: b.png}
+          - {prompt: "a frown --d 3", ctrl_img: a.png, width: 512}
+meta: {version: "1.0"}
+"""
+MUSUBI = """
+accelerate launch --num_cpu_threads_per_process 1 src/musubi_tuner/qwen_image_train_network.py \\
+  --dit nowhere.safetensors --vae vae --text_encoder te --model_version edit-2511 --dataset_config sets.toml --sdpa \\
+  --mixed_precision bf16 --fp8_base --fp8_scaled --blocks_to_swap 20 --timestep_sampling shift \\
+  --discrete_flow_shift 2.2 --optimizer_type adamw8bit --optimizer_args "weight_decay=0.01" "betas=(0.9,0.99)" \\
+  --learning_rate 5e-5 --gradient_checkpointing --network_module networks.lora_qwen_image --network_dim 32 \\
+  --max_train_epochs 16 --save_every_n_epochs 1 --base_weights one.safetensors --unheard_of
+"""
+MUSUBI_SETS = """
+[general]
+resolution = [832, 576]
+caption_extension = ".caption"
+batch_size = 2
+
+[[datasets]]
+image_directory = "targets"
+control_directory = "numbered"
+cache_directory = "theirs"
+"""
+SIMPLETUNER = {
+    "model_family": "flux", "model_flavour": "kontext", "model_type": "lora", "--lora_rank": 32,
+    "data_backend_config": "multidatabackend.json", "learning_rate": 1e-5, "max_train_steps": 100,
+    "num_train_epochs": 0, "base_model_precision": "int8-quanto", "optimizer": "adamw_bf16", "validation_steps": 50,
+    "flow_schedule_shift": 1.73, "caption_dropout_probability": 0.1, "use_ema": False, "hub_model_id": "mine",
+    "report_to": "none", "crepa_lambda": 0.5,
+}  # fmt: skip
+SIMPLETUNER_SETS = [
+    {"id": "edited", "type": "local", "instance_data_dir": "targets", "conditioning_data": ["references"],
+     "caption_strategy": "textfile", "resolution": 512, "cache_dir_vae": "vae"},
+    {"id": "references", "dataset_type": "conditioning", "type": "local", "instance_data_dir": "first"},
+    {"id": "texts", "dataset_type": "text_embeds", "type": "local", "cache_dir": "text"},
+]  # fmt: skip
+ONETRAINER = {
+    "model_type": "FLUX_2", "base_model_name": "black-forest-labs/FLUX.2-klein-base-4B", "training_method": "LORA",
+    "concept_file_name": "concepts.json", "learning_rate": 3e-5, "batch_size": 2, "lora_rank": 32, "lora_alpha": 8.0,
+    "resolution": "640", "transformer": {"train": True, "weight_dtype": "NFLOAT_4", "model_name": ""},
+    "gradient_checkpointing": "CPU_OFFLOADED", "masked_training": True, "custom_conditioning_image": True,
+    "optimizer": {"optimizer": "ADAMW_8BIT", "beta1": 0.9, "beta2": 0.99, "fused": False, "stochastic_rounding": True},
+    "timestep_distribution": "LOGIT_NORMAL", "dynamic_timestep_shifting": True, "save_every": 100,
+    "save_every_unit": "STEP", "sample_after": 10, "sample_after_unit": "MINUTE", "train_dtype": "BFLOAT_16",
+}  # fmt: skip
+CONCEPTS = [
+    {"name": "faces", "path": "labelled", "enabled": True, "include_subdirectories": True,
+     "image": {"enable_random_flip": True, "enable_random_hue": True, "random_hue_max_strength": 0.2},
+     "text": {"prompt_source": "sample"}},
+    {"name": "held out", "path": "elsewhere", "type": "VALIDATION"},
+]  # fmt: skip
+QFLUX = """
+trainer: FluxKontext
+resume: null
+model:
+  pretrained_model_name_or_path: black-forest-labs/FLUX.1-Kontext-dev
+  quantize: true
+  lora: {r: 32, lora_alpha: 16, init_lora_weights: gaussian, target_modules: [to_k, to_q]}
+data:
+  class_path: qflux.data.dataset.ImageDataset
+  init_args:
+    dataset_path: qflux
+    caption_dropout_rate: 0.1
+    use_edit_mask: true
+    selected_control_indexes: [1]
+    processor:
+      class_path: qflux.data.preprocess.ImageProcessor
+      init_args: {process_type: center_crop, target_size: [832, 576], controls_size: [[832, 576]]}
+  batch_size: 8
+logging: {output_dir: out, sampling: {enable: true, validation_steps: 50, num_samples: 2, seed: 1,
+          validation_data: [{control: a.png, prompt: "a hat"}]}, tags: [x]}
+optimizer: {class_path: bitsandbytes.optim.Adam8bit, init_args: {lr: 0.0001}}
+loss: {mask_loss: true, forground_weight: 3.0, class_path: qflux.losses.X}
+train: {max_train_steps: 100, num_epochs: 2, gradient_accumulation_steps: 1, fit_device: {vae_encoder: "cpu"}}
+cache: {cache_dir: "${logging.output_dir}/cache", use_cache: true, prompt_empty_drop_keys: [prompt_embed],
+        devices: {text_encoder: "cpu"}}
+predict: {devices: {dit: "cpu"}}
+"""
+
+
+def picture(path: Path, shade: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (24, 16), (shade, 90, 255 - shade)).save(path)
+
+
+@pytest.fixture
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two pairs, one in a nested folder, as each of the five trainers keeps them."""
+    monkeypatch.chdir(tmp_path)
+    for number, stem in enumerate(("a", "b")):
+        home = Path("targets", "more" if stem == "b" else "")
+        picture(home / f"{stem}.png", number)
+        (home / f"{stem}.caption").write_text(f"make [trigger] {stem}\n")
+        (home / f"{stem}.txt").write_text(f"make {stem}\n")
+        picture(Path("first", f"{stem}.jpg"), 40 + number)
+        picture(Path("first", "more" if stem == "b" else "", f"{stem}.png"), 40 + number)
+        picture(Path("second", f"{stem}.webp"), 80 + number)
+        for place in (0, 1):
+            picture(Path("numbered", f"{stem}_{place}.png"), 120 + 10 * place + number)
+        labelled = Path("labelled", "deep" if stem == "b" else "")
+        picture(labelled / f"{stem}.png", number)
+        picture(labelled / f"{stem}-condlabel.png", 160 + number)
+        picture(labelled / f"{stem}-masklabel.png", 200 + number)
+        (labelled / f"{stem}.txt").write_text(f"make {stem}")
+        picture(Path("qflux/target_images", f"{stem}.png"), number)
+        picture(Path("qflux/control", f"{stem}.png"), 40 + number)
+        picture(Path("qflux/control", f"{stem}_control_1.png"), 80 + number)
+        picture(Path("qflux/control", f"{stem}_mask.png"), 200 + number)
+        Path("qflux/control", f"{stem}.txt").write_text(f"make {stem}")
+    Path("ai.yaml").write_text(AI_TOOLKIT)
+    Path("train.sh").write_text(MUSUBI)
+    Path("sets.toml").write_text(MUSUBI_SETS)
+    Path("config.json").write_text(json.dumps(SIMPLETUNER))
+    Path("multidatabackend.json").write_text(json.dumps(SIMPLETUNER_SETS))
+    Path("one.json").write_text(json.dumps(ONETRAINER))
+    Path("concepts.json").write_text(json.dumps(CONCEPTS))
+    Path("qflux.yaml").write_text(QFLUX)
+    return tmp_path
+
+
+def leaves(tree: Any, key: str = "") -> Iterator[str]:
+    """Dotted names of everything that a person wrote: the slow way, of plain values."""
+    if isinstance(tree, dict):
+        for name, inner in tree.items():
+            yield from leaves(inner, f"{key}.{str(name).lstrip('-')}".lstrip("."))
+    elif isinstance(tree, list) and any(isinstance(each, dict) for each in tree):
+        for place, inner in enumerate(tree):
+            yield from leaves(inner, f"{key}[{place}]")
+    else:
+        yield key
+
+
+def theirs(file: str) -> set[str]:
+    if file == "train.sh":
+        options = {word.removeprefix("--") for word in MUSUBI.partition(".py")[2].split() if word.startswith("--")}
+        return options | {f"data.{key}" for key in leaves(tomllib.loads(MUSUBI_SETS))}
+    tree = yaml.safe_load(Path(file).read_text())
+    beside = {"config.json": ("data", SIMPLETUNER_SETS), "one.json": ("concepts", CONCEPTS)}
+    return set(leaves(tree)) | (set(leaves(*reversed(beside[file]))) if file in beside else set())
+
+
+def converted(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    assert main(["convert", *words, "--json"]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def at(config: Any, key: str) -> Any:
+    for name in key.split("."):
+        config = config[name] if isinstance(config, dict) else getattr(config, name)
+    return config
+
+
+PROJECTS: dict[str, Project] = {
+    "ai-toolkit": ("ai.yaml", {
+        "model.pretrained_model_name_or_path": "Qwen/Qwen-Image-Edit-2509", "train.trainer": "QwenImageEditPlus",
+        "model.quantize": "nf4", "train.memory": "auto", "model.lora.r": 32, "model.lora.lora_alpha": 1.0,
+        "train.max_train_steps": 300, "optimizer.init_args": {"lr": 2e-4, "weight_decay": 0.01},
+        "optimizer.class_path": "bitsandbytes.optim.AdamW8bit", "data.batch_size": 2,
+        "train.gradient_checkpointing": True, "data.init_args.caption_dropout_rate": 0.05,
+        "data.init_args.resolution": 768, "cache.use_cache": True, "train.checkpointing_steps": 250,
+        "train.checkpoints_total_limit": 5, "logging.output_dir": "runs", "validation.steps": 100,
+        "logging.tracker_project_name": "smile",
+    }),
+    "musubi-tuner": ("train.sh", {
+        "model.pretrained_model_name_or_path": "Qwen/Qwen-Image-Edit-2511", "model.quantize": "fp8",
+        "model.lora.r": 32, "model.lora.lora_alpha": 1.0, "train.blocks_to_swap": 20, "train.num_epochs": 16,
+        "train.max_train_steps": None, "train.sigma_shift": 2.2, "data.batch_size": 2,
+        "data.init_args.image_size": [832, 576],
+        "optimizer.init_args": {"lr": 5e-5, "weight_decay": 0.01, "betas": [0.9, 0.99]},
+    }),
+    "SimpleTuner": ("config.json", {
+        "model.pretrained_model_name_or_path": "black-forest-labs/FLUX.1-Kontext-dev", "model.quantize": "int8",
+        "model.lora.r": 32, "model.lora.lora_alpha": 32, "train.max_train_steps": 100, "train.num_epochs": None,
+        "train.sigma_shift": 1.73, "data.init_args.caption_dropout_rate": 0.1, "data.init_args.resolution": 512,
+        "validation.enabled": True, "validation.steps": 50, "logging.report_to": "none",
+        "optimizer.class_path": "torch.optim.AdamW",
+    }),
+    "OneTrainer": ("one.json", {
+        "model.pretrained_model_name_or_path": "black-forest-labs/FLUX.2-klein-base-4B", "model.quantize": "nf4",
+        "model.lora.r": 32, "model.lora.lora_alpha": 8.0, "train.num_epochs": 100, "data.batch_size": 2,
+        "train.gradient_checkpointing": True, "train.offload_activations": True, "loss.mask_loss": True,
+        "loss.background_weight": 0.1, "data.init_args.use_edit_mask": True, "data.init_args.random_flip": True,
+        "data.init_args.resolution": 640, "train.checkpointing_steps": 100, "train.sigma_shift": "model",
+        "optimizer.init_args": {"lr": 3e-5, "betas": [0.9, 0.99]},
+    }),
+    "qflux": ("qflux.yaml", {
+        "train.trainer": "FluxKontext", "model.quantize": True, "model.lora.r": 32, "model.lora.lora_alpha": 16,
+        "data.init_args.image_size": [832, 576], "loss.foreground_weight": 3.0, "cache.cache_dir": "out/cache",
+        "cache.text_encoder_device": "cpu", "predict.devices.transformer": "cpu", "validation.enabled": True,
+        "cache.prompt_empty_drop_keys": ["prompt_embeds"], "train.gradient_checkpointing": True,
+    }),
+}  # fmt: skip
+PROMPTS = {"ai-toolkit": ["make p3r5on a", "make p3r5on b"], "musubi-tuner": ["make [trigger] a"]}
+UNKNOWN = {
+    "ai-toolkit": "config.process[0].train.free_u", "musubi-tuner": "unheard_of", "SimpleTuner": "crepa_lambda",
+    "OneTrainer": "concepts[0].image.random_hue_max_strength", "qflux": "loss.class_path",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("program", PROJECTS)
+def test_every_key_is_answered_for(program: str, desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, expected = PROJECTS[program]
+    found = converted(capsys, file)
+    assert found["program"] == program
+    said = [line["theirs"].lstrip("-") for line in found["keys"]]
+    assert theirs(file) <= set(said) and len(said) == len(set(said))
+    config = load_config(Path("my_run.yaml"))
+    assert {key: at(config, key) for key in expected} == expected
+    lost = {line["theirs"] for line in found["keys"] if line["lost"]}
+    assert UNKNOWN[program] in lost
+    for line in found["keys"]:  # what is said to have become a key of ours is what the file says
+        for key, value in line["ours"].items():
+            written = at(config, key)
+            assert json.loads(json.dumps(written, default=lambda section: section.model_dump())) == value or (
+                key == "validation.samples"
+            ), key
+
+
+@pytest.mark.parametrize("program", PROJECTS)
+def test_our_reader_finds_the_pairs(program: str, desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("first/a.png").chmod(0o640)
+    converted(capsys, PROJECTS[program][0], "--output", "ours/mine.yaml")
+    assert Path("first/a.png").stat().st_mode & 0o777 == 0o640  # a link leaves a file as it was
+    config = load_config(Path("ours/mine.yaml"))
+    folder = Path(str(config.data.init_args.dataset_path))
+    assert folder.parent == Path("ours/mine_pairs")
+    rows, problems = read_folder(folder, masks=config.data.init_args.use_edit_mask)
+    assert problems == []
+    stems = ["a"] if program == "musubi-tuner" else ["a", "b"]  # which reads no nested folders
+    texts = [row.caption.read_text().strip() for row in rows if row.caption is not None]
+    assert texts == PROMPTS.get(program, [f"make {stem}" for stem in stems])
+    for row, stem in zip(rows, stems, strict=True):
+        names = {"SimpleTuner": (f"first/more/{stem}.png" if stem == "b" else f"first/{stem}.png",),
+                 "OneTrainer": (f"labelled/{'deep/' if stem == 'b' else ''}{stem}-condlabel.png",),
+                 "qflux": (f"qflux/control/{stem}.png", f"qflux/control/{stem}_control_1.png")}  # fmt: skip
+        for ours, source in zip(row.references, names.get(program, ()), strict=program in names):
+            assert ours.samefile(source)  # a hard link: the same file, that takes no room
+        if program in ("OneTrainer", "qflux"):
+            assert row.mask is not None and os.stat(row.mask).st_nlink == 2
+    if program in ("ai-toolkit", "musubi-tuner"):
+        assert [len(row.references) for row in rows] == [2] * len(rows)
+        second = "second/a.webp" if program == "ai-toolkit" else "numbered/a_1.png"
+        assert rows[0].references[1].samefile(second)
+
+
+def test_samples_keep_their_pictures_and_seeds(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    converted(capsys, "ai.yaml")
+    samples = load_config(Path("my_run.yaml")).validation.samples
+    assert [(one.prompt, one.references, one.seed) for one in samples] == [
+        ("a smile", ["a.png", "b.png"], 7), ("a frown", ["a.png"], 3),
+    ]  # fmt: skip
+
+
+def test_pairs_of_our_layout_are_read_where_they_are(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("images", "control"):
+        Path("qflux/target_images" if name == "images" else "qflux/control").rename(f"qflux/{name}")
+    Path("qflux/images").rename("qflux/training_images")
+    Path("qflux/control").rename("qflux/control_images")
+    for caption in Path("qflux/control_images").glob("*.txt"):
+        caption.rename(Path("qflux/training_images") / caption.name)
+    for mask in Path("qflux/control_images").glob("*_mask.png"):
+        mask.rename(Path("qflux/training_images") / mask.name)
+    found = converted(capsys, "qflux.yaml")
+    assert load_config(Path("my_run.yaml")).data.init_args.dataset_path == "qflux"
+    assert found["data"][-1].endswith("read where they are: qflux") and not Path("my_run_pairs").exists()
+
+
+def test_what_cannot_be_paired_is_named(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("second/b.webp").unlink()
+    found = converted(capsys, "ai.yaml")
+    assert any("left out: 1 (targets/more/b.png)" in line for line in found["data"])
+    assert main(["convert", "ai.yaml"]) == 2 and "there already" in capsys.readouterr().err
+    Path("targets").rename("gone")
+    assert main(["convert", "ai.yaml", "--overwrite"]) == 0
+    assert "no pairs are there (targets)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.yaml", "a: 1", "is not known as a file of"),
+        ("x.json", "[]", "give the configuration that names it"),
+        ("x.json", '{"model_family": "sdxl", "model_flavour": "base"}', "multidatabackend.json"),
+        ("x.json", "{", "is no JSON"),
+        ("x.toml", "[[datasets]]\nimage_directory = 'targets'", "names no model: give it"),
+        ("x.toml", "learning_rate = 1", "no dataset_config"),
+        ("x.sh", "python other.py --dit x", "no command of musubi-tuner"),
+        ("x.yaml", "config: {process: [{type: slider}]}", "of type 'slider'"),
+        ("x.yaml", "config: {process: [{type: sd_trainer, model: {arch: wan21}}]}", "wan21 is not a model"),
+        ("nowhere.yaml", None, "No such file"),
+    ],
+)
+def test_other_files_are_refused(
+    name: str, content: str | None, message: str, desk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("multidatabackend.json").unlink()
+    if content is not None:
+        Path(name).write_text(content)
+    assert main(["convert", name]) == 2
+    assert message in capsys.readouterr().err and not Path("my_run.yaml").exists()
+
+
+def test_a_model_may_be_named(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    converted(capsys, "sets.toml", "--model", "Qwen/Qwen-Image-Edit")
+    assert load_config(Path("my_run.yaml")).model.pretrained_model_name_or_path == "Qwen/Qwen-Image-Edit"
+    Path("options.toml").write_text('[all]\ndataset_config = "sets.toml"\nnetwork_module = "networks.lora_flux"\n')
+    converted(capsys, "options.toml", "--overwrite")
+    assert "Kontext" in load_config(Path("my_run.yaml")).model.pretrained_model_name_or_path

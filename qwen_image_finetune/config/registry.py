@@ -39,6 +39,9 @@ FAMILIES: dict[str, Entry] = {
         "joy_image_edit_plus", "JoyImageEditPlus", "JoyImageEditPlusPipeline",
         "jdopensource/JoyAI-Image-Edit-Plus-Diffusers"
     ),
+    "LongCatImageEdit": Entry(
+        "longcat_image_edit", "LongCatImageEdit", "LongCatImageEditPipeline", "meituan-longcat/LongCat-Image-Edit"
+    ),
 }  # fmt: skip
 
 DEFAULT_FAMILY = "QwenImageEdit"

@@ -64,6 +64,7 @@ class ImageDataset:
         seed: int = 0,
         scaled: Scaled = stretched,
         resampling: Resampling = Resampling.LANCZOS,
+        follow: bool = False,
     ) -> None:
         """List the folders. Opens no picture, and leaves what is wrong with them to `check`.
 
@@ -74,6 +75,7 @@ class ImageDataset:
             seed: of random crops and flips.
             scaled: `Family.scaled`.
             resampling: `Family.resampling`.
+            follow: `Family.references_follow`.
 
         Raises:
             DataError: options that no data could fulfil.
@@ -81,7 +83,7 @@ class ImageDataset:
         self.notes: list[str] = []
         self.rows: Sequence[Row]
         self._size, self._scaled, self._max_references, self._seed = size, scaled, max_references, seed
-        self.resampling = resampling
+        self.resampling, self._follow = resampling, follow
         self._image_size, self._area = self._final(arguments, side_multiple)
         self._crop, self._random_flip = _crop(arguments), arguments.random_flip
         self._problems: list[str] = []
@@ -146,7 +148,7 @@ class ImageDataset:
         box = self._crop.box(images[0], nominal, draw)
         mirrored = draw is not None and self._random_flip and bool(draw.integers(2))
         try:
-            parts = fit(images, box, nominal, self._size, self._image_size, self._area)
+            parts = fit(images, box, nominal, self._size, self._image_size, self._area, self._follow)
         except DataError as error:
             raise DataError([f"{row.target}: {line}" for line in error.problems]) from None
         paths = (row.target, *row.references)

@@ -127,7 +127,13 @@ def same_aspect(first: Extent, second: Extent) -> bool:
 
 
 def fit(
-    extents: Sequence[Extent], box: Box, nominal: Extent, size: Size, image_size: Extent | None, area: int | None
+    extents: Sequence[Extent],
+    box: Box,
+    nominal: Extent,
+    size: Size,
+    image_size: Extent | None,
+    area: int | None,
+    follow: bool = False,
 ) -> list[tuple[Box, Extent]]:
     """(box, final size) of the target and each reference.
 
@@ -138,6 +144,7 @@ def fit(
         size: the family's rule.
         image_size: final size of every target, None to keep aspect ratios.
         area: pixel area of the pictures whose aspect ratio is kept; None is the model's own.
+        follow: references have the final size of the target (`Family.references_follow`).
     """
     target, first = extents[0], extents[1:2]
     kept = box if image_size is None else cover(box, image_size)
@@ -147,6 +154,8 @@ def fit(
         if image_size is not None and len(parts) == 1:
             together = same_aspect(first[0], target)
             parts.append((transfer(kept, target, extent) if together else cover(own, image_size), image_size))
+        elif follow:
+            parts.append((own, parts[0][1]))
         else:
             share = transfer((0, 0, *nominal), target, extent)
             parts.append((own, final_size(size, (share[2], share[3]), area)))

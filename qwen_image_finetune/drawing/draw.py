@@ -118,9 +118,12 @@ def _check_prompts(config: Config, family: Family, request: Request, drawings: S
     pipe = loading.load_tokenizers(family, loading.checkpoint_folder(config, family))
     for drawing in drawings:
         own = [size_upright(path) for path in drawing.references]
-        seen = [family.size(*each, config.data.init_args.area) for each in own]
-        asked = request.width is not None and request.height is not None
-        size = (request.width or 0, request.height or 0) if asked else seen[family.sizing_reference]
+        area = config.data.init_args.area
+        if request.width is not None and request.height is not None:
+            size = request.width, request.height
+        else:
+            size = family.size(*own[family.sizing_reference], area)
+        seen = [family.reference_size(each, size, area) for each in own]
         try:
             for prompt in (request.prompt, request.negative_prompt or ""):
                 check_prompt(family, pipe, prompt, size, list(zip(own, seen, strict=True)))

@@ -135,8 +135,12 @@ class Predictor:
             self.transformer.to(device)
 
     def size(self, image: Image) -> tuple[int, int]:
-        """(width, height) at which the model sees a reference."""
+        """(width, height) of a picture that takes its size from a reference."""
         return self.family.size(*image.size, self.area)
+
+    def seen(self, image: Image, size: tuple[int, int]) -> tuple[int, int]:
+        """(width, height) at which the model sees a reference of a picture of `size`."""
+        return self.family.reference_size(image.size, size, self.area)
 
     def fitted(self, image: Image, size: tuple[int, int]) -> Image:
         """A reference as the VAE sees it."""
@@ -145,7 +149,7 @@ class Predictor:
     def encode(self, prompt: str, images: Sequence[Image], size: tuple[int, int]) -> Encoded:
         """Conditions of one picture of `size`; the target latent only carries the shape of what is to be drawn."""
         vae = self.pipe.vae
-        seen = [Reference(image, self.size(image)) for image in images]
+        seen = [Reference(image, self.seen(image, size)) for image in images]
         references = [self.family.encode_image(self.pipe, self.fitted(*one)) for one in seen]
         shape = self.family.latent_shape(*size, self.transformer.config, getattr(self.pipe, "vae_scale_factor", None))
         return Encoded(
@@ -193,7 +197,7 @@ class Predictor:
         images = [upright(image) for image in images]
         check_request(family, images, width, height, num_inference_steps)
         size = self._picture_size(images, width, height)
-        shown = [(image.size, self.size(image)) for image in images]
+        shown = [(image.size, self.seen(image, size)) for image in images]
         for words in (prompt, negative_prompt or ""):
             if read := check_prompt(family, self.pipe, words, size, shown):
                 console.note(f"the prompt is longer than the model reads: {read}")

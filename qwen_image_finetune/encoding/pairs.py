@@ -47,6 +47,7 @@ def open_dataset(config: Config, family: Family, decode: bool = False) -> ImageD
         config.train.seed,
         family.scaled,
         family.resampling,
+        family.references_follow,
     )
     problems = dataset.check(decode)
     if problems and not decode:  # nothing will be trained now: report what lies behind the headers as well

@@ -66,6 +66,7 @@ class Family(ABC):
     text_sees_references: ClassVar[bool]  # the text encoder looks at the references too
     max_references: ClassVar[int]
     sizing_reference: ClassVar[int] = 0  # which of several references gives the picture its size
+    references_follow: ClassVar[bool] = False  # the pipeline brings them to the size of what is drawn
     side_multiple: ClassVar[int]  # sides of target and references are multiples of this, in pixels
     num_inference_steps: ClassVar[int]  # of prediction, with a checkpoint that is not distilled
     guidance_scale: ClassVar[float]
@@ -113,6 +114,17 @@ class Family(ABC):
             area: as in `size`.
         """
         return size
+
+    def reference_size(
+        self, picture: tuple[int, int], target: tuple[int, int], area: int | None = None
+    ) -> tuple[int, int]:
+        """(width, height) at which the VAE sees a reference beside a target of a size.
+
+        Args:
+            picture: (width, height) of the reference as it is.
+            area: as in `size`.
+        """
+        return target if self.references_follow else self.size(*picture, area)
 
     def pixels(self, pipe: DiffusionPipeline, image: Image) -> Tensor:
         """What the VAE is given of an RGB picture: (1, channels, H, W) in [-1, 1]; with a frame axis for films."""

@@ -89,8 +89,8 @@ class FluxKontext(Family):
     name = "FluxKontext"
     pipeline = FluxKontextPipeline
     transformer = FluxTransformer2DModel
-    text_components = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-    text_embeddings = ("prompt_embeds", "pooled_prompt_embeds")
+    text_components: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    text_embeddings: ClassVar[tuple[str, ...]] = ("prompt_embeds", "pooled_prompt_embeds")
     prompt_tokenizer = "tokenizer_2"
     text_sees_references = False
     max_references = 8
@@ -229,6 +229,29 @@ def tiny_pipeline() -> FluxKontextPipeline:
     """The pipeline that `FluxKontext.tiny` writes."""
     from qwen_image_finetune.families import tiny
 
+    transformer = FluxTransformer2DModel(
+        in_channels=64,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=tiny.HEAD_DIM,
+        num_attention_heads=tiny.HEADS,
+        joint_attention_dim=tiny.WIDTH,
+        pooled_projection_dim=32,
+        guidance_embeds=True,
+        axes_dims_rope=tiny.ROPE,
+    )
+    return FluxKontextPipeline(
+        scheduler=tiny_scheduler(),
+        vae=tiny_vae(),
+        **tiny.flux_text(),
+        transformer=tiny.sharpen(tiny.randomise(transformer, seed=4)),
+    )
+
+
+def tiny_vae() -> AutoencoderKL:
+    """FLUX.1's autoencoder with few channels."""
+    from qwen_image_finetune.families import tiny
+
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -243,28 +266,16 @@ def tiny_pipeline() -> FluxKontextPipeline:
         use_post_quant_conv=False,
     )
     tiny.amplify(tiny.randomise(vae, seed=1).encoder.conv_out, rows=vae.config.latent_channels, factor=5.0)
-    transformer = FluxTransformer2DModel(
-        in_channels=64,
-        num_layers=2,
-        num_single_layers=2,
-        attention_head_dim=tiny.HEAD_DIM,
-        num_attention_heads=tiny.HEADS,
-        joint_attention_dim=tiny.WIDTH,
-        pooled_projection_dim=32,
-        guidance_embeds=True,
-        axes_dims_rope=tiny.ROPE,
-    )
-    scheduler = FlowMatchEulerDiscreteScheduler(
+    return vae
+
+
+def tiny_scheduler() -> FlowMatchEulerDiscreteScheduler:
+    """FLUX.1's scheduler."""
+    return FlowMatchEulerDiscreteScheduler(
         shift=3.0,
         use_dynamic_shifting=True,
         base_shift=0.5,
         max_shift=1.15,
         base_image_seq_len=256,
         max_image_seq_len=4096,
-    )
-    return FluxKontextPipeline(
-        scheduler=scheduler,
-        vae=vae,
-        **tiny.flux_text(),
-        transformer=tiny.sharpen(tiny.randomise(transformer, seed=4)),
     )

@@ -96,13 +96,7 @@ class QwenImageEdit(Family):
 
     def reference_fault(self, picture: tuple[int, int], size: tuple[int, int]) -> str | None:
         """The picture processor of the language model refuses slivers."""
-        width, height = self.seen(picture, size)
-        if min(width, height) > 0 and max(width, height) <= LONGEST_RATIO * min(width, height):
-            return None
-        return (
-            f"{picture[0]} x {picture[1]} pixels are too long and narrow: the language model takes sides of which one "
-            f"is at most {LONGEST_RATIO} times the other, and would see {width} x {height}; crop it"
-        )
+        return sliver_fault(picture, self.seen(picture, size))
 
     def seen(self, picture: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
         """(width, height) at which the language model sees a reference; see `reference_fault`."""
@@ -198,6 +192,22 @@ class QwenImageEdit(Family):
         with replaced(edit, "calculate_dimensions", lambda _, ratio: calculate_dimensions(area, ratio)):
             drawn: Image = pipe(**options).images[0]
         return drawn
+
+
+def sliver_fault(picture: tuple[int, int], seen: tuple[int, int]) -> str | None:
+    """Why Qwen2.5-VL cannot be shown a picture, or None.
+
+    Args:
+        picture: its own (width, height).
+        seen: that at which the language model would see it.
+    """
+    width, height = seen
+    if min(width, height) > 0 and max(width, height) <= LONGEST_RATIO * min(width, height):
+        return None
+    return (
+        f"{picture[0]} x {picture[1]} pixels are too long and narrow: the language model takes sides of which one "
+        f"is at most {LONGEST_RATIO} times the other, and would see {width} x {height}; crop it"
+    )
 
 
 def text_to_image(pipe: DiffusionPipeline) -> QwenImagePipeline:

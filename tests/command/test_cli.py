@@ -14,16 +14,17 @@ import yaml
 
 from qwen_image_finetune.command.cli import main
 from qwen_image_finetune.config import Config
-from qwen_image_finetune.families import FAMILIES, get_family
+from qwen_image_finetune.families import get_family
+from tests.kin import UNLIKE
 
 ROOT = Path(__file__).parents[2]
-FAMILY_NAMES = sorted(FAMILIES)
 Configure = Callable[..., Config]
 VERBS = ("train", "cache", "check", "predict", "evaluate", "report", "compare", "export", "tiny")
 
 # Every connection fails, and packages that a person without a GPU machine may not even have are as good as absent.
 OFFLINE = """
 import socket, sys
+from tests.kin import UNLIKE
 def refuse(*arguments, **named):
     raise AssertionError("the network was asked for")
 socket.socket.connect = socket.getaddrinfo = socket.create_connection = refuse
@@ -308,7 +309,7 @@ def test_check_counts_pairs_and_lists_every_damaged_file(
     assert str(broken) in (said := capsys.readouterr().err) and "lastest" in said
 
 
-@pytest.mark.parametrize("name", FAMILY_NAMES)
+@pytest.mark.parametrize("name", UNLIKE)
 @pytest.mark.parametrize("dialect", ["comfy", "kohya"])
 def test_export_and_back(
     name: str, dialect: str, configure: Configure, tmp_path: Path, capsys: pytest.CaptureFixture[str]

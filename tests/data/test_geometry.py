@@ -122,6 +122,14 @@ def test_a_reference_of_another_shape_is_cropped_on_its_own(height: int, togethe
     assert (reference, final) == (expected, (96, 64))
 
 
+@pytest.mark.parametrize("image_size", [None, (96, 64)])
+def test_references_that_follow_have_the_size_of_their_target(image_size: Extent | None) -> None:
+    pictures = [(400, 300), (300, 400), (900, 300)]
+    parts = fit(pictures, whole((400, 300)), (400, 300), size, image_size, None, follow=True)
+    assert {final for _, final in parts} == {size(400, 300, None) if image_size is None else image_size}
+    assert image_size is not None or [part for part, _ in parts] == [whole(extent) for extent in pictures]
+
+
 @quick
 @given(extents, st.lists(extents, max_size=3), st.one_of(st.none(), st.just((64, 96))))
 def test_crops_cut_the_same_share_out_of_every_picture(

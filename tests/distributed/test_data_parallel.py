@@ -11,9 +11,8 @@ from launching import one_machine
 from outcomes import furthest, losses, metrics, weights
 
 from qwen_image_finetune.config import ConfigError
-from qwen_image_finetune.families import FAMILIES
+from tests.kin import UNLIKE
 
-FAMILY_NAMES = sorted(FAMILIES)
 BOUND = 1e-4  # of the largest movement of a weight: float32 sums of two gradients in another order, over five steps
 # Seven pairs of three geometries: with two to a step, a step begins in one epoch and ends in the next.
 OPTIONS = (
@@ -26,12 +25,12 @@ OPTIONS = (
 def test_two_processes_equal_accumulation(
     task: Callable[..., Any], run_all: Callable[..., Any], alone: Callable[..., Path]
 ) -> None:
-    tasks = [task(name, f"two-{name}", *OPTIONS) for name in FAMILY_NAMES]
-    tasks += [task(name, f"four-{name}", *OPTIONS, "train.gradient_accumulation_steps=2") for name in FAMILY_NAMES]
-    references = [alone(job, f"train.gradient_accumulation_steps={2 * (1 + place // len(FAMILY_NAMES))}")
+    tasks = [task(name, f"two-{name}", *OPTIONS) for name in UNLIKE]
+    tasks += [task(name, f"four-{name}", *OPTIONS, "train.gradient_accumulation_steps=2") for name in UNLIKE]
+    references = [alone(job, f"train.gradient_accumulation_steps={2 * (1 + place // len(UNLIKE))}")
                   for place, job in enumerate(tasks)]  # fmt: skip
     # Two processes continue what one began, and the other way round. Same rows, same noise: same losses.
-    onwards = task(FAMILY_NAMES[0], "onwards", *OPTIONS, resume=[str(references[0]), 2])
+    onwards = task(UNLIKE[0], "onwards", *OPTIONS, resume=[str(references[0]), 2])
     results = run_all(one_machine(2), [*tasks, onwards])
     assert [result["run"] for result in results[1]] == [None] * (len(tasks) + 1)
     for result, reference in zip(results[0], [*references, references[0]], strict=True):
@@ -41,7 +40,7 @@ def test_two_processes_equal_accumulation(
         assert furthest(weights(result["run"]), weights(reference), weights(reference, 1)) < BOUND
     assert [line["learning_rate"] for line in metrics(results[0][0]["run"])] == pytest.approx([0, 0.05, 0.1, 0.1, 0.1])
     assert len(losses(results[0][-1]["run"])) == 3
-    back = alone(task(FAMILY_NAMES[0], "back", *OPTIONS, "train.gradient_accumulation_steps=2",
+    back = alone(task(UNLIKE[0], "back", *OPTIONS, "train.gradient_accumulation_steps=2",
                       resume=[results[0][0]["run"], 3]))  # fmt: skip
     assert losses(back) == pytest.approx(losses(references[0])[3:], rel=1e-5)
     assert furthest(weights(back), weights(references[0]), weights(references[0], 1)) < BOUND

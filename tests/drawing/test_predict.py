@@ -14,12 +14,12 @@ from qwen_image_finetune.config import Config, ConfigError
 from qwen_image_finetune.data.images import DataError
 from qwen_image_finetune.drawing.draw import DrawingError, Request, chosen, draw, plan
 from qwen_image_finetune.drawing.predict import PredictionError, check_request
-from qwen_image_finetune.families import FAMILIES, get_family
+from qwen_image_finetune.families import get_family
 from qwen_image_finetune.lora.header import LoraFileError
 from qwen_image_finetune.trainer import Trainer
 from qwen_image_finetune.training.train import train
+from tests.kin import UNLIKE
 
-FAMILY_NAMES = sorted(FAMILIES)
 Configure = Callable[..., Config]
 
 
@@ -37,7 +37,7 @@ def difference(first: Image.Image, second: Image.Image) -> int:
     return int(np.abs(np.asarray(first).astype(int) - np.asarray(second)).max())
 
 
-@pytest.fixture(params=FAMILY_NAMES)
+@pytest.fixture(params=UNLIKE)
 def trainer(request: pytest.FixtureRequest, configure: Configure) -> Trainer:
     return Trainer(configure(request.param))
 
@@ -240,7 +240,7 @@ def test_several_references_reach_kontext_in_their_order(configure: Configure) -
     assert not same(one, three) and not same(three, turned)
 
 
-@pytest.mark.parametrize("name", FAMILY_NAMES)
+@pytest.mark.parametrize("name", UNLIKE)
 def test_what_cannot_be_drawn_is_said(name: str) -> None:
     family = get_family(name)
     with pytest.raises(PredictionError, match=f"at most {family.max_references} reference"):

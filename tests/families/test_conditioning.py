@@ -132,6 +132,7 @@ def test_training_feeds_what_the_pipeline_feeds(
     dataset = ImageDataset(
         config.data.init_args, lambda w, h, area: family.size(w, h, AREA), family.side_multiple, family.max_references,
         scaled=lambda picture, size, area: family.scaled(picture, size, AREA), resampling=family.resampling,
+        follow=family.references_follow,
     )  # fmt: skip
     rows = EncodedDataset(config, family, dataset, Path(pipe.config._name_or_path), torch.float32)
     fill(rows, rows.missing(), {"default": torch.device("cpu")}, shown=False)
@@ -267,7 +268,7 @@ class Enough(Exception):
     """Ends a pipeline once its transformer was asked."""
 
 
-@pytest.mark.parametrize("name", ["FluxKontext", "QwenImageEdit", "QwenImageEditPlus"])
+@pytest.mark.parametrize("name", ["FluxKontext", "LongCatImageEdit", "QwenImageEdit", "QwenImageEditPlus"])
 def test_at_the_models_own_areas(name: str, tiny_checkpoints: dict[str, Path]) -> None:
     """A megapixel for picture and reference, 384 x 384 for the language model of Plus: nothing is replaced here.
 
@@ -285,11 +286,14 @@ def test_at_the_models_own_areas(name: str, tiny_checkpoints: dict[str, Path]) -
         width, height = family.size(*image.size)
         options = {"guidance_scale": GUIDANCE, "width": width, "height": height, "max_area": width * height}
         options["max_sequence_length"] = pipe.tokenizer_2.model_max_length
+    elif name == "LongCatImageEdit":
+        options = {"guidance_scale": GUIDANCE}
+        pipe.tokenizer_max_length = pipe.tokenizer.model_max_length  # of the full-size checkpoint: its own, 512
 
     def enough(*arguments: Any) -> None:
         raise Enough
 
-    first = pipe.transformer.x_embedder if embedded else pipe.transformer.img_in
+    first = getattr(pipe.transformer, "x_embedder", None) or pipe.transformer.img_in
     hook = first.register_forward_pre_hook(enough)
     with calls_of(pipe.transformer) as theirs, pytest.raises(Enough):
         pipe(image=image, prompt=PROMPT, num_inference_steps=2, generator=torch.Generator().manual_seed(7), **options)

@@ -53,8 +53,11 @@ def modules_read(program: str, dialect: str, name: str) -> set[str]:
         return {re.sub(r"^transformer\.|\.lora_[AB]\.weight$", "", key) for key in keys} & layers.keys()
     stems = {re.sub(r"\.(lora_[AB]\.weight|lora_(down|up)\.weight|alpha)$", "", key) for key in state}
     if program == "ComfyUI":  # comfy/lora.py: model_lora_keys_unet
-        # Only of models whose maps it has: JoyImage's are not among them.
-        flux = {} if name.startswith("JoyImage") else {f"transformer.{module}": {module} for module in layers}
+        # Only of models whose maps it has: JoyImage's are not among them, and FLUX.1's serves for LongCat.
+        mapped = set() if name.startswith("JoyImage") else set(layers)
+        if name == "LongCatImageEdit":
+            mapped = {module for module in layers if not module.startswith("time_embed.")}
+        flux = {f"transformer.{module}": {module} for module in mapped}
         known = {f"diffusion_model.{name}": parts for name, parts in homes.items()}
         known |= {f"lora_unet_{flattened(name)}": parts for name, parts in homes.items()}
         return set().union(*(({**known, **flux}).get(stem, set()) for stem in stems))

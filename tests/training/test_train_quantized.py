@@ -15,14 +15,14 @@ from torch import Tensor
 from qwen_image_finetune.command.dry_run import describe
 from qwen_image_finetune.config import Config, ConfigError
 from qwen_image_finetune.drawing.build import build_predictor
-from qwen_image_finetune.families import FAMILIES, get_family
+from qwen_image_finetune.families import get_family
 from qwen_image_finetune.levers import quantized_linear
 from qwen_image_finetune.levers.quantize import quantize
 from qwen_image_finetune.levers.quantized_linear import E4M3, QuantizedLinear
 from qwen_image_finetune.levers.recompute import blocks
 from qwen_image_finetune.training.train import train
+from tests.kin import UNLIKE
 
-FAMILY_NAMES = sorted(FAMILIES)
 FORMATS = ("fp8", "int8", "nf4", "fp4")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 Configure = Callable[..., Config]
@@ -43,7 +43,7 @@ def assert_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
     assert not [name for name in first if not torch.equal(first[name], second[name])]
 
 
-@pytest.mark.parametrize("name", FAMILY_NAMES)
+@pytest.mark.parametrize("name", UNLIKE)
 def test_losses_stay_near_those_of_full_precision(
     name: str, configure: Configure, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -62,7 +62,7 @@ def test_losses_stay_near_those_of_full_precision(
 def test_resume_is_bit_identical(format: str, configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
     """With recomputation and a base in bfloat16, int8 multiplied in int8, as on a card."""
     monkeypatch.setattr(quantized_linear, "has_int8_products", lambda device: True)
-    name = FAMILY_NAMES[FORMATS.index(format) % 2]
+    name = UNLIKE[FORMATS.index(format) % 2]
     same = (f"model.quantize={format}", "train.checkpointing_steps=2", "train.max_train_steps=4",
             "train.mixed_precision=bf16", "train.gradient_checkpointing=true")  # fmt: skip
     whole = train(configure(name, *same, "logging.tracker_project_name=whole"))

@@ -18,13 +18,13 @@ from qwen_image_finetune.config import Config, ConfigError
 from qwen_image_finetune.data.images import DataError
 from qwen_image_finetune.disk import history
 from qwen_image_finetune.encoding.pairs import needed, open_pairs
-from qwen_image_finetune.families import FAMILIES, get_family
+from qwen_image_finetune.families import get_family
 from qwen_image_finetune.training.state import State
 from qwen_image_finetune.training.train import train
 from qwen_image_finetune.training.trained import exact
 from qwen_image_finetune.training.verdict import Best, Measured
+from tests.kin import UNLIKE
 
-FAMILY_NAMES = sorted(FAMILIES)
 Configure = Callable[..., Config]
 
 
@@ -57,9 +57,7 @@ def rounds(folder: Path | None, **more: object) -> str:
     return f"validation={json.dumps(settings if folder is None else {**settings, 'dataset_path': str(folder)})}"
 
 
-MODES = [(name, "cached") for name in FAMILY_NAMES] + [
-    ("FluxKontext", mode) for mode in ("uncached", "workers", "full")
-]
+MODES = [(name, "cached") for name in UNLIKE] + [("FluxKontext", mode) for mode in ("uncached", "workers", "full")]
 
 
 @pytest.mark.parametrize(("name", "mode"), MODES)

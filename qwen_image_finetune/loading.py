@@ -22,6 +22,7 @@ from qwen_image_finetune.config import Config, ConfigError, ModelConfig
 from qwen_image_finetune.families.base import Family
 from qwen_image_finetune.levers import weights
 from qwen_image_finetune.levers.model_files import skeleton
+from qwen_image_finetune.levers.quantize import quantize_text_encoder
 from qwen_image_finetune.levers.single_file import SingleFile
 from qwen_image_finetune.levers.stored_precision import GGUF, base_precision, refuse_scaled_fp8
 from qwen_image_finetune.lora.merging import Change, read_change
@@ -78,11 +79,15 @@ def load_encoders(
     *,
     text: bool = True,
     vae: bool = True,
+    text_format: str | None = None,
+    say: Callable[[str], None] = lambda message: None,
 ) -> DiffusionPipeline:
     """The family's pipeline without its transformer; text encoders or VAE are left out on request.
 
     Args:
         devices: where each component goes, by its name in the pipeline; "default" for the others.
+        text_format: in which the text encoders' blocks are stored, fp8 or int8; None: as the checkpoint is.
+        say: hears what became of the text encoders.
 
     Raises:
         ConfigError: a part is stored in a precision that its library would read wrongly, cannot be read, or is not of
@@ -100,7 +105,10 @@ def load_encoders(
         )
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module):
-            part.requires_grad_(False).eval().to(devices.get(name) or devices["default"])
+            home = devices.get(name) or devices["default"]
+            if text_format is not None and name in family.text_components:
+                say(quantize_text_encoder(part, text_format, home).words(name))
+            part.requires_grad_(False).eval().to(home)
     return pipe
 
 

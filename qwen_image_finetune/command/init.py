@@ -27,6 +27,7 @@ COMMENTS = {
     "train.max_train_steps": "{visits} visits of each pair; stop earlier if the held-out loss no longer falls",
     "model.lora.r": "rank",
     "model.quantize": "the frozen base, of fewer bits",
+    "model.quantize_text_encoders": "the card is too small for them in 16 bits; docs/precision.md has the price",
     "train.compile": "faster products; the first step takes a minute longer",
     "train.blocks_to_swap": "blocks that wait in host memory: the card is too small for all of them",
     "train.keep_activations": "share of what is not computed twice",

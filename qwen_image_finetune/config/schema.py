@@ -183,6 +183,9 @@ class ModelConfig(Section):
         False,
         description='quantise the frozen base while loading; true means fp8; "auto": chosen for the card, and said why',
     )
+    quantize_text_encoders: Switch | Literal["fp8", "int8"] = Field(
+        False, description="store the weights of the text encoders' blocks in 8 bits; true means int8"
+    )
     lora: LoraConfig | None = Field(
         LoraConfig(), description="the adapter; null, written out, trains the whole transformer"
     )
@@ -193,6 +196,11 @@ class ModelConfig(Section):
         if self.quantize == "auto":
             return None
         return "fp8" if self.quantize is True else self.quantize or None
+
+    @property
+    def text_format(self) -> str | None:
+        """The format that `quantize_text_encoders` asks for by its name."""
+        return "int8" if self.quantize_text_encoders is True else self.quantize_text_encoders or None
 
     @property
     def loras(self) -> list[tuple[str, str]]:

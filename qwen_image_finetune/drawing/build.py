@@ -53,7 +53,10 @@ def build_predictor(config: Config, tuned: Path | None = None) -> Predictor:
     turns = [name for name in ("text_encoder", "text_encoder_2")
              if waiting and name in family.text_components and homes[name] == card]  # fmt: skip
     dtype = loading.encoder_dtype(config.train.mixed_precision)
-    pipe = loading.load_encoders(family, folder, dtype, homes | dict.fromkeys(turns, torch.device("cpu")))
+    pipe = loading.load_encoders(
+        family, folder, dtype, homes | dict.fromkeys(turns, torch.device("cpu")),
+        text_format=config.model.text_format,
+    )  # fmt: skip
     transformer = load_for_prediction(config, family, tuned or folder, card, tuned is not None)
     if turns and fits_beside([pipe.components[name] for name in turns], card):
         for name in turns:

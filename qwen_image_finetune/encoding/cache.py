@@ -129,6 +129,7 @@ class EncodedDataset:
         self.drop_keys = config.cache.prompt_empty_drop_keys
         self.variants = text_variants(config, family)
         self.dtype = str(dtype).removeprefix("torch.")
+        self.text_format = config.model.text_format
         folder = Path(config.cache.cache_dir).expanduser()
         self.store, self.fingerprints = Store(folder), Fingerprints(folder)
         self.checkpoint = checkpoint
@@ -204,9 +205,10 @@ class EncodedDataset:
             prompt = own_prompt if variant.prompt is None else variant.prompt
             seen = plan.references if self.family.text_sees_references and variant.references else ()
             # Families may share an encoder and ask it in other words: the family decides as well.
+            extra = {} if self.text_format is None else {"weights": self.text_format}
             key = entry_key(
                 text=prompt, references=[identity(picture) for picture in seen], encoder=encoders["text"],
-                family=self.family.name, dtype=self.dtype,
+                family=self.family.name, dtype=self.dtype, **extra,
             )  # fmt: skip
             texts.setdefault(key, TextSource(prompt, seen))
             return key
@@ -402,7 +404,10 @@ def fill(
     def encode(title: str, entries: dict[str, Any], text: bool, run: Callable[..., Iterator[str]]) -> None:
         if not entries:
             return
-        pipe = loading.load_encoders(rows.family, rows.checkpoint, dtype, homes, text=text, vae=not text)
+        pipe = loading.load_encoders(
+            rows.family, rows.checkpoint, dtype, homes, text=text, vae=not text,
+            text_format=rows.text_format if text else None, say=console.say if shown else lambda message: None,
+        )  # fmt: skip
         with console.progress(title, len(entries), shown=shown) as update:
             for done, _ in enumerate(run(pipe, entries), start=1):
                 update(done)

@@ -112,7 +112,10 @@ def prepare_embeddings(
     train = config.train
     home = torch.device("cpu") if train.low_memory else accelerator.device  # low memory: the card is the transformer's
     homes = encoder_homes(train, "train", home, team)
-    return loading.load_encoders(rows.family, rows.checkpoint, loading.encoder_dtype(train.mixed_precision), homes)
+    return loading.load_encoders(
+        rows.family, rows.checkpoint, loading.encoder_dtype(train.mixed_precision), homes,
+        text_format=rows.text_format, say=say,
+    )  # fmt: skip
 
 
 def prepare_held_out(config: Config, rows: EncodedDataset, accelerator: Accelerator, say: Say) -> None:

@@ -51,6 +51,7 @@ class Published:
     encoder_parameters: float  # of text encoders and VAE together
     licence: str
     transformer: Mapping[str, Any] = field(default_factory=dict)  # configuration, where it is not the class's default
+    encoder_quantisable: float = 0.0  # of encoder_parameters, those that model.quantize_text_encoders narrows
 
 
 class Family(ABC):

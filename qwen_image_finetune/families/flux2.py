@@ -41,7 +41,7 @@ class Flux2(Flux2Klein):
     pipeline = Flux2Pipeline
     max_references = 6  # by the authors' documentation of editing
     published: ClassVar[tuple[Published, ...]] = (
-        Published("black-forest-labs/FLUX.2-dev", 24.1e9, "FLUX non-commercial"),
+        Published("black-forest-labs/FLUX.2-dev", 24.1e9, "FLUX non-commercial", encoder_quantisable=22.6e9),
     )
 
     def encode_text(

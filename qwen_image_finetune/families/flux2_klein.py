@@ -99,8 +99,12 @@ READERS = (
 )
 
 
-def klein(name: str, encoders: float, licence: str, blocks: tuple[int, int], heads: int, text: int) -> Published:
+def klein(
+    name: str, encoders: tuple[float, float], licence: str, blocks: tuple[int, int], heads: int, text: int
+) -> Published:
     """A published klein: `blocks` double and single ones, of as many heads of 128; text embeddings of width `text`.
+
+    `encoders`: `encoder_parameters` and `encoder_quantisable`.
 
     Source: `Klein4BParams` and `Klein9BParams` of the authors' code.
     """
@@ -109,7 +113,7 @@ def klein(name: str, encoders: float, licence: str, blocks: tuple[int, int], hea
         num_layers=double, num_single_layers=single, num_attention_heads=heads, joint_attention_dim=text,
         guidance_embeds=False,
     )  # fmt: skip
-    return Published(f"black-forest-labs/{name}", encoders, licence, transformer)
+    return Published(f"black-forest-labs/{name}", encoders[0], licence, transformer, encoders[1])
 
 
 class Flux2Klein(Family):
@@ -130,10 +134,10 @@ class Flux2Klein(Family):
     lora_names = authors_names()
     lora_readers = READERS
     published: ClassVar[tuple[Published, ...]] = (
-        klein("FLUX.2-klein-base-4B", 4.11e9, "Apache 2.0", (5, 20), 24, 7680),
-        klein("FLUX.2-klein-base-9B", 8.27e9, "FLUX non-commercial", (8, 24), 32, 12288),
-        klein("FLUX.2-klein-4B", 4.11e9, "Apache 2.0", (5, 20), 24, 7680),
-        klein("FLUX.2-klein-9B", 8.27e9, "FLUX non-commercial", (8, 24), 32, 12288),
+        klein("FLUX.2-klein-base-4B", (4.11e9, 3.63e9), "Apache 2.0", (5, 20), 24, 7680),
+        klein("FLUX.2-klein-base-9B", (8.27e9, 6.95e9), "FLUX non-commercial", (8, 24), 32, 12288),
+        klein("FLUX.2-klein-4B", (4.11e9, 3.63e9), "Apache 2.0", (5, 20), 24, 7680),
+        klein("FLUX.2-klein-9B", (8.27e9, 6.95e9), "FLUX non-commercial", (8, 24), 32, 12288),
     )
 
     def size(self, width: int, height: int, area: int | None = None) -> tuple[int, int]:

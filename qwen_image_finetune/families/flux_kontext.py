@@ -101,7 +101,11 @@ class FluxKontext(Family):
     lora_readers = READERS
     published: ClassVar[tuple[Published, ...]] = (
         Published(
-            "black-forest-labs/FLUX.1-Kontext-dev", 4.97e9, "FLUX.1 [dev] non-commercial", {"guidance_embeds": True}
+            "black-forest-labs/FLUX.1-Kontext-dev",
+            4.97e9,
+            "FLUX.1 [dev] non-commercial",
+            {"guidance_embeds": True},
+            3.71e9,
         ),
     )
 

@@ -62,7 +62,7 @@ class JoyImageEditPlus(Family):
         *(Reader("diffusers", dialect, EVERYTHING) for dialect in ("diffusers", "comfy", "kohya")),
     )  # fmt: skip
     published: ClassVar[tuple[Published, ...]] = (
-        Published("jdopensource/JoyAI-Image-Edit-Plus-Diffusers", 8.9e9, "Apache 2.0", PUBLISHED),
+        Published("jdopensource/JoyAI-Image-Edit-Plus-Diffusers", 8.9e9, "Apache 2.0", PUBLISHED, 7.48e9),
     )
 
     def size(self, width: int, height: int, area: int | None = None) -> tuple[int, int]:

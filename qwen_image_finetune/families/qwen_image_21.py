@@ -55,7 +55,7 @@ class QwenImage21(Family):
     lora_readers = (Reader("diffusers", "diffusers"), Reader("diffusers", "comfy"),
                     Reader("diffusers", "kohya", EVERYTHING))  # fmt: skip
     published: ClassVar[tuple[Published, ...]] = (
-        Published("Qwen/Qwen-Image-2.1", 9.1e9, "Qwen Research, non-commercial"),
+        Published("Qwen/Qwen-Image-2.1", 9.1e9, "Qwen Research, non-commercial", {}, 7.48e9),
     )
 
     @property

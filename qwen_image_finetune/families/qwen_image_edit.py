@@ -58,7 +58,7 @@ class QwenImageEdit(Family):
     side_multiple = 16
     num_inference_steps = 40
     guidance_scale = 4.0
-    published: ClassVar[tuple[Published, ...]] = (Published("Qwen/Qwen-Image-Edit", 8.42e9, "Apache 2.0"),)
+    published: ClassVar[tuple[Published, ...]] = (Published("Qwen/Qwen-Image-Edit", 8.42e9, "Apache 2.0", {}, 7.15e9),)
 
     def size(self, width: int, height: int, area: int | None = None) -> tuple[int, int]:
         """The aspect ratio kept at `area` (the model's: 1024 x 1024), sides rounded to 32."""

@@ -28,8 +28,8 @@ class QwenImageEditPlus(QwenImageEdit):
     max_references = 3
     sizing_reference = -1  # as the pipeline does
     published: ClassVar[tuple[Published, ...]] = (
-        Published("Qwen/Qwen-Image-Edit-2509", 8.42e9, "Apache 2.0"),
-        Published("Qwen/Qwen-Image-Edit-2511", 8.42e9, "Apache 2.0", {"zero_cond_t": True}),
+        Published("Qwen/Qwen-Image-Edit-2509", 8.42e9, "Apache 2.0", {}, 7.15e9),
+        Published("Qwen/Qwen-Image-Edit-2511", 8.42e9, "Apache 2.0", {"zero_cond_t": True}, 7.15e9),
     )
 
     @torch.no_grad()

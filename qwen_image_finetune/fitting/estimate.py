@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +21,7 @@ from qwen_image_finetune.config import Config
 from qwen_image_finetune.families import with_targets
 from qwen_image_finetune.families.base import Family, Published
 from qwen_image_finetune.fitting.footprint import Footprint, footprint, stand_in
-from qwen_image_finetune.levers.stored_precision import base_precision, file_format
+from qwen_image_finetune.levers.stored_precision import base_precision, file_format, header
 from qwen_image_finetune.levers.swap import AHEAD
 from qwen_image_finetune.loading import encoder_dtype, transformer_file, weight_dtype
 from qwen_image_finetune.lora.names import numbered
@@ -30,6 +31,9 @@ Size = tuple[int, int]
 
 # Bytes of one weight inside the blocks, scales included (one float32 a row of 3072; blocks of 64, scales in 8 bits).
 BYTES = {"fp8": 1.0013, "int8": 1.0013, "nf4": 0.516, "fp4": 0.516}
+WIDTHS = {"F32": 4, "F16": 2, "BF16": 2}  # of what can be quantised
+# Weights of a text encoder's blocks; T5's "wo" stays as it is.
+IN_BLOCKS = re.compile(r"\b(layers|layer|blocks|block)\.\d+\.(?!.*\bwo\.).*\bweight$")
 # Bytes of optimizer state for each trained weight; what is not listed is taken for Adam's two float32.
 STATE = {"SGD": 0, "Adafactor": 0, "Adam8bit": 2, "AdamW8bit": 2, "PagedAdam8bit": 2, "PagedAdamW8bit": 2,
          "Lion8bit": 1, "Lion": 4, "Prodigy": 16}  # fmt: skip
@@ -127,7 +131,7 @@ class Estimator:
         wide = twice * (found.kept_on_host(keep) - found.kept_on_host(0.0))
         activations = found.kept_on_host(keep) + wide if offloads else 0
         host = {"swapped blocks": on_host, "activations": activations, "the program": PROGRAM}
-        encoders = self.encoders
+        encoders = self.encoders(config)
         if not config.cache.use_cache:
             (host if train.low_memory else device)["encoders"] = encoders
         on_cpu = all(getattr(config.cache, f"{name}_device") == "cpu" for name in ENCODER_PARTS)
@@ -157,13 +161,19 @@ class Estimator:
         largest = max(kind.weights for kind in found.kinds.values())
         return {"gradients": 4 * (largest if released else found.weights), "optimizer": state * found.weights}
 
-    @property
-    def encoders(self) -> int:
+    def encoders(self, config: Config | None = None) -> int:
         """Bytes of the encoders and the VAE, as files say or as they are published."""
-        dtype = encoder_dtype(self.config.train.mixed_precision)
-        files = [] if self.folder is None else self.folder.glob("*/*.safetensors")
-        found = sum(path.stat().st_size for path in files if path.parent.name != "transformer")
-        return found or int(self.published.encoder_parameters * dtype.itemsize)
+        config = config or self.config
+        dtype, narrow = encoder_dtype(config.train.mixed_precision), config.model.text_format
+        files = [] if self.folder is None else sorted(self.folder.glob("*/*.safetensors"))
+        files = [path for path in files if path.parent.name != "transformer"]
+        if files:
+            spared = sum(_quantisable(path) for path in files if path.parent.name.startswith("text_encoder"))
+            whole = sum(path.stat().st_size for path in files)
+        else:
+            spared = int(self.published.encoder_quantisable * (dtype.itemsize - BYTES["fp8"]))
+            whole = int(self.published.encoder_parameters * dtype.itemsize)
+        return whole if narrow is None else whole - spared
 
     def _format(self) -> str | None:
         if self.folder is None and self.config.model.transformer_file is None:
@@ -196,6 +206,15 @@ class Estimator:
         width, height = arguments.image_size or (arguments.resolution or 1024,) * 2
         size = self.family.size(width, height, arguments.area)
         return (size, size)
+
+
+def _quantisable(path: Path) -> int:
+    """Bytes of a text encoder's file that model.quantize_text_encoders spares."""
+    return sum(
+        int(math.prod(one.shape) * (WIDTHS[one.dtype] - BYTES["fp8"]))
+        for key, one in header(path).items()
+        if one.dtype in WIDTHS and len(one.shape) == 2 and IN_BLOCKS.search(key)
+    )
 
 
 def published(family: Family, name: str) -> Published:

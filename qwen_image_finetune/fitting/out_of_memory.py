@@ -97,6 +97,8 @@ def _for_everything(config: Config, doing: str) -> Iterator[Choice]:
     if encoding and not all(place == "cpu" for place in (places.vae_encoder_device, places.text_encoder_device)):
         section = "cache" if cached else "train"
         yield TIME, f"{section}.text_encoder_device=cpu, and the same for the VAE: slower, same result"
+    if encoding and config.model.text_format is None:
+        yield ROUNDING, "model.quantize_text_encoders=true: half the memory of the text encoders, rounding of int8"
     if config.data.num_workers > 0:
         yield TIME, "data.num_workers=0: less host memory; slower, same result"
     if config.train.mixed_precision == "no":

@@ -65,9 +65,10 @@ def changes(estimator: Estimator, card: int) -> Iterator[tuple[Change, Config, s
     if not config.cache.use_cache:
         base["cache.use_cache"] = True
         prices.append("nothing: the encoders leave before training begins")
-    if estimator.encoders + OUTSIDE > card:
-        base |= dict.fromkeys((f"cache.{name}_device" for name in ENCODER_PARTS), "cpu")
-        prices.append("time, once: the data set is encoded on the CPU")
+    keys, price = encoders_that_fit(estimator, card)
+    if keys:
+        base |= keys
+        prices.append(price)
     if base:
         yield Change(base, "; ".join(prices)), with_keys(config, base), None
     for lossy, losses in _losses(estimator):
@@ -75,6 +76,17 @@ def changes(estimator: Estimator, card: int) -> Iterator[tuple[Change, Config, s
             together = {**base, **lossy, **keys}
             changed = with_keys(config, together)
             yield Change(together, "; ".join([*prices, *losses, price])), changed, lossy.get("model.quantize")
+
+
+def encoders_that_fit(estimator: Estimator, card: int) -> tuple[dict[str, Any], str]:
+    """What makes room for the encoders, and its price; nothing where they have it."""
+    if estimator.encoders() + OUTSIDE <= card:
+        return {}, ""
+    keys: dict[str, Any] = {"model.quantize_text_encoders": True}
+    if estimator.encoders(with_keys(estimator.config, keys)) + OUTSIDE <= card:
+        return keys, "precision of the text embeddings (or, without that, time: cache.text_encoder_device=cpu)"
+    keys = dict.fromkeys((f"cache.{name}_device" for name in ENCODER_PARTS), "cpu")
+    return keys, "time, once: the data set is encoded on the CPU"
 
 
 def _losses(estimator: Estimator) -> Iterator[tuple[dict[str, Any], list[str]]]:

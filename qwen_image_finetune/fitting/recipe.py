@@ -15,8 +15,8 @@ from qwen_image_finetune.config import Config, ConfigError
 from qwen_image_finetune.disk.files import write_atomic
 from qwen_image_finetune.families import FAMILIES, get_family
 from qwen_image_finetune.families.base import Family
-from qwen_image_finetune.fitting.estimate import ENCODER_PARTS, GIB, OUTSIDE, Estimate, Estimator
-from qwen_image_finetune.fitting.plan import Change, fastest_that_fits, with_keys
+from qwen_image_finetune.fitting.estimate import GIB, Estimate, Estimator
+from qwen_image_finetune.fitting.plan import Change, encoders_that_fit, fastest_that_fits, with_keys
 from qwen_image_finetune.fitting.plan_words import card_named, step_seconds, step_words
 
 BEGIN, END = "<!-- recipe: written by python -m qwen_image_finetune.fitting.recipe -->", "<!-- end of recipe -->"
@@ -92,9 +92,9 @@ def fitted(family: Family, config: Config, folder: Path | None, prefer: str, car
         if format == "fp8":
             keys["train.compile"] = True
         estimator = Estimator(family, with_keys(config, keys), folder)
-        if estimator.encoders + OUTSIDE > memory:  # the data set is encoded on the CPU, once
-            keys |= dict.fromkeys((f"cache.{name}_device" for name in ENCODER_PARTS), "cpu")
-            estimator.config = with_keys(config, keys)
+        narrower, _ = encoders_that_fit(estimator, memory)
+        keys |= narrower
+        estimator.config = with_keys(estimator.config, narrower)
         found = fastest_that_fits(estimator, memory)
         if found is not None:
             change, estimate = _frugal(estimator, memory) if prefer == "memory" else found

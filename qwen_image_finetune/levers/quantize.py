@@ -38,9 +38,9 @@ class Report:
     num_linear: int
     merged: tuple[tuple[str, float], ...] = ()  # that came quantised and, changed, were quantised again; worst first
 
-    def words(self) -> str:
+    def words(self, what: str = "frozen base") -> str:
         """One or two lines for the person who started the run."""
-        line = f"frozen base in {self.format}{' as stored' * self.stored}: "
+        line = f"{what} in {self.format}{' as stored' * self.stored}: "
         line += f"{self.num_quantised} of {self.num_linear} linear layers"
         if self.errors:
             line += f", worst error {self.errors[0][1]:.1%} ({self.errors[0][0]})"
@@ -69,6 +69,28 @@ def quantize(transformer: nn.Module, format: str) -> Report:
             errors[name] = error
             replace(transformer, name, replacement)
     return report(transformer, format, errors, kept)
+
+
+def quantize_text_encoder(encoder: nn.Module, format: str, device: torch.device | str) -> Report:
+    """Store the linear layers of an encoder's repeated blocks in 8 bits, one by one on `device`, where they stay.
+
+    Products stay in the precision of what comes in. Layers that came quantised are left as they are, and so are those
+    that the encoder's library wants precise: it asks for the dtype of their weight.
+    """
+    blocks = tuple(f"{name}." for name, module in encoder.named_modules() if isinstance(module, nn.ModuleList))
+    precise = set(getattr(encoder, "_keep_in_fp32_modules", None) or ())
+    errors: dict[str, float] = {}
+    kept: dict[str, float] = {}
+    for name, layer in list(encoder.named_modules()):
+        if type(layer) is not nn.Linear or not name.startswith(blocks) or not precise.isdisjoint(name.split(".")):
+            continue
+        new, error = quantised_within_bound(layer.weight.to(device), format)
+        (kept if new is None else errors)[name] = error
+        if new is not None:
+            new.may_compute_in_8_bits = False
+            new.will_run_on(new.weight.device)
+            replace(encoder, name, new)
+    return report(encoder, format, errors, kept)
 
 
 def quantization_errors(

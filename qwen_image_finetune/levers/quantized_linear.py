@@ -64,7 +64,7 @@ class QuantizedLinear(nn.Linear):
         state: dict[str, Tensor],
         bias: Tensor | None = None,
         blocksize: int = BLOCK,
-        may_compute_in_fp8: bool = True,
+        may_compute_in_8_bits: bool = True,
     ) -> None:
         super().__init__(shape[1], shape[0], bias=False, device="meta")
         self.format, self.shape, self.blocksize = format, shape, blocksize
@@ -73,7 +73,7 @@ class QuantizedLinear(nn.Linear):
         self.state = tuple(state)
         for name, tensor in state.items():
             self.register_buffer(name, tensor)
-        self.may_compute_in_fp8 = may_compute_in_fp8
+        self.may_compute_in_8_bits = may_compute_in_8_bits
         self.will_run_on(weight.device)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -107,10 +107,11 @@ class QuantizedLinear(nn.Linear):
         int8 without a rotation is not multiplied as it is: outliers of an activation would cost too much.
         """
         aligned = all(side % FP8_SIDE == 0 for side in self.shape)
-        may = self.format == "fp8" and aligned and self.may_compute_in_fp8
+        may = self.format == "fp8" and aligned and self.may_compute_in_8_bits
         self.computes_in_fp8 = may and has_fp8_products(device)
         aligned = all(side % INT8_SIDE == 0 for side in self.shape)
-        self.computes_in_int8 = "rotation" in self.state and aligned and has_int8_products(device)
+        may = "rotation" in self.state and aligned and self.may_compute_in_8_bits
+        self.computes_in_int8 = may and has_int8_products(device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         """What `.to()` and its kin call. Devices change; scales stay float32, whatever dtype the others get."""

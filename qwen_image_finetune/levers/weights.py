@@ -90,7 +90,7 @@ def load(
                 continue
             home = "cpu" if key.startswith(swapped) else device
             if name in linear and _is_quantised(checkpoint.tensors, name):
-                layer = _stored_layer(checkpoint, name, shapes[key], home, may_compute_in_fp8=name in inside)
+                layer = _stored_layer(checkpoint, name, shapes[key], home, may_compute_in_8_bits=name in inside)
                 changed = change is not None and change.touches(name)
                 if not changed:
                     replace(model, name, layer)
@@ -100,7 +100,7 @@ def load(
                 new, error = quantised_within_bound(weight, layer.format)
                 (kept if new is None else merged)[name] = error
                 if new is not None:
-                    new.may_compute_in_fp8 = layer.may_compute_in_fp8
+                    new.may_compute_in_8_bits = layer.may_compute_in_8_bits
                     new.will_run_on(new.weight.device)
                     replace(model, name, new)
                     continue
@@ -205,7 +205,7 @@ def _code(tensors: Mapping[str, StoredTensor], name: str) -> str | None:
 
 
 def _stored_layer(
-    checkpoint: Checkpoint, name: str, shape: tuple[int, ...], device: torch.device | str, may_compute_in_fp8: bool
+    checkpoint: Checkpoint, name: str, shape: tuple[int, ...], device: torch.device | str, may_compute_in_8_bits: bool
 ) -> QuantizedLinear:
     """The linear layer `name` as it is stored, nothing rounded a second time."""
     out, columns = shape
@@ -225,7 +225,7 @@ def _stored_layer(
         (out, columns),
         weight.view(torch.uint8),
         {"scale": scale.to(device)},
-        may_compute_in_fp8=may_compute_in_fp8,
+        may_compute_in_8_bits=may_compute_in_8_bits,
     )
 
 

@@ -11,11 +11,16 @@ import pytest
 import torch
 from PIL import Image
 
+from qwen_image_finetune import loading
 from qwen_image_finetune.config import Config
 from qwen_image_finetune.encoding import cache
 from qwen_image_finetune.encoding.cache import EncodedDataset, TextVariant
 from qwen_image_finetune.encoding.pairs import open_dataset
 from qwen_image_finetune.families import FAMILIES, get_family
+from qwen_image_finetune.families.base import Reference
+from qwen_image_finetune.fitting.estimate import BYTES, Estimator
+from qwen_image_finetune.levers.quantize import relative_error
+from qwen_image_finetune.levers.quantized_linear import QuantizedLinear
 from qwen_image_finetune.records import collate
 
 Configure = Callable[..., Config]
@@ -254,6 +259,42 @@ def test_a_batch_lies_where_it_was_read(configure: Configure, monkeypatch: pytes
     assert torch.equal(batch.target, expected.target)
     assert torch.equal(batch.references[0], expected.references[0])
     assert all(torch.equal(batch.text[name], tensor) for name, tensor in expected.text.items())
+
+
+@pytest.mark.parametrize(("name", "format"), [("FluxKontext", "fp8"), ("QwenImageEdit", "int8")])
+def test_text_encoders_in_8_bits_give_what_their_stored_weights_mean(
+    name: str, format: str, configure: Configure
+) -> None:
+    """Against the plain encoder with the same rounded weights, to the bit; the VAE and its entries are as they were."""
+    config = configure(name, f"model.quantize_text_encoders={format}")
+    family, folder = get_family(name), Path(config.model.pretrained_model_name_or_path)
+    said: list[str] = []
+    narrow = loading.load_encoders(family, folder, torch.float32, CPU, vae=False, text_format=format, say=said.append)
+    plain = loading.load_encoders(family, folder, torch.float32, CPU, vae=False)
+    spared = 0.0
+    for part in (part for part in family.text_components if part.startswith("text_encoder")):
+        for layer_name, layer in narrow.components[part].named_modules():
+            if isinstance(layer, QuantizedLinear):
+                weight = plain.components[part].get_submodule(layer_name).weight
+                spared += weight.numel() * (4 - BYTES["fp8"])
+                assert relative_error(weight, layer) < 0.05
+                assert not layer.may_compute_in_8_bits
+                weight.copy_(layer.dequantised(torch.float32))
+    assert [line.partition(f" in {format}: ")[0] for line in said] == [
+        part for part in family.text_components if part.startswith("text_encoder")
+    ]
+    rows, exact = open_rows(config, name), open_rows(configure(name), name)
+    example = rows.example(0)
+    references = [Reference(*one) for one in zip(example.references, example.reference_sizes, strict=True)]
+    ours = family.encode_text(narrow, example.prompt, references)
+    theirs = family.encode_text(plain, example.prompt, references)
+    for key, tensor in theirs.items():
+        assert torch.equal(ours[key], tensor), key
+    wide, less = (Estimator(family, each, folder).encoders() for each in (configure(name), config))
+    assert wide - less == pytest.approx(spared, rel=2e-3)  # the files are in float32
+
+    missing, expected = rows.missing(), exact.missing()
+    assert missing.images.keys() == expected.images.keys() and missing.texts.keys().isdisjoint(expected.texts)
 
 
 def test_a_damaged_entry_is_noticed_and_rebuilt(configure: Configure) -> None:

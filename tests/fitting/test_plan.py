@@ -145,6 +145,23 @@ def test_the_cheapest_change_makes_it_fit(family: str, configured: Callable[...,
     assert losses == sorted(losses)
 
 
+def test_encoders_in_8_bits_are_proposed_where_16_do_not_fit(configured: Callable[..., Config]) -> None:
+    estimator = Estimator(get_family("QwenImageEdit"), configured("QwenImageEdit", "cache.use_cache=true"), None)
+    # Qwen2.5-VL 7B: 8.29 billion weights, of which 28 x (2 x 3584 x (3584 + 512) + 3 x 3584 x 18944) and
+    # 32 x (4 x 1280 x 1280 + 3 x 1280 x 3420) are in its blocks; the VAE has 0.13.
+    in_blocks = 28 * (2 * 3584 * (3584 + 512) + 3 * 3584 * 18944) + 32 * (4 * 1280**2 + 3 * 1280 * 3420)
+    assert estimator.encoders() == pytest.approx(2 * 8.42e9)
+    for card, keys in ((24, set()), (16, {"model.quantize_text_encoders"}), (8, {"cache.text_encoder_device"})):
+        found = cheapest_change(estimator, card * GIB)
+        assert found is not None
+        change, estimate = found
+        named = {"model.quantize_text_encoders", "cache.text_encoder_device"}.intersection(change.keys)
+        assert named == keys, card
+        if card == 16:
+            assert "precision of the text embeddings" in change.price
+            assert estimate.encoding == pytest.approx(2 * 8.42e9 - in_blocks, rel=0.002)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_settings_are_tried_fastest_first(
     name: str, configured: Callable[..., Config], full_size: dict[str, Footprint]

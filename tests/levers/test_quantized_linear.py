@@ -327,7 +327,7 @@ def test_which_layers_compute_in_fp8_on_a_card_that_can(
     layer = quantised(normal(*shape), format)
     assert not layer.computes_in_fp8, "this machine cannot"
     monkeypatch.setattr(quantized_linear, "has_fp8_products", lambda device: True)
-    layer.may_compute_in_fp8 = allowed
+    layer.may_compute_in_8_bits = allowed
     layer.to("cpu")
     assert layer.computes_in_fp8 == expected
 

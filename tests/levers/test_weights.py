@@ -281,7 +281,7 @@ def test_fp8_checkpoint(family: str, ending: str | None, one_a_row: bool, tmp_pa
         assert torch.equal(layer.weight.view(E4M3).float(), tensors[f"{name}.weight"].float())
         scale = tensors[f"{name}.{ending}"] if ending else torch.ones(())
         assert torch.equal(layer.dequantised(torch.float32), tensors[f"{name}.weight"].float() * scale)
-        assert layer.may_compute_in_fp8 == ("blocks" in name), "layers outside the blocks round no activations"
+        assert layer.may_compute_in_8_bits == ("blocks" in name), "layers outside the blocks round no activations"
     for name, parameter in loaded.named_parameters():
         if not name.endswith("weight") or parameter.ndim == 1:
             assert torch.equal(parameter, tensors[name].to(torch.bfloat16))

@@ -11,7 +11,15 @@ from qwen_image_finetune import __version__
 from qwen_image_finetune.config import ConfigError
 from qwen_image_finetune.config.ranges import checked
 from qwen_image_finetune.config.registry import FAMILIES
-from qwen_image_finetune.config.schema import Count, NotNegative, Positive, Rank, Seed, Side, Strength
+from qwen_image_finetune.config.values import (
+    Count,
+    NotNegative,
+    Positive,
+    Rank,
+    Seed,
+    Side,
+    Strength,
+)
 
 
 def build_parser(verbs: Iterable[Callable[[argparse.Namespace], None]]) -> argparse.ArgumentParser:

@@ -39,7 +39,8 @@ def _plan(config: Config) -> Iterator[str]:
         yield "trains:   every weight of the transformer"
     else:
         targets = model.lora.target_modules or "the model's own targets"
-        yield f"trains:   a LoRA of rank {model.lora.r}, alpha {model.lora.lora_alpha:g}, on {targets}"
+        kind = "DoRA" if model.lora.use_dora else "LoRA"
+        yield f"trains:   a {kind} of rank {model.lora.r}, alpha {model.lora.lora_alpha:g}, on {targets}"
     folders = ", ".join(str(folder) for folder in data.init_args.folders)
     yield f"data:     {folders}, batches of {data.batch_size}, {train.gradient_accumulation_steps} per step and process"
     ends = [f"{config.max_steps} optimizer steps"] if config.max_steps else []

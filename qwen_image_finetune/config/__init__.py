@@ -4,7 +4,8 @@ A configuration is YAML with ``${section.key}`` interpolation. `load_config` rea
 overrides, moves older spellings to today's, and validates the rest; whatever is wrong comes back in one `ConfigError`
 that names the key, what was given and what is allowed.
 
-    schema, root   the sections and their keys; a whole run
+    schema, lora    the sections and their keys           values         what keys may hold
+    root           a whole run
     spellings      older names of keys                  exclusions     what no run has together
     text           YAML, safely                         interpolation  ${section.key}
     words, idle    problems and notes in words          family         which family a checkpoint is
@@ -14,16 +15,14 @@ that names the key, what was given and what is allowed.
 from qwen_image_finetune.config.classes import import_class
 from qwen_image_finetune.config.family import resolve_family
 from qwen_image_finetune.config.load import load_config
+from qwen_image_finetune.config.lora import BaseLora, LoraConfig
 from qwen_image_finetune.config.root import Config
 from qwen_image_finetune.config.schema import (
     OUR_DATASETS,
-    BaseLora,
     CacheConfig,
-    ConfigError,
     DataConfig,
     DatasetArguments,
     LoggingConfig,
-    LoraConfig,
     LossConfig,
     ModelConfig,
     OptimizerConfig,
@@ -35,6 +34,7 @@ from qwen_image_finetune.config.schema import (
     ValidationConfig,
 )
 from qwen_image_finetune.config.spellings import SPELLINGS
+from qwen_image_finetune.config.values import ConfigError
 from qwen_image_finetune.config.words import no_folder
 
 __all__ = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 
-from qwen_image_finetune.config.schema import ConfigError
+from qwen_image_finetune.config.values import ConfigError
 
 EXTRAS = {"bitsandbytes": "bitsandbytes", "prodigyopt": "prodigy"}  # package: extra of ours that brings it
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from qwen_image_finetune.config.registry import DEFAULT_FAMILY, FAMILIES, family_of_pipeline
 from qwen_image_finetune.config.root import Config
-from qwen_image_finetune.config.schema import ConfigError
 from qwen_image_finetune.config.tree import shown
+from qwen_image_finetune.config.values import ConfigError
 from qwen_image_finetune.config.words import no_folder
 
 MODEL = "model.pretrained_model_name_or_path"

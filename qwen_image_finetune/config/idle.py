@@ -88,9 +88,8 @@ IDLE: tuple[tuple[str, Condition, str], ...] = (
 
 
 def _finds_its_own_rate(config: Config) -> bool:
-    """Whether the optimizer is, by its name, Prodigy or of D-Adaptation, which multiply the rate they find by lr."""
-    rate, name = config.optimizer.init_args.get("lr"), config.optimizer.class_path.rpartition(".")[2].lower()
-    return isinstance(rate, float | int) and rate < 0.1 and ("prodigy" in name or name.startswith("dadapt"))
+    rate = config.optimizer.init_args.get("lr")
+    return isinstance(rate, float | int) and rate < 0.1 and config.optimizer.finds_its_own_rate
 
 
 def _warms_up_to_the_end(config: Config) -> bool:

@@ -10,10 +10,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qwen_image_finetune.config.root import Config
-from qwen_image_finetune.config.schema import ConfigError
 from qwen_image_finetune.config.spellings import SPELLINGS
 from qwen_image_finetune.config.text import omegaconf_words
 from qwen_image_finetune.config.tree import ABSENT, find, only, put, shown, texts
+from qwen_image_finetune.config.values import ConfigError
 
 REFERENCE = re.compile(r"\$\{\s*([A-Za-z_][\w.]*)\s*\}")
 OPENED = re.compile(r"(?<!\\)(?:\\\\)*\$\{")  # not written so that it is text

@@ -14,10 +14,10 @@ from qwen_image_finetune.config.family import file_problems, model_problems, tra
 from qwen_image_finetune.config.idle import idle_notes
 from qwen_image_finetune.config.interpolation import resolve
 from qwen_image_finetune.config.root import Config
-from qwen_image_finetune.config.schema import ConfigError
 from qwen_image_finetune.config.spellings import SPELLINGS, canonicalise
 from qwen_image_finetune.config.text import parse_mapping, read_yaml
 from qwen_image_finetune.config.tree import find, put, remove, shown
+from qwen_image_finetune.config.values import ConfigError
 from qwen_image_finetune.config.words import known_keys, problems, section_of, take_unknown, unknown
 
 OVERRIDE = re.compile(r"(\w+(?:\.\w+)*)=(.*)")

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from qwen_image_finetune.config.schema import ConfigError
+from qwen_image_finetune.config.values import ConfigError
 from qwen_image_finetune.config.words import allowed
 
 

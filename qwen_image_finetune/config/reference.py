@@ -8,9 +8,9 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from qwen_image_finetune.config.root import Config
-from qwen_image_finetune.config.schema import Section
 from qwen_image_finetune.config.spellings import SPELLINGS
 from qwen_image_finetune.config.tree import shown
+from qwen_image_finetune.config.values import Section
 from qwen_image_finetune.config.words import ELSEWHERE, allowed, section_of
 
 INTRODUCTION = """# Configuration

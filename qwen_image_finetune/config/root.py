@@ -18,12 +18,11 @@ from qwen_image_finetune.config.schema import (
     OptimizerConfig,
     PredictConfig,
     SchedulerConfig,
-    Section,
     TrainConfig,
     ValidationConfig,
-    refuse,
 )
 from qwen_image_finetune.config.tree import shown
+from qwen_image_finetune.config.values import Section, refuse
 
 
 class Config(Section):
@@ -69,6 +68,11 @@ class Config(Section):
                     f"{start} decomposes the base, which model.quantize={shown(self.model.quantize)} quantises: use "
                     'true or "gaussian", or set model.quantize=false'
                 )
+        if lora is not None and lora.lr_ratio != 1.0 and self.optimizer.finds_its_own_rate:
+            problems.append(
+                f"model.lora.lr_ratio={lora.lr_ratio:g} and optimizer.class_path={self.optimizer.class_path} exclude "
+                "each other: that optimizer finds one rate for all weights; set model.lora.lr_ratio=1.0"
+            )
         refuse(problems)
         return self
 

@@ -5,36 +5,36 @@ The reference in docs/configuration.md is generated from these declarations.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
+from qwen_image_finetune.config.lora import BaseLora, LoraConfig
 from qwen_image_finetune.config.tree import shown
+from qwen_image_finetune.config.values import (
+    Allowed,
+    ClassPath,
+    Count,
+    Device,
+    FolderName,
+    Natural,
+    NotNegative,
+    Number,
+    Positive,
+    Rate,
+    Seconds,
+    Section,
+    Seed,
+    Shift,
+    Side,
+    Size,
+    Switch,
+    Text,
+    refuse,
+)
 
 OUR_DATASETS = ("src.data.dataset.ImageDataset", "qwen_image_finetune.data.dataset.ImageDataset")
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be run, in words for the person who wrote it."""
-
-    problems: tuple[str, ...] = ()  # one line each, where they were found one by one
-
-
-@dataclass(frozen=True)
-class Allowed:
-    """What a type takes, in words: messages and the reference quote it."""
-
-    words: str
-
-
-def _whole(value: Any) -> Any:
-    """YAML writes 1000.0 or 1e3 for a count; a bool is not one."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _no_is_a_word(value: Any) -> Any:
@@ -47,27 +47,6 @@ def _null_is_none(value: Any) -> Any:
     return "none" if value is None else value
 
 
-def _expression(value: str) -> str:
-    """Refuse a regular expression that does not compile (pydantic's own patterns are of another dialect)."""
-    try:
-        re.compile(value)
-    except re.error as error:
-        raise ValueError(f"model.lora.target_modules={value!r} is not a regular expression: {error}") from error
-    return value
-
-
-def _readable(value: str) -> str:
-    """Refuse what no path can be: a NUL, the home of nobody."""
-    if "\0" in value:
-        raise PydanticCustomError("path", "a NUL")
-    if value.startswith("~"):
-        try:
-            Path(value).expanduser()
-        except RuntimeError as error:
-            raise PydanticCustomError("path", "no such home") from error
-    return value
-
-
 def _one_way(value: Any) -> Any:
     """Refuse formats whose weights can be multiplied in one direction alone."""
     if value in ("mxfp8", "nvfp4"):
@@ -77,93 +56,6 @@ def _one_way(value: Any) -> Any:
             "second copy of every weight. Use fp8 or int8 (docs/precision.md)"
         )
     return value
-
-
-def refuse(problems: Sequence[str]) -> None:
-    """Raise all problems as one ValueError, if there are any."""
-    if problems:
-        raise ValueError("\n".join(problems))
-
-
-LARGEST = 10**9  # of what is counted: above it stand mistakes, and numbers that libraries cannot hold
-Count = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=LARGEST), Allowed("whole number from 1 to 10^9")]
-Natural = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=LARGEST), Allowed("whole number from 0 to 10^9")]
-Rank = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=8192), Allowed("whole number from 1 to 8192")]
-Side = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=65536), Allowed("whole number from 1 to 65536")]
-Seconds = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=10**7), Allowed("whole number from 1 to 10^7")]
-Shift = Annotated[float, Field(gt=0.0, le=1000.0), Allowed("number above 0, to 1000")]
-Seed = Annotated[int, BeforeValidator(_whole), Field(ge=0, lt=2**63), Allowed("whole number from 0, below 2^63")]
-Number = Annotated[float, Field(ge=-1e9, le=1e9), Allowed("number from -1e9 to 1e9")]
-Rate = Annotated[float, Field(ge=0.0, le=1.0), Allowed("number from 0 to 1")]
-Positive = Annotated[float, Field(gt=0.0, le=1e9), Allowed("number above 0, to 1e9")]
-NotNegative = Annotated[float, Field(ge=0.0, le=1e9), Allowed("number from 0 to 1e9")]
-Strength = Annotated[float, Field(ge=-100.0, le=100.0), Allowed("number from -100 to 100")]
-Switch = Annotated[bool, Allowed("true or false")]
-Text = Annotated[str, Field(min_length=1), AfterValidator(_readable), Allowed("text")]
-Device = Annotated[
-    str, Field(pattern=r"^(cpu|mps|(cuda|xpu|npu)(:[0-9]+)?)$"), Allowed("cpu, cuda, cuda:N, mps, xpu[:N] or npu[:N]")
-]
-ClassPath = Annotated[
-    str,
-    Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)+$"),
-    Allowed("import path, package.module.Class"),
-]
-Identifier = Annotated[
-    str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$"), Allowed("letters, digits and _, not a digit first")
-]
-FolderName = Annotated[
-    str, Field(pattern=r"^\w[\w .-]*$"), Allowed("folder name: letters, digits, space, dot, _ and -; no slash")
-]
-Initialisation = Annotated[
-    str,
-    Field(pattern=r"^(gaussian|orthogonal|olora|pissa|pissa_niter_[0-9]+)$"),
-    Allowed('"gaussian", "orthogonal", "olora", "pissa" or "pissa_niter_N"'),
-]
-Expression = Annotated[
-    str, Field(min_length=1), AfterValidator(_expression), Allowed('regular expression or "all-linear"')
-]
-Size = Annotated[list[Side], Field(min_length=2, max_length=2), Allowed("[width, height]")]
-
-
-class Section(BaseModel):
-    """A part of the configuration: frozen, strict, no unknown keys, no infinities."""
-
-    model_config = ConfigDict(
-        frozen=True,
-        strict=True,
-        extra="forbid",
-        allow_inf_nan=False,
-        protected_namespaces=(),
-        hide_input_in_errors=True,
-    )
-
-
-class LoraConfig(Section):
-    """A low-rank adapter, as in peft."""
-
-    r: Rank = Field(16, description="rank of the adapter")
-    lora_alpha: Positive = Field(16, description="the update is scaled by lora_alpha / r")
-    lora_dropout: Rate = Field(0.0, description="share of adapter inputs zeroed while training")
-    init_lora_weights: Switch | Initialisation = Field(True, description="first values; true: B = 0, A Kaiming")
-    target_modules: Annotated[list[Text], Field(min_length=1)] | Expression | None = Field(
-        None,
-        description='endings of module names, or one regular expression over whole names, or "all-linear"; null: '
-        "the model's own, which docs/models.md lists",
-    )
-    adapter_name: Identifier = Field("default", description="name of the adapter inside the model")
-    pretrained_weight: Text | None = Field(None, description="file, folder or hub id of a LoRA to start from")
-
-    @property
-    def initialisation(self) -> bool | str:
-        """`init_lora_weights`, unless `pretrained_weight` fills the adapter anyway: then peft's plain start."""
-        return self.init_lora_weights if self.pretrained_weight is None else True
-
-
-class BaseLora(Section):
-    """A LoRA under the training."""
-
-    file: Text = Field(description="file, folder or hub id of the LoRA, in any dialect")
-    strength: Strength = Field(1.0, description="factor of its change; 1 is as its file says")
 
 
 class ModelConfig(Section):
@@ -396,6 +288,12 @@ class OptimizerConfig(Section):
     )
 
     DEFAULT: ClassVar[str] = "torch.optim.AdamW"
+
+    @property
+    def finds_its_own_rate(self) -> bool:
+        """Whether it is, by its name, Prodigy or of D-Adaptation, which multiply the rate they find by lr."""
+        name = self.class_path.rpartition(".")[2].lower()
+        return "prodigy" in name or name.startswith("dadapt")
 
 
 class SchedulerConfig(Section):

@@ -9,7 +9,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qwen_image_finetune.config.schema import ConfigError
+from qwen_image_finetune.config.values import ConfigError
 
 LARGEST_FILE = 1_000_000  # bytes; a configuration has a few thousand
 MOST_NODES = 10_000  # aliases expanded: a dozen lines of nested ones could otherwise fill the memory

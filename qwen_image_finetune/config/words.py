@@ -14,8 +14,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from qwen_image_finetune.config.root import Config
-from qwen_image_finetune.config.schema import OUR_DATASETS, Allowed, DatasetArguments, Section
+from qwen_image_finetune.config.schema import OUR_DATASETS, DatasetArguments
 from qwen_image_finetune.config.tree import find, shown
+from qwen_image_finetune.config.values import Allowed, Section
 
 WRONG_SECTION = 2  # a key of this name in another section counts as two letters away
 

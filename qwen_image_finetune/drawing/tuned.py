@@ -40,7 +40,7 @@ class TunedPredictor:
             LoraFileError, ConfigError: as there.
         """
         from qwen_image_finetune.config.ranges import checked
-        from qwen_image_finetune.config.schema import Strength
+        from qwen_image_finetune.config.values import Strength
         from qwen_image_finetune.lora.sources import find_lora
 
         self._loras = [(find_lora(path), checked(Strength, strength, "strength ")) for path, strength in loras]

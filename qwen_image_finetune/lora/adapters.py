@@ -7,10 +7,10 @@ ordinary LoRA of rank 2r against the untouched base, and a base kept in bfloat16
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import peft
@@ -20,38 +20,14 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from qwen_image_finetune.config import ConfigError, LoraConfig
-from qwen_image_finetune.lora.names import USUAL_TARGETS
-from qwen_image_finetune.lora.targets import lora_layers, target_modules
+from qwen_image_finetune.lora import variants
+from qwen_image_finetune.lora.layers import Layer
+from qwen_image_finetune.lora.names import USUAL_TARGETS, exactly
+from qwen_image_finetune.lora.targets import endings, lora_layers, target_modules
 
 INITIAL = "_initial"  # ending of the name of the frozen adapter that subtracts a starting point
+MAGNITUDE = "lora_magnitude_vector.weight"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One adapted module: its weight changes by alpha / rank * up @ down."""
-
-    down: Tensor  # (r, in), float32; peft's lora_A
-    up: Tensor  # (out, r), float32; peft's lora_B
-    alpha: float
-
-    @property
-    def rank(self) -> int:
-        """Rows of `down`, columns of `up`."""
-        return self.down.shape[0]
-
-    @property
-    def scale(self) -> float:
-        """The factor before up @ down."""
-        return self.alpha / self.rank
-
-    def folded(self) -> Layer:
-        """The same change with a scale of 1: alpha is the rank, which is what everyone takes where none is given."""
-        return self if self.scale == 1 else Layer(self.down, self.up * self.scale, float(self.rank))
-
-    def delta(self) -> Tensor:
-        """What is added to the weight, (out, in)."""
-        return self.scale * (self.up @ self.down)
 
 
 def add_adapter(transformer: nn.Module, config: LoraConfig, seed: int, ranks: Mapping[str, int] | None = None) -> None:
@@ -70,7 +46,8 @@ def add_adapter(transformer: nn.Module, config: LoraConfig, seed: int, ranks: Ma
     initialisation = config.initialisation
     if initialisation == "orthogonal" and config.r % 2:
         raise ConfigError(f"model.lora.init_lora_weights='orthogonal' needs an even rank, not model.lora.r={config.r}")
-    modules = target_modules(transformer, config.target_modules)
+    modules = target_modules(transformer, config.target_modules, config.exclude_modules)
+    _check_patterns(config, modules)
     if name in adapter_names(transformer):
         raise ConfigError(f"model.lora.adapter_name={name!r}: the transformer already has an adapter of that name")
     transformer.requires_grad_(False)
@@ -85,6 +62,7 @@ def add_adapter(transformer: nn.Module, config: LoraConfig, seed: int, ranks: Ma
         if any(start is not None for start in starts.values()):
             _inject(transformer, config.model_copy(update={"lora_dropout": 0.0}), name + INITIAL, ranks or {})
     assert starts.keys() == set(modules)
+    variants.install(transformer, name, config.use_dora, config.rank_dropout, config.module_dropout)
     for module, layer in lora_layers(transformer, name + INITIAL):
         start = starts[module]
         assert start is not None
@@ -140,8 +118,17 @@ def adapter_layers(
         parts = ["weight", "initial.weight"] if f"{module}.lora_A.initial.weight" in state else ["weight"]
         down = torch.cat([state[f"{module}.lora_A.{part}"].float() for part in parts])
         up = torch.cat([state[f"{module}.lora_B.{part}"].float() for part in parts], dim=1)
-        layers[module] = Layer(down, up, float(layer.lora_alpha[adapter_name] * len(parts)))
+        found = Layer(down, up, full_scale(layer, adapter_name) * down.shape[0])
+        magnitude = state.get(f"{module}.{MAGNITUDE}")
+        layers[module] = found if magnitude is None else variants.with_magnitude(found, magnitude.float(), layer)
     return layers
+
+
+def full_scale(layer: LoraLayer, adapter_name: str) -> float:
+    """The factor before B A at strength 1: lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA."""
+    rank = layer.r[adapter_name]
+    divisor = math.sqrt(rank) if layer.use_rslora[adapter_name] else rank
+    return float(layer.lora_alpha[adapter_name] / divisor)
 
 
 def set_strength(transformer: nn.Module, strength: float, adapter_name: str | None = None) -> None:
@@ -152,8 +139,32 @@ def set_strength(transformer: nn.Module, strength: float, adapter_name: str | No
     """
     for layer in _all_layers(transformer):
         for name in layer.lora_A:
-            if adapter_name in (None, name):
+            if adapter_name not in (None, name):
+                continue
+            if (variant := variants.variant_of(layer, name)) is not None:
+                variant.strength = strength
+            else:
                 layer.set_scale(name, strength)
+
+
+def second_factors(transformer: nn.Module, adapter_name: str) -> list[Tensor]:
+    """B of every layer, which starts at zero."""
+    return [factors(layer, adapter_name)[1].weight for _, layer in lora_layers(transformer, adapter_name)]
+
+
+@torch.no_grad()
+def limit_norms(transformer: nn.Module, limit: float, adapter_name: str | None = None) -> None:
+    """Scale s B A down to a Frobenius norm of `limit` wherever it is more, both factors alike: `scale_weight_norms` of
+    kohya's tools. The norm comes from products as small as the rank, |B A|^2 = sum (B^T B) * (A A^T)."""
+    for _, layer in lora_layers(transformer, adapter_name):
+        for name in layer.lora_A:
+            down, up = (factor.weight for factor in factors(layer, name))
+            if not down.requires_grad:
+                continue
+            norm = full_scale(layer, name) * ((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt()
+            ratio = (limit / norm).clamp(max=1.0).sqrt()  # of zero: infinity, so 1
+            for factor in (down, up):
+                factor.mul_(ratio)
 
 
 def merge_lora(transformer: nn.Module, strength: float = 1.0) -> None:
@@ -163,19 +174,20 @@ def merge_lora(transformer: nn.Module, strength: float = 1.0) -> None:
         ValueError: there is no adapter, or a weight is quantised: small changes would be rounded away.
     """
     with torch.no_grad():
-        for layer in _all_layers(transformer):
+        names = [name for name in adapter_names(transformer) if not name.endswith(INITIAL)]
+        changes = {name: adapter_layers(transformer, name) for name in names}
+        for module, layer in lora_layers(transformer):
             weight = base_layer(layer).weight
             if weight.dtype not in FLOATS:
                 raise ValueError(
                     f"cannot merge a LoRA into {weight.dtype} weights without rounding it away; load the base with "
                     "model.quantize=false"
                 )
-            merged = weight.float()
+            original = weight.float()
+            merged = original.clone()
             for name in layer.active_adapters:
-                if name in layer.lora_A:
-                    scale = strength * layer.lora_alpha[name] / layer.r[name]
-                    down, up = factors(layer, name)
-                    merged = merged + scale * (up.weight.float() @ down.weight.float())
+                if module in changes.get(name, ()):
+                    merged += strength * changes[name][module].change(original)
             weight.copy_(merged)
     remove(transformer)
 
@@ -204,10 +216,28 @@ def _inject(transformer: nn.Module, config: LoraConfig, name: str, ranks: Mappin
         r=config.r,
         lora_alpha=cast(int, config.lora_alpha),  # annotated so, divided as a float
         lora_dropout=config.lora_dropout,
-        target_modules=config.target_modules or list(USUAL_TARGETS),
-        rank_pattern={f"^{re.escape(module)}": rank for module, rank in ranks.items()},
+        target_modules=_targets(transformer, config),
+        rank_pattern={**{f"^{re.escape(module)}": rank for module, rank in ranks.items()}, **config.rank_pattern},
+        alpha_pattern=cast(dict[str, int], config.alpha_pattern),
+        use_rslora=config.use_rslora,
     )
     inject(transformer, adapter, name)
+
+
+def _check_patterns(config: LoraConfig, modules: Sequence[str]) -> None:
+    for key, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+        for pattern in patterns:
+            if not any(re.match(rf"(.*\.)?({pattern})$", module) for module in modules):  # as peft looks names up
+                raise ConfigError(
+                    f"model.lora.{key}: {pattern!r} matches no target; they end in {', '.join(endings(modules))}"
+                )
+
+
+def _targets(transformer: nn.Module, config: LoraConfig) -> list[str] | str:
+    """As peft takes them; with some left out, the names of the others."""
+    if config.exclude_modules is None:
+        return config.target_modules or list(USUAL_TARGETS)
+    return exactly(target_modules(transformer, config.target_modules, config.exclude_modules))
 
 
 def inject(transformer: nn.Module, adapter: peft.LoraConfig, name: str) -> None:
@@ -296,6 +326,8 @@ def _weights(transformer: nn.Module, adapter_name: str) -> Iterator[tuple[str, T
                 down, up = factors(layer, name)
                 yield f"{module}.lora_A.{ending}", down.weight
                 yield f"{module}.lora_B.{ending}", up.weight
+        if adapter_name in layer.lora_magnitude_vector:
+            yield f"{module}.{MAGNITUDE}", cast(nn.Linear, layer.lora_magnitude_vector[adapter_name]).weight
 
 
 def _all_layers(transformer: nn.Module) -> list[LoraLayer]:

@@ -12,20 +12,20 @@ apart again.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from qwen_image_finetune.lora.adapters import Layer
 from qwen_image_finetune.lora.header import Declared, LoraFileError
+from qwen_image_finetune.lora.layers import Layer
 from qwen_image_finetune.lora.names import Names, Native, Places, flattened, numbered, split_key
 
 # What keys are of that belong to no plain LoRA of a transformer, by an expression in them.
 OTHER_KINDS = {
-    r"dora_scale|lora_magnitude": "DoRA",
     r"lokr_": "LoKr",
     r"hada_": "LoHa",
     r"text_encoder|lora_te\d?_": "a text encoder",
@@ -78,10 +78,12 @@ def write_state(layers: Mapping[str, Layer], names: Names, dialect: str) -> dict
     look for none: there the layers are `Layer.folded`, and change the weights alike whoever reads them."""
     if dialect == "diffusers":
         return {
-            f"transformer.{module}.{part}.weight": tensor.contiguous()
+            f"transformer.{module}.{part}": tensor.contiguous()
             for module, layer in layers.items()
-            for part, tensor in (("lora_A", layer.folded().down), ("lora_B", layer.folded().up))
-        }
+            for part, tensor in (
+                ("lora_A.weight", layer.folded().down), ("lora_B.weight", layer.folded().up), *_magnitudes(layer)
+            )
+        }  # fmt: skip
     state: dict[str, Tensor] = {}
     for name, layer in under_authors_names(layers, names).items():
         down, up = ("lora_A", "lora_B") if dialect == "comfy" else ("lora_down", "lora_up")
@@ -89,7 +91,20 @@ def write_state(layers: Mapping[str, Layer], names: Names, dialect: str) -> dict
         state[f"{key}.{down}.weight"] = layer.down.contiguous()
         state[f"{key}.{up}.weight"] = layer.up.contiguous()
         state[f"{key}.alpha"] = torch.tensor(layer.alpha)
+        state |= {f"{key}.{part}": tensor.contiguous() for part, tensor in _magnitudes(layer)}
     return state
+
+
+def _magnitudes(layer: Layer) -> Iterator[tuple[str, Tensor]]:
+    """Those of a DoRA as peft and diffusers name them, and as ComfyUI takes them, which drop or pass over the others'.
+
+    `dora_scale` alone, as LyCORIS writes it, is the magnitudes themselves.
+    """
+    if layer.magnitude is not None and layer.dora_scale is not None:
+        yield "lora_magnitude_vector", layer.magnitude
+        yield "dora_scale", layer.dora_scale[:, None]
+    elif layer.magnitude is not None:
+        yield "dora_scale", layer.magnitude[:, None]
 
 
 def under_authors_names(layers: Mapping[str, Layer], names: Names) -> dict[str, Layer]:
@@ -136,28 +151,45 @@ def _layer(parts: Mapping[str, Tensor], module: str, declared: Declared, path: P
         raise LoraFileError(
             f"{path}: {module} has factors {tuple(down.shape)} and {tuple(up.shape)} that do not multiply"
         )
+    magnitude, dora_scale = parts.get("magnitude"), parts.get("dora_scale")
+    for values in (magnitude, dora_scale):
+        if values is not None and values.shape not in ((len(up),), (len(up), 1)):
+            raise LoraFileError(
+                f"{path}: {module} has magnitudes of {tuple(values.shape)}; a DoRA with one for each of its {len(up)} "
+                "outputs can be read"
+            )
+    if magnitude is None:  # LyCORIS: under this name the magnitudes themselves
+        magnitude, dora_scale = dora_scale, None
+    lengths = [None if values is None else values.flatten() for values in (magnitude, dora_scale)]
     if "alpha" not in parts:
-        return Layer(down, up, declared.alpha_of(module, down.shape[0]))
+        return Layer(down, up, declared.alpha_of(module, down.shape[0]), *lengths)
     if parts["alpha"].numel() != 1:
         raise LoraFileError(f"{path}: {module} has an alpha of {parts['alpha'].numel()} numbers; it must be one")
-    return Layer(down, up, float(parts["alpha"]))
+    return Layer(down, up, float(parts["alpha"]), *lengths)
 
 
 def _take_apart(layer: Layer, native: Native, module: str, path: Path) -> dict[str, Layer]:
     """Adapters of the diffusers modules in a fused one; those that change nothing, and have no block, are left out."""
     if native.halves_swapped:
-        layer = replace(layer, up=torch.cat(layer.up.chunk(2)[::-1]))
+        layer = layer.with_rows(swapped)
     if len(native.modules) == 1:
         return {native.modules[0]: layer}
     unit, rest = divmod(layer.up.shape[0], sum(native.rows))
     if rest:
         raise LoraFileError(f"{path}: {module} has {layer.up.shape[0]} outputs, which cannot be divided {native.rows}")
-    ups = dict(zip(native.modules, layer.up.split([unit * share for share in native.rows]), strict=True))
-    blocks = _diagonal(ups, layer.rank)
+    starts = [unit * sum(native.rows[:place]) for place in range(len(native.rows) + 1)]
+    parts = {
+        name: layer.with_rows(itemgetter(slice(*starts[place : place + 2])))
+        for place, name in enumerate(native.modules)
+    }
+    blocks = _diagonal({name: part.up for name, part in parts.items()}, layer.rank)
     if not blocks:  # one adapter trained on the fused matrix: its lower factor serves all of them
-        return {name: Layer(layer.down, up, layer.alpha) for name, up in ups.items() if up.any()}
+        return {name: part for name, part in parts.items() if part.magnitude is not None or part.up.any()}
     alpha = layer.alpha / len(blocks)
-    return {name: Layer(layer.down[block], ups[name][:, block], alpha) for name, block in blocks.items()}
+    return {
+        name: replace(parts[name], down=layer.down[block], up=parts[name].up[:, block], alpha=alpha)
+        for name, block in blocks.items()
+    }
 
 
 def _diagonal(ups: Mapping[str, Tensor], rank: int) -> dict[str, slice]:
@@ -193,7 +225,7 @@ def _put_together(parts: Mapping[str, Layer], native: Native) -> Layer:
     """One adapter of a fused module out of those of its parts; rows of parts without one stay zero."""
     if len(native.modules) == 1:
         (layer,) = parts.values()
-        return replace(layer, up=torch.cat(layer.up.chunk(2)[::-1])) if native.halves_swapped else layer
+        return layer.with_rows(swapped) if native.halves_swapped else layer
     present = [name for name in native.modules if name in parts]
     first = parts[present[0]]
     unit = first.up.shape[0] // native.rows[native.modules.index(present[0])]
@@ -206,4 +238,24 @@ def _put_together(parts: Mapping[str, Layer], native: Native) -> Layer:
             up[row : row + unit * share, column : column + part.rank] = part.up * (part.scale / first.scale)
             column += part.rank
         row += unit * share
-    return Layer(torch.cat([parts[name].down for name in present]), up, first.scale * rank)
+    joined = Layer(torch.cat([parts[name].down for name in present]), up, first.scale * rank)
+    if all(part.magnitude is None for part in parts.values()):
+        return joined
+    lengths = [(parts[name].magnitude, parts[name].dora_scale) if name in parts else (None, None)
+               for name in native.modules]  # fmt: skip
+    if missing := [name for name, (found, _) in zip(native.modules, lengths, strict=True) if found is None]:
+        raise LoraFileError(
+            f"{', '.join(present)} with magnitudes are one matrix with {', '.join(missing)} in the authors' code, and "
+            "the lengths of its rows are not in the file; use --format diffusers, which ComfyUI reads too"
+        )
+    scales = [scale for _, scale in lengths if scale is not None]
+    return replace(
+        joined,
+        magnitude=torch.cat([found for found, _ in lengths if found is not None]),
+        dora_scale=torch.cat(scales) if len(scales) == len(lengths) else None,
+    )
+
+
+def swapped(rows: Tensor) -> Tensor:
+    """The second half of some rows before the first."""
+    return torch.cat(rows.chunk(2)[::-1])

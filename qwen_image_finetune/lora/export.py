@@ -14,12 +14,12 @@ from torch import Tensor
 from qwen_image_finetune.config.registry import family_of_pipeline
 from qwen_image_finetune.disk.files import staged_file
 from qwen_image_finetune.disk.outputs import check_output
-from qwen_image_finetune.lora.adapters import Layer
 from qwen_image_finetune.lora.dialects import under_authors_names, write_state
 from qwen_image_finetune.lora.files import write
 from qwen_image_finetune.lora.header import ADAPTER_METADATA, LoraFileError, read_metadata
-from qwen_image_finetune.lora.metadata import adapter_json, exactly, network_metadata
-from qwen_image_finetune.lora.names import Names, Naming, Native, numbered
+from qwen_image_finetune.lora.layers import Layer, kind_of
+from qwen_image_finetune.lora.metadata import adapter_json, network_metadata
+from qwen_image_finetune.lora.names import Names, Naming, Native, exactly, numbered
 from qwen_image_finetune.lora.readers import readers_words
 from qwen_image_finetune.lora.reading import read_lora
 from qwen_image_finetune.lora.sources import TRANSFORMER, find_lora, find_tuned
@@ -75,10 +75,10 @@ def _export_lora(source: Path, destination: Path, dialect: Dialect, naming: Nami
     family, asked = file.metadata.get("qif.family"), family_of_pipeline(naming.pipeline.__name__)
     if family not in (None, asked):  # modules may be called alike, and would get the other model's names unnoticed
         raise LoraFileError(f"{path} is a LoRA of {family}, not of {asked}: export it with --family {family}")
-    layers, modules = file.layers, list(under_authors_names(file.layers, naming.native))
+    layers = file.layers
     if dialect == "diffusers":
         layers = {name: layer.folded() for name, layer in layers.items()}
-        modules = list(layers)
+    modules = list(layers if dialect == "diffusers" else under_authors_names(layers, naming.native))
     about = {key: value for key, value in file.metadata.items() if key != ADAPTER_METADATA} | network_metadata(layers)
     about[EXPORTED] = dialect
     if dialect == "diffusers":
@@ -86,7 +86,7 @@ def _export_lora(source: Path, destination: Path, dialect: Dialect, naming: Nami
     with staged_file(destination) as partial:
         write(partial, write_state(layers, naming.native, dialect), about)
         check_same(file.layers, read_lora(partial, naming).layers, destination)
-    return [*file.notes, *readers_words(naming.readers, dialect, modules)]
+    return [*file.notes, *readers_words(naming.readers, dialect, modules, kind_of(layers))]
 
 
 def _export_transformer(folder: Path, destination: Path, names: Names) -> list[str]:
@@ -137,8 +137,17 @@ def check_same(expected: Mapping[str, Layer], exported: Mapping[str, Layer], des
         before, after = expected.get(module), exported.get(module)
         largest = max(float(row_norms([layer]).max()) for layer in (before, after) if layer is not None)
         between = row_norms([layer for layer in (before, after and negated(after)) if layer is not None])
-        if not float(between.max()) <= TOLERANCE * largest:  # written so that NaN does not pass
+        same = float(between.max()) <= TOLERANCE * largest  # written so that NaN does not pass
+        if not (same and _same_lengths(before, after)):
             raise LoraFileError(f"{destination} was not written: {module} would not change as in the source")
+
+
+def _same_lengths(before: Layer | None, after: Layer | None) -> bool:
+    """Whether rows get the same lengths, where both have magnitudes, or none has."""
+    first, second = (None if layer is None else layer.magnitude for layer in (before, after))
+    if first is None or second is None:
+        return first is second
+    return torch.allclose(first, second, rtol=TOLERANCE, atol=0.0)
 
 
 def negated(layer: Layer) -> Layer:

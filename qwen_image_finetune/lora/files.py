@@ -13,18 +13,18 @@ from torch import Tensor, nn
 
 from qwen_image_finetune.config import ConfigError, LoraConfig
 from qwen_image_finetune.disk.files import Staged, staged_file
-from qwen_image_finetune.lora import adapters
-from qwen_image_finetune.lora.adapters import INITIAL, Layer
+from qwen_image_finetune.lora import adapters, variants
+from qwen_image_finetune.lora.adapters import INITIAL
 from qwen_image_finetune.lora.dialects import write_state
 from qwen_image_finetune.lora.header import ADAPTER_METADATA
+from qwen_image_finetune.lora.layers import Layer, kind_of
 from qwen_image_finetune.lora.metadata import (
     adapter_json,
-    exactly,
     model_metadata,
     network_metadata,
     peft_fields,
 )
-from qwen_image_finetune.lora.names import Naming
+from qwen_image_finetune.lora.names import Naming, exactly
 from qwen_image_finetune.lora.reading import read_fitting
 from qwen_image_finetune.lora.sources import find_lora
 from qwen_image_finetune.lora.targets import endings, lora_layers, target_modules
@@ -125,9 +125,14 @@ def write(path: Staged, state: Mapping[str, Tensor], metadata: Mapping[str, str]
 
 
 def _check_config(transformer: nn.Module, layers: Mapping[str, Layer], path: Path, config: LoraConfig) -> None:
-    wanted = target_modules(transformer, config.target_modules)
+    wanted = target_modules(transformer, config.target_modules, config.exclude_modules)
     ranks = sorted({layer.rank for layer in layers.values()})
     only_file, only_config = [n for n in layers if n not in wanted], [n for n in wanted if n not in layers]
+    if not config.use_dora and any(layer.magnitude is not None for layer in layers.values()):
+        raise ConfigError(
+            f"model.lora.pretrained_weight: {path} is a DoRA, and model.lora.use_dora=false would leave its "
+            "magnitudes: set model.lora.use_dora to true"
+        )
     if config.r in ranks and not only_file and not only_config:  # where others are in it too, modules differ in rank
         return
     differences = [f"{len(names)} modules only in the {where}, such as {names[0]}"
@@ -143,27 +148,30 @@ def _check_config(transformer: nn.Module, layers: Mapping[str, Layer], path: Pat
 
 
 def _other_ranks(layers: Mapping[str, Layer], config: LoraConfig) -> dict[str, int]:
-    return {name: layer.rank for name, layer in layers.items() if layer.rank != config.r}
+    return {name: layer.rank for name, layer in layers.items() if config.rank_pattern or layer.rank != config.r}
 
 
 def _add_as_it_is(transformer: nn.Module, layers: Mapping[str, Layer], name: str) -> None:
     if name in adapters.adapter_names(transformer):
         raise ValueError(f"the transformer already has an adapter {name!r}; give the second LoRA another name")
-    described = peft_fields(layers, exactly(layers))
+    described = peft_fields(layers, exactly(layers)) | {"use_dora": False}  # magnitudes are ours
     with torch.random.fork_rng(devices=[]):
         adapters.inject(transformer, peft.LoraConfig(**described), name)
+    variants.install(transformer, name, dora=kind_of(layers) == "DoRA")
     for module, layer in lora_layers(transformer, name):
         for factor, value in zip(adapters.factors(layer, name), (layers[module].down, layers[module].up), strict=True):
             factor.requires_grad_(False)
             factor.weight.data.copy_(value)
+        variants.fill_magnitudes(layer, name, layers[module].magnitude)
 
 
 def _fill(transformer: nn.Module, layers: Mapping[str, Layer], name: str) -> None:
     with torch.no_grad():
         for module, layer in lora_layers(transformer, name):
-            ratio = layers[module].scale / (layer.lora_alpha[name] / layer.r[name])
+            ratio = layers[module].scale / adapters.full_scale(layer, name)
             down, up = adapters.factors(layer, name)
             down.weight.copy_(layers[module].down)
             up.weight.copy_(layers[module].up * ratio)
             if name + INITIAL in layer.lora_B:  # the file is a LoRA of the untouched base: nothing to subtract
                 adapters.factors(layer, name + INITIAL)[1].weight.zero_()
+            variants.fill_magnitudes(layer, name, layers[module].magnitude)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from qwen_image_finetune.config import BaseLora
@@ -25,19 +24,17 @@ class Change:
         return any(module in file.layers for file, _ in self.files)
 
     def added_to(self, module: str, weight: Tensor, first_row: int = 0) -> Tensor:
-        """float32: a weight (out, in), or rows of it, with the changes of all files, W + sum strength alpha / r B A.
-
-        Source: `LoraLayer.get_delta_weight` of peft.
+        """float32: a weight (out, in), or rows of it, with the changes of all files, W + sum strength (W' - W).
 
         Args:
             first_row: which row of the layer the first one of `weight` is.
         """
-        changed = weight.to(torch.float32, copy=True)
+        original = weight.float()
+        changed = original.clone()
         for file, strength in self.files:
             layer = file.layers.get(module)
             if layer is not None:
-                up = layer.up[first_row : first_row + len(weight)].to(weight.device)
-                changed += strength * layer.scale * (up @ layer.down.to(weight.device))
+                changed += strength * layer.change(original, first_row)
         return changed
 
     def words(self) -> list[str]:

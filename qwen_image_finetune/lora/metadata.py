@@ -19,7 +19,7 @@ from typing import Any
 from torch import nn
 
 from qwen_image_finetune.config import Config, LoraConfig
-from qwen_image_finetune.lora.adapters import Layer
+from qwen_image_finetune.lora.layers import Layer
 from qwen_image_finetune.lora.targets import endings
 
 
@@ -32,6 +32,7 @@ def peft_fields(layers: Mapping[str, Layer], targets: Iterable[str] | str) -> di
         "target_modules": targets if isinstance(targets, str) else sorted(targets),
         "rank_pattern": {_anchored(name): layer.rank for name, layer in layers.items() if layer.rank != rank},
         "alpha_pattern": {_anchored(name): _plain(x.alpha) for name, x in layers.items() if x.alpha != alpha},
+        **({"use_dora": True} if any(layer.magnitude is not None for layer in layers.values()) else {}),
     }
 
 
@@ -61,6 +62,7 @@ def model_metadata(transformer: nn.Module, config: LoraConfig) -> dict[str, str]
         "modelspec.title": "LoRA",
         "modelspec.date": datetime.now(UTC).isoformat(timespec="seconds"),
         "qif.init_lora_weights": json.dumps(config.init_lora_weights),
+        **{f"qif.{key}": json.dumps(getattr(config, key)) for key in ("use_dora", "use_rslora")},
         "qif.lora_alpha": str(_plain(config.lora_alpha)),  # it was trained with; the scale is inside the factors
     }
 
@@ -107,11 +109,6 @@ def hub_revision(path: Path) -> dict[str, str]:
     """Repository and commit of what lies in the hub's cache, models--OWNER--NAME/snapshots/COMMIT; else nothing."""
     found = re.search(r"models--([\w.-]+?)--([\w.-]+)/snapshots/([0-9a-f]{40})(/|$)", path.absolute().as_posix())
     return {} if found is None else {"qif.base": f"{found[1]}/{found[2]}", "qif.base_revision": found[3]}
-
-
-def exactly(modules: Iterable[str]) -> str:
-    """An expression that matches these names and no other; endings would match more."""
-    return "|".join(re.escape(module) for module in modules)
 
 
 def most(values: Iterable[Any]) -> Any:

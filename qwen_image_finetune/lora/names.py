@@ -34,9 +34,11 @@ Names = Mapping[str, Native]  # by the authors' names; {} stands for the number 
 WRAPPERS = frozenset(
     ("", "lora", "lycoris", "unet", "transformer", "model", "base", "diffusion", "pipe", "dit", "net", "module")
 ) | {"orig", "mod", "prior"}  # fmt: skip
+PARTS = ("down", "up", "alpha", "magnitude", "dora_scale")
 _PARTS = re.compile(
     r"^(?P<path>.+?)\.(?:(?P<down>(lora_A|lora_down)(\..+)?\.weight|lora\.down\.weight)"
-    r"|(?P<up>(lora_B|lora_up)(\..+)?\.weight|lora\.up\.weight)|(?P<alpha>alpha))$"
+    r"|(?P<up>(lora_B|lora_up)(\..+)?\.weight|lora\.up\.weight)|(?P<alpha>alpha)"
+    r"|(?P<magnitude>lora_magnitude_vector(\..+)?)|(?P<dora_scale>dora_scale))$"
 )
 
 
@@ -87,17 +89,22 @@ class Places:
 
 
 def split_key(key: str) -> tuple[str, str] | None:
-    """(path of the module, one of down, up and alpha) of a tensor's name; None where it is of no plain LoRA."""
+    """(path of the module, one of PARTS) of a tensor's name; None where it is of no LoRA."""
     match = _PARTS.match(key)
     if match is None:
         return None
-    return match["path"], next(part for part in ("down", "up", "alpha") if match[part] is not None)
+    return match["path"], next(part for part in PARTS if match[part] is not None)
 
 
 def numbered(module: str) -> tuple[str, str]:
     """'single_blocks.7.linear1' -> 'single_blocks.{}.linear1', '7'."""
     match = re.search(r"(?<=blocks\.)\d+", module)
     return (module, "") if match is None else (module[: match.start()] + "{}" + module[match.end() :], match[0])
+
+
+def exactly(modules: Iterable[str]) -> str:
+    """An expression that matches these names and no other; endings would match more."""
+    return "|".join(re.escape(module) for module in modules)
 
 
 def flattened(module: str) -> str:

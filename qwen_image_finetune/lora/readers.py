@@ -11,6 +11,11 @@ from dataclasses import dataclass
 
 EVERYTHING = ".*"
 OUTSIDE_BLOCKS = r"(?!(\w+_)?blocks\.).*"
+# Adapters other than a LoRA that a program reads in a dialect as they are meant.
+MORE_KINDS = {
+    ("diffusers", "diffusers"): ("DoRA",),
+    **{("ComfyUI", dialect): ("DoRA",) for dialect in ("diffusers", "comfy", "kohya")},
+}
 
 
 @dataclass(frozen=True)
@@ -22,8 +27,10 @@ class Reader:
     leaves: str | None = None  # of the modules, by their names in the file: an expression that matches whole names
     how: str = ""  # it is read, where that is not at once
 
-    def words(self, modules: Sequence[str]) -> str:
-        """What the program makes of a file with these modules."""
+    def words(self, modules: Sequence[str], kind: str = "LoRA") -> str:
+        """What the program makes of a file with these modules, an adapter of a kind."""
+        if kind not in MORE_KINDS.get((self.program, self.dialect), ()) and kind != "LoRA":
+            return f"{self.program} reads no {kind} of this format: another picture, or an error"
         left = [name for name in modules if self.leaves is not None and re.fullmatch(self.leaves, name)]
         if len(left) == len(modules):
             return f"{self.program} reads nothing of it"
@@ -44,6 +51,6 @@ USUAL_READERS = (
 )
 
 
-def readers_words(readers: Iterable[Reader], dialect: str, modules: Sequence[str]) -> list[str]:
-    """A line for each program that reads a dialect, about a file with these modules."""
-    return [reader.words(modules) for reader in readers if reader.dialect == dialect]
+def readers_words(readers: Iterable[Reader], dialect: str, modules: Sequence[str], kind: str = "LoRA") -> list[str]:
+    """A line for each program that reads a dialect, about a file with these modules, an adapter of a kind."""
+    return [reader.words(modules, kind) for reader in readers if reader.dialect == dialect]

@@ -12,9 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from qwen_image_finetune.lora.adapters import Layer
 from qwen_image_finetune.lora.dialects import read_state
 from qwen_image_finetune.lora.header import LoraFileError, declared_alpha, read_metadata
+from qwen_image_finetune.lora.layers import Layer
 from qwen_image_finetune.lora.names import Naming, Places
 from qwen_image_finetune.lora.targets import linear_modules
 

@@ -27,14 +27,36 @@ def linear_modules(transformer: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in modules.items() if isinstance(module, nn.Linear | LoraLayer)}
 
 
-def target_modules(transformer: nn.Module, targets: list[str] | str | None) -> list[str]:
+def target_modules(
+    transformer: nn.Module, targets: list[str] | str | None, excluded: list[str] | str | None = None
+) -> list[str]:
     """Names of the linear modules that `targets` means: endings, one expression over whole names, or "all-linear".
 
     None is the usual four; a run has its family's own written out before (`families.with_targets`).
 
+    Args:
+        excluded: of these, the ones to leave out: endings, or one expression over whole names.
+
     Raises:
-        ConfigError: a target matches nothing, or something that is not a linear layer.
+        ConfigError: a target matches nothing, or something that is not a linear layer; or nothing is left out by one of
+            `excluded`, or everything.
     """
+    wanted = _wanted(transformer, targets)
+    left = set(wanted)
+    for ending in [excluded] if isinstance(excluded, str) else excluded or ():
+        found = _matches(wanted, ending, isinstance(excluded, str))
+        if not found:
+            raise ConfigError(
+                f"model.lora.exclude_modules: {ending!r} leaves nothing out; the targets end in "
+                f"{', '.join(endings(wanted))}"
+            )
+        left.difference_update(found)
+    if not left:
+        raise ConfigError(f"model.lora.exclude_modules={excluded!r} leaves no target to train")
+    return [name for name in wanted if name in left]
+
+
+def _wanted(transformer: nn.Module, targets: list[str] | str | None) -> list[str]:
     linear = linear_modules(transformer)
     if isinstance(targets, str) and targets.lower() == "all-linear":
         return list(linear)

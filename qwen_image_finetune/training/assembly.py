@@ -13,6 +13,7 @@ from qwen_image_finetune.levers import parallel
 from qwen_image_finetune.levers.attention import attention_of
 from qwen_image_finetune.levers.compile import compilation_of
 from qwen_image_finetune.levers.release import GradientRelease
+from qwen_image_finetune.lora import adapters
 from qwen_image_finetune.lora import files as lora_files
 from qwen_image_finetune.training import trained
 from qwen_image_finetune.training.data_parallel import wrap
@@ -39,6 +40,7 @@ class Learner:
     parameters: list[nn.Parameter]  # that are trained
     optimizer: Any  # accelerate's wrapper, which holds back steps whose fp16 gradients overflowed
     schedule: LambdaLR
+    max_norm: float | None = None  # of the change of a weight
     released: GradientRelease | None = None
     overflows: int = 0  # steps in a row whose fp16 gradients overflowed
     _compiled: int = -1  # graphs that were spoken of; none is worth a word too
@@ -74,6 +76,8 @@ class Learner:
         sound = math.isfinite(loss) and (finite or 0 < self.overflows < OVERFLOWS_IN_A_ROW)
         if sound:  # without fp16 the wrapper has nothing to hold back, and costs time at every call
             (self.optimizer if scaler is not None else self.optimizer.optimizer).step()
+            if self.max_norm is not None:
+                adapters.limit_norms(self.transformer, self.max_norm)
         elif scaler is not None:
             scaler.update()  # else it takes the next step's gradients for unscaled
         self.optimizer.zero_grad(set_to_none=True)
@@ -111,7 +115,7 @@ def assemble(job: Job, resume: Path | None) -> Learner:
     transformer.train()
 
     parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-    optimizer = build_optimizer(config.optimizer, parameters)
+    optimizer = build_optimizer(config.optimizer, parameters, *trained.other_rate(transformer, config.model))
     schedule = build_scheduler(config.lr_scheduler, optimizer, job.total_steps)
     job.team.meet("loading the transformer")
     return Learner(
@@ -121,6 +125,7 @@ def assemble(job: Job, resume: Path | None) -> Learner:
         optimizer=job.accelerator.prepare(optimizer),
         wrapped=transformer if job.sharding else wrap(job.accelerator, transformer, job.family, config.model.lora),
         schedule=schedule,
+        max_norm=None if lora is None else lora.max_norm,
     )
 
 
@@ -130,7 +135,7 @@ def _other_ranks(job: Job, transformer: ModelMixin, resume: Path | None, start: 
     if lora is None or (resume is None and start is None):
         return {}
     if resume is not None:
-        return {name: rank for name, rank in trained.ranks(resume).items() if rank != lora.r}
+        return {name: rank for name, rank in trained.ranks(resume).items() if lora.rank_pattern or rank != lora.r}
     assert start is not None
     return lora_files.check_lora(transformer, start, job.family.naming, lora)
 

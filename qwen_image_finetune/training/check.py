@@ -105,7 +105,7 @@ def check_transformer(config: Config, family: Family, checkpoint: Path) -> None:
     lora = with_targets(config, family).model.lora
     transformer = loading.check_base(family, checkpoint, config.model)
     if lora is not None:
-        target_modules(transformer, lora.target_modules)
+        target_modules(transformer, lora.target_modules, lora.exclude_modules)
         if lora.pretrained_weight is not None and config.train.resume_from_checkpoint is None:
             check_lora(transformer, lora.pretrained_weight, family.naming, lora)
 

@@ -35,7 +35,7 @@ class Objective:
         self.measure = flow.measure(config.loss.type, config.loss.huber_delta, config.loss.huber_schedule)
         self.family, self.scheduler_config, self.accelerator = family, scheduler_config, accelerator
         self.dtype = loading.weight_dtype(config.train.mixed_precision)
-        self.dropout = bool(config.model.lora and config.model.lora.lora_dropout)
+        self.dropout = bool(config.model.lora and config.model.lora.drops_at_random)
         self.transformer = transformer
         self.guidance = config.train.guidance_scale if family.distilled_guidance(transformer.config) else None
 

@@ -20,11 +20,16 @@ FUSED_ON = ("cuda", "cpu", "mps", "xpu")
 IMPLEMENTATIONS = {"fused", "foreach", "capturable", "differentiable"}
 
 
-def build_optimizer(config: OptimizerConfig, parameters: Iterable[Tensor]) -> Optimizer:
+def build_optimizer(
+    config: OptimizerConfig, parameters: Iterable[Tensor], faster: Iterable[Tensor] = (), ratio: float = 1.0
+) -> Optimizer:
     """The configured optimizer over `parameters`; Adam and AdamW fused where torch has that for the device.
 
     A fused update is one call for all weights in place of several for each, which on small weights, such as those of
     adapters, are what an update costs. A resume goes on with the update that the checkpoint was made with.
+
+    Args:
+        faster: of `parameters`, those with another learning rate: the optimizer's times `ratio`.
 
     Raises:
         ConfigError: the class is no optimizer, or does not take the arguments it is given.
@@ -41,8 +46,14 @@ def build_optimizer(config: OptimizerConfig, parameters: Iterable[Tensor]) -> Op
     arguments = _checked_arguments(config, optimizer_class)
     if optimizer_class in (torch.optim.Adam, torch.optim.AdamW) and not IMPLEMENTATIONS & set(arguments):
         arguments["fused"] = all(tensor.device.type in FUSED_ON for tensor in trained) or None
+    apart = {id(tensor) for tensor in faster} if ratio != 1.0 else set()
+    groups = [[tensor for tensor in trained if (id(tensor) in apart) is second] for second in (False, True)]
     try:
-        return optimizer_class(trained, **arguments)
+        if not apart:
+            return optimizer_class(trained, **arguments)
+        optimizer = optimizer_class([{"params": group} for group in groups if group], **arguments)
+        optimizer.param_groups[-1]["lr"] *= ratio
+        return optimizer
     except (TypeError, ValueError, IndexError) as error:  # the last one of torch, for a single beta
         raise ConfigError(f"{KEY}={config.init_args} is refused by {config.class_path}: {error}") from error
 

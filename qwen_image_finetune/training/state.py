@@ -35,11 +35,19 @@ FIXED = {
     "base": "what was learnt belongs to that base; to go on from it with another one, start a run with "
     "model.lora.pretrained_weight",
     "model.lora.r": f"the adapter has that rank; {SET_IT_BACK}",
-    "model.lora.lora_alpha": f"what was learnt so far would be scaled by another factor; {SET_IT_BACK}",
+    **dict.fromkeys(
+        ("model.lora.lora_alpha", "model.lora.alpha_pattern", "model.lora.use_rslora"),
+        f"what was learnt so far would be scaled by another factor; {SET_IT_BACK}",
+    ),
+    **dict.fromkeys(
+        ("model.lora.use_dora", "model.lora.rank_pattern"), f"the adapter has other weights then; {SET_IT_BACK}"
+    ),
+    "model.lora.lr_ratio": f"the state of the optimizer has that rate; {SET_IT_BACK}",
 }
 # What may change in the middle of a run, but makes it another one than without a break.
 FREE = (
-    "model.quantize", "model.lora.lora_dropout", "data.batch_size", "data.shuffle", "cache.prompt_empty_drop_keys",
+    "model.quantize", *(f"model.lora.{key}" for key in ("lora_dropout", "rank_dropout", "module_dropout", "max_norm")),
+    "data.batch_size", "data.shuffle", "cache.prompt_empty_drop_keys",
     *(f"data.init_args.{key}" for key in (
         "caption_dropout_rate", "prompt_image_dropout_rate", "image_size", "resolution", "center_crop",
         "center_crop_ratio", "random_crop", "crop_size", "crop_scale", "random_flip")),

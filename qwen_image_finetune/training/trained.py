@@ -33,6 +33,14 @@ def weights(transformer: ModelMixin, config: ModelConfig) -> dict[str, Tensor]:
     return adapters.trainable_state(transformer, config.lora.adapter_name)
 
 
+def other_rate(transformer: ModelMixin, config: ModelConfig) -> tuple[list[Tensor], float]:
+    """Weights that learn at another rate, and how many times that of the others it is: LoRA+
+    (https://arxiv.org/abs/2402.12354) is B's."""
+    if config.lora is None or config.lora.lr_ratio == 1.0:
+        return [], 1.0
+    return adapters.second_factors(transformer, config.lora.adapter_name), config.lora.lr_ratio
+
+
 def save(
     folder: Staged, transformer: ModelMixin, state: dict[str, Tensor], config: Config, about: Mapping[str, str]
 ) -> None:

@@ -9,8 +9,8 @@ from pydantic import ValidationError
 
 from qwen_image_finetune.command.arguments import build_parser
 from qwen_image_finetune.command.cli import VERBS, parse
-from qwen_image_finetune.config.schema import Count, NotNegative, Section, Seed, Strength
 from qwen_image_finetune.config.text import parse_mapping
+from qwen_image_finetune.config.values import Count, NotNegative, Section, Seed, Strength
 
 PREDICT = ["predict", "c.yaml", "--prompt", "x"]
 

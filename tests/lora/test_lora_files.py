@@ -28,10 +28,10 @@ from qwen_image_finetune.families import get_family
 from qwen_image_finetune.lora import adapters
 from qwen_image_finetune.lora import export as exporting
 from qwen_image_finetune.lora import files as lora_files
-from qwen_image_finetune.lora.adapters import Layer
 from qwen_image_finetune.lora.export import check_same, export
 from qwen_image_finetune.lora.files import load_lora, save_lora
 from qwen_image_finetune.lora.header import LoraFileError, declared_alpha
+from qwen_image_finetune.lora.layers import Layer
 from qwen_image_finetune.lora.metadata import run_metadata
 from qwen_image_finetune.lora.reading import read_lora
 from qwen_image_finetune.lora.targets import endings

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from qwen_image_finetune.config import LoraConfig
 from qwen_image_finetune.families import FAMILIES, get_family
 from qwen_image_finetune.lora import adapters
-from qwen_image_finetune.lora.adapters import Layer
 from qwen_image_finetune.lora.dialects import under_authors_names, write_state
 from qwen_image_finetune.lora.export import export
 from qwen_image_finetune.lora.files import save_lora
+from qwen_image_finetune.lora.layers import Layer
 from qwen_image_finetune.lora.names import flattened
 from tests.levers.tiny_transformers import disturb, tiny_transformer
 

@@ -655,7 +655,7 @@ def test_a_file_cut_short_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"transformer.transformer_blocks.0.attn.to_q.lora_magnitude_vector": (32,)}, "1 of 33 keys.*DoRA"),
+    ({"transformer.transformer_blocks.0.attn.to_q.lora_magnitude_vector": (31,)}, r"magnitudes of \(31,\); a DoRA"),
     ({"transformer.transformer_blocks.0.attn.to_q.lokr_w1": (4, 4)}, "LoKr"),
     ({"text_encoder.layers.0.q_proj.lora_A.weight": (4, 32), "text_encoder.layers.0.q_proj.lora_B.weight": (32, 4)},
      "2 of 34 keys.*a text encoder"),

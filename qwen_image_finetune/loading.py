@@ -151,6 +151,12 @@ def pipeline_config(folder: Path) -> dict[str, Any]:
     return about
 
 
+def transformer_config(folder: Path) -> dict[str, Any]:
+    """config.json of the transformer of a checkpoint."""
+    about: dict[str, Any] = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
+    return about
+
+
 def check_components(folder: Path) -> None:
     """Refuse a pipeline with parts of other packages: diffusers would import whatever module model_index.json names.
 

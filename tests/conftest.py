@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -93,8 +94,9 @@ def write_pairs() -> Callable[..., Path]:
         folder: Path, sizes: list[tuple[int, int]], seed: int = 0, masks: bool = False, references: int = 1
     ) -> Path:
         rng = np.random.default_rng(seed)
-        (folder / "control_images").mkdir(parents=True)
-        (folder / "training_images").mkdir()
+        (folder / "training_images").mkdir(parents=True)
+        if references:
+            (folder / "control_images").mkdir()
         for index, size in enumerate(sizes):
             for place in range(references):
                 ending = f"_control_{place}" if place else ""
@@ -117,19 +119,29 @@ def pairs(build_once: Callable[[str, Callable[[Path], object]], Path], write_pai
     return build_once("pairs", lambda folder: write_pairs(folder, sizes))
 
 
+@pytest.fixture(scope="session")
+def captioned(build_once: Callable[[str, Callable[[Path], object]], Path], pairs: Path) -> Path:
+    """The targets of `pairs` and their sentences, for families that take no references."""
+    return build_once(
+        "captioned", lambda folder: shutil.copytree(pairs / "training_images", folder / "training_images")
+    )
+
+
 @pytest.fixture
-def configure(tmp_path: Path, pairs: Path, tiny_checkpoints: dict[str, Path]) -> Callable[..., Config]:
+def configure(tmp_path: Path, pairs: Path, captioned: Path, tiny_checkpoints: dict[str, Path]) -> Callable[..., Config]:
     """`configure(family, "section.key=value", ...)`: a small run of a tiny checkpoint, written below tmp_path."""
 
     def build(family: str, *overrides: str) -> Config:
         from qwen_image_finetune.config import load_config
+        from qwen_image_finetune.families import get_family
 
+        data = pairs if get_family(family).max_references else captioned
         base = {
             "model": {
                 "pretrained_model_name_or_path": str(tiny_checkpoints[family]),
                 "lora": {"r": 4, "lora_alpha": 4, "init_lora_weights": "gaussian"},
             },
-            "data": {"init_args": {"dataset_path": str(pairs), "resolution": 64}},
+            "data": {"init_args": {"dataset_path": str(data), "resolution": 64}},
             "train": {"max_train_steps": 6, "mixed_precision": "no", "checkpointing_steps": 100},
             "optimizer": {"init_args": {"lr": 1e-2}},
             "cache": {"use_cache": True, "cache_dir": str(tmp_path / "cache")},

@@ -42,6 +42,8 @@ FAMILIES: dict[str, Entry] = {
     "LongCatImageEdit": Entry(
         "longcat_image_edit", "LongCatImageEdit", "LongCatImageEditPipeline", "meituan-longcat/LongCat-Image-Edit"
     ),
+    "Flux": Entry("flux", "Flux", "FluxPipeline", "black-forest-labs/FLUX.1-dev"),
+    "QwenImage": Entry("qwen_image", "QwenImage", "QwenImagePipeline", "Qwen/Qwen-Image"),
 }  # fmt: skip
 
 DEFAULT_FAMILY = "QwenImageEdit"

@@ -114,7 +114,7 @@ class Predictor:
         self.family, self.pipe, self.transformer, self.scheduler, self.area = family, pipe, transformer, scheduler, area
         self.dtype: torch.dtype = dtype or pipe.vae.dtype
         self.turns = turns
-        self.defaults = family.defaults(pipe.config)
+        self.defaults = family.defaults(pipe.config, transformer.config)
 
     @contextmanager
     def encoding(self) -> Iterator[None]:
@@ -183,7 +183,8 @@ class Predictor:
             true_cfg_scale: classifier-free guidance on top, for models with a guidance embedding; default 1 (none).
             image_guidance_scale: guidance towards the references, for models trained with prompt_image_dropout_rate.
             width, height: of the picture; default: the size at which the model sees the reference, or that one of
-                several from which the family takes it (`Family.sizing_reference`).
+                several from which the family takes it (`Family.sizing_reference`); a square of the model's own area
+                where the family takes no references.
             seed: one picture is drawn for each seed.
 
         Raises:
@@ -247,13 +248,13 @@ class Predictor:
         scale = self.defaults.guidance_scale if scale is None else scale
         if self.family.distilled_guidance(self.transformer.config):
             return Guidance(embedded=scale, prompt=1.0 if true_cfg_scale is None else true_cfg_scale, image=image)
-        if self.family.distilled(self.pipe.config) is not None:
+        if self.family.distilled(self.pipe.config, self.transformer.config) is not None:
             scale = 1.0  # it has learnt the guidance: the pipelines do not look at a scale either
         return Guidance(prompt=scale if true_cfg_scale is None else true_cfg_scale, image=image)
 
     def _picture_size(self, images: Sequence[Image], width: int | None, height: int | None) -> tuple[int, int]:
         if width is None or height is None:
-            return self.size(images[self.family.sizing_reference])
+            return self.size(images[self.family.sizing_reference]) if images else self.family.size(1, 1, self.area)
         return width, height
 
 
@@ -285,13 +286,15 @@ def check_request(
     Raises:
         PredictionError: see `Predictor.predict`.
     """
+    if len(images) and not family.max_references:
+        raise PredictionError(family.takes_none)
     if len(images) > family.max_references:
         raise PredictionError(
             f"{family.name} sees at most {family.max_references} reference(s), {len(images)} were given"
         )
     if steps is not None and steps < 1:
         raise PredictionError(f"{steps} inference steps: give at least 1, or none for the model's own")
-    if width is None and height is None and len(images):
+    if width is None and height is None and (len(images) or not family.max_references):
         return
     if width is None or height is None:
         raise PredictionError("give width and height together, or a picture to take the size from")

@@ -49,6 +49,8 @@ def open_dataset(config: Config, family: Family, decode: bool = False) -> ImageD
         family.resampling,
         family.references_follow,
     )
+    if not family.max_references and (number := sum(bool(row.reference_names) for row in dataset.rows)):
+        raise DataError([f"{number} of {len(dataset)} pictures have control images: {family.takes_none}"])
     problems = dataset.check(decode)
     if problems and not decode:  # nothing will be trained now: report what lies behind the headers as well
         problems = dataset.check(decode=True)
@@ -142,7 +144,10 @@ def asked(config: Config, family: Family, training: ImageDataset) -> AskedDatase
     for place, sample in enumerate(samples):
         key = f"validation.samples[{place}].references"
         if len(sample.paths) > family.max_references:
-            problems.append(f"{key}: {len(sample.paths)} pictures; {family.name} takes at most {family.max_references}")
+            most = (
+                f"{family.name} takes at most {family.max_references}" if family.max_references else family.takes_none
+            )
+            problems.append(f"{key}: {len(sample.paths)} pictures; {most}")
             continue
         found = dataset.check(rows=[place])
         faults = [] if found else reference_faults(family, shown_references(dataset.plan(place)))

@@ -17,6 +17,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from PIL.Image import Image, Resampling
 from torch import Tensor
 
+from qwen_image_finetune.config.registry import FAMILIES
 from qwen_image_finetune.lora.names import USUAL_TARGETS, Names, Naming, Native
 from qwen_image_finetune.lora.readers import USUAL_READERS, Reader
 from qwen_image_finetune.records import Batch
@@ -66,6 +67,7 @@ class Family(ABC):
     prompt_tokenizer: ClassVar[str] = "tokenizer"  # the one whose tokens are counted where prompts have a limit
     text_sees_references: ClassVar[bool]  # the text encoder looks at the references too
     max_references: ClassVar[int]
+    edit_family: ClassVar[str] = ""  # where it takes none: the family of its authors' model that does
     sizing_reference: ClassVar[int] = 0  # which of several references gives the picture its size
     references_follow: ClassVar[bool] = False  # the pipeline brings them to the size of what is drawn
     side_multiple: ClassVar[int]  # sides of target and references are multiples of this, in pixels
@@ -154,6 +156,14 @@ class Family(ABC):
             references: (width, height) at which the VAE sees each of them.
         """
 
+    @property
+    def takes_none(self) -> str:
+        """Why a picture cannot be given to a family without references, and what takes one."""
+        return (
+            f"{self.name} draws from words alone and takes no control image; to edit pictures use {self.edit_family}, "
+            f"such as {FAMILIES[self.edit_family].example}"
+        )
+
     def reference_fault(self, picture: tuple[int, int], size: tuple[int, int]) -> str | None:
         """Why a reference cannot be shown to the model, or None.
 
@@ -220,15 +230,16 @@ class Family(ABC):
         """Whether `guidance_scale` goes into the model (an embedding) instead of a second, unconditional pass."""
         return bool(transformer_config["guidance_embeds"])
 
-    def defaults(self, pipeline_config: Mapping[str, Any]) -> Defaults:
+    def defaults(self, pipeline_config: Mapping[str, Any], transformer_config: Mapping[str, Any]) -> Defaults:
         """How a checkpoint draws.
 
         Args:
             pipeline_config: its model_index.json.
+            transformer_config: config.json of its transformer.
         """
         return Defaults(self.num_inference_steps, self.guidance_scale)
 
-    def distilled(self, pipeline_config: Mapping[str, Any]) -> str | None:
+    def distilled(self, pipeline_config: Mapping[str, Any], transformer_config: Mapping[str, Any]) -> str | None:
         """What to say before a checkpoint is trained that was distilled to few steps; None where it was not."""
         return None
 

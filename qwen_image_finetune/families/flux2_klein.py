@@ -224,11 +224,15 @@ class Flux2Klein(Family):
     def guide(self, conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
         return unconditional + scale * (conditional - unconditional)
 
-    def defaults(self, pipeline_config: Mapping[str, Any]) -> Defaults:
+    def defaults(self, pipeline_config: Mapping[str, Any], transformer_config: Mapping[str, Any]) -> Defaults:
         """A distilled checkpoint draws in four steps."""
-        return Defaults(4, 1.0) if pipeline_config.get("is_distilled") else super().defaults(pipeline_config)
+        return (
+            Defaults(4, 1.0)
+            if pipeline_config.get("is_distilled")
+            else super().defaults(pipeline_config, transformer_config)
+        )
 
-    def distilled(self, pipeline_config: Mapping[str, Any]) -> str | None:
+    def distilled(self, pipeline_config: Mapping[str, Any], transformer_config: Mapping[str, Any]) -> str | None:
         if not pipeline_config.get("is_distilled"):
             return None
         return (

@@ -123,8 +123,8 @@ class FluxKontext(Family):
     def encode_image(self, pipe: DiffusionPipeline, image: Image) -> Tensor:
         """(16, H/8, W/8): (mode - shift_factor) * scaling_factor."""
         pixels = self.pixels(pipe, image).to(pipe.vae.device, pipe.vae.dtype)
-        latent: Tensor = pipe._encode_vae_image(pixels, generator=None)[0]
-        return latent
+        latent: Tensor = pipe.vae.encode(pixels).latent_dist.mode()[0]
+        return (latent - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
 
     @torch.no_grad()
     def encode_text(
@@ -134,7 +134,7 @@ class FluxKontext(Family):
 
         A checkpoint whose T5 tokenizer says that its prompts are shorter gets what it says.
         """
-        with quiet(FluxKontextPipeline.__module__, "transformers.tokenization_utils_base"):
+        with quiet(self.pipeline.__module__, "transformers.tokenization_utils_base"):
             embeds, pooled, _ = pipe.encode_prompt(
                 prompt, device=pipe.text_encoder_2.device, max_sequence_length=prompt_length(pipe)
             )
@@ -189,7 +189,7 @@ class FluxKontext(Family):
         """2 double and 2 single blocks, latents 16 x f8, guidance embedding."""
         from qwen_image_finetune.families import tiny
 
-        tiny.write_once(folder, {"pipeline": self.pipeline.__name__}, tiny_pipeline)
+        tiny.write_once(folder, {"pipeline": self.pipeline.__name__}, lambda: tiny_pipeline(self.pipeline))
 
     def oracle(
         self,
@@ -229,8 +229,8 @@ def image_ids(index: int, latent: Tensor) -> Tensor:
     return ids
 
 
-def tiny_pipeline() -> FluxKontextPipeline:
-    """The pipeline that `FluxKontext.tiny` writes."""
+def tiny_pipeline(cls: type[DiffusionPipeline]) -> DiffusionPipeline:
+    """The pipeline that `FluxKontext.tiny` writes, of a class with these components."""
     from qwen_image_finetune.families import tiny
 
     transformer = FluxTransformer2DModel(
@@ -244,7 +244,7 @@ def tiny_pipeline() -> FluxKontextPipeline:
         guidance_embeds=True,
         axes_dims_rope=tiny.ROPE,
     )
-    return FluxKontextPipeline(
+    return cls(
         scheduler=tiny_scheduler(),
         vae=tiny_vae(),
         **tiny.flux_text(),

@@ -85,7 +85,8 @@ class Estimator:
         """
         Args:
             folder: of the checkpoint; None where it is not on this machine: the published model is taken for it.
-            sizes: (width, height) of target and references; without them, one reference at the size that is set.
+            sizes: (width, height) of target and references; without them the size that is set, and one reference
+                where the family takes any.
         """
         self.family, self.folder = family, folder
         self.config = with_targets(config, family)
@@ -205,7 +206,7 @@ class Estimator:
         arguments = self.config.data.init_args
         width, height = arguments.image_size or (arguments.resolution or 1024,) * 2
         size = self.family.size(width, height, arguments.area)
-        return (size, size)
+        return (size,) * (1 + bool(self.family.max_references))
 
 
 def _quantisable(path: Path) -> int:

@@ -89,6 +89,8 @@ def evaluate(request: Request) -> dict[str, Any]:
     drawer = TunedPredictor(config)
     with explained(config, "predicting"):
         rows = encode(config, drawer.predictor, dataset, request)
+    if all(row.source is None for row in rows):
+        found = [candidate for candidate in found if candidate.name != COPY]
     results = []
     for candidate, folder in zip(found, folder_names([candidate.name for candidate in found]), strict=True):
         with explained(config, "predicting"):

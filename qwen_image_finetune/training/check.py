@@ -85,9 +85,10 @@ def model_notes(config: Config) -> list[str]:
     checkpoint = local_checkpoint(config.model)
     if checkpoint is None or find_spec("torch") is None:
         return []
-    from qwen_image_finetune.loading import pipeline_config
+    from qwen_image_finetune.loading import pipeline_config, transformer_config
 
-    said = get_family(resolve_family(config)[0]).distilled(pipeline_config(checkpoint))
+    family = get_family(resolve_family(config)[0])
+    said = family.distilled(pipeline_config(checkpoint), transformer_config(checkpoint))
     return [] if said is None else [f"{config.model.pretrained_model_name_or_path}: {said}"]
 
 

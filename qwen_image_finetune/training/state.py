@@ -177,7 +177,7 @@ class State:
     def metadata(self, step: int) -> dict[str, str]:
         """What the weights file of a step says about itself."""
         train, family = self.job.config.train, self.job.family
-        sampling = family.defaults(pipeline_config(self.job.folder))._asdict()
+        sampling = family.defaults(pipeline_config(self.job.folder), self.learner.transformer.config)._asdict()
         return {
             **run_metadata(self.job.config, step, self.job.folder),
             "qif.family": family.name,

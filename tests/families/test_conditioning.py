@@ -101,12 +101,12 @@ def assert_same_calls(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) 
 def test_prediction_equals_the_pipeline_pixel_for_pixel(
     family: Family, pipe: DiffusionPipeline, predictor: Predictor, image_size: tuple[int, int], output: tuple[int, int]
 ) -> None:
-    image = picture(*image_size)
+    images = [picture(*image_size)][: family.max_references]
     width, height = (side // family.side_multiple * family.side_multiple for side in output)
     with calls_of(pipe.transformer) as theirs:
-        expected = run_pipeline(family, pipe, [image], width, height)
+        expected = run_pipeline(family, pipe, images, width, height)
     with calls_of(pipe.transformer) as ours:
-        drawn = predictor.predict(image, PROMPT, 3, guidance_scale=GUIDANCE, width=width, height=height, seed=7)
+        drawn = predictor.predict(images, PROMPT, 3, guidance_scale=GUIDANCE, width=width, height=height, seed=7)
     assert_same_calls(ours, theirs)
     assert np.array_equal(np.asarray(drawn[0]), np.asarray(expected))
     assert np.asarray(expected).std() > 1, "a constant picture proves nothing"
@@ -117,7 +117,8 @@ def test_training_feeds_what_the_pipeline_feeds(
     family: Family, pipe: DiffusionPipeline, image_size: tuple[int, int], tmp_path: Path
 ) -> None:
     """A row out of the store, at the pipeline's own noise and timestep, calls the transformer as the pipeline does."""
-    for folder, suffix in (("control_images", 1), ("training_images", 2)):
+    references = [picture(*image_size, seed=1)][: family.max_references]
+    for folder, suffix in (("training_images", 2), ("control_images", 1))[: 1 + len(references)]:
         (tmp_path / folder).mkdir()
         picture(*image_size, seed=suffix).save(tmp_path / folder / "one.png")
     (tmp_path / "training_images" / "one.txt").write_text(PROMPT)
@@ -142,7 +143,7 @@ def test_training_feeds_what_the_pipeline_feeds(
     with calls_of(pipe.transformer) as theirs:
         embedded = family.distilled_guidance(pipe.transformer.config)
         scale = GUIDANCE if embedded else 1.0  # one pass: guidance is not trained
-        run_pipeline(family, pipe, [picture(*image_size, seed=1)], width, height, steps=2, guidance=scale)
+        run_pipeline(family, pipe, references, width, height, steps=2, guidance=scale)
     guidance = GUIDANCE if embedded else None
     noise = draw_noise(batch.target.shape[1:], [7], torch.float32, torch.device("cpu"))
     with calls_of(pipe.transformer) as ours, torch.no_grad():
@@ -153,7 +154,9 @@ def test_training_feeds_what_the_pipeline_feeds(
     assert torch.equal(batch.target[0], own_latent)
     shape = family.latent_shape(width, height, pipe.transformer.config)
     assert batch.target.shape[1:] == shape
-    assert ours[0]["hidden_states"].shape[1] == 2 * family.tokens(shape)  # target and a reference of its size
+    assert ours[0]["hidden_states"].shape[1] == (1 + len(references)) * family.tokens(
+        shape
+    )  # of one size with the target
     for name, tensor in batch.text.items():
         assert tensor.shape[1:] == family.text_shape(name, tensor.shape[1], pipe.transformer.config)
 

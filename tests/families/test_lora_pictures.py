@@ -56,7 +56,8 @@ def test_the_pipeline_draws_our_picture_with_our_file(
     size = [side // family.side_multiple * family.side_multiple for side in (80, 176)]
     pipe = family.pipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
-    without = run_pipeline(family, pipe, [picture(333, 777)], *size)
+    images = [picture(333, 777)][: family.max_references]
+    without = run_pipeline(family, pipe, images, *size)
 
     # A LoRA that does something, written as training writes it
     config = adapter_of(family)
@@ -72,12 +73,10 @@ def test_the_pipeline_draws_our_picture_with_our_file(
     transformer = family.transformer.from_pretrained(folder, subfolder="transformer")
     lora_files.load_lora(transformer, tmp_path, family.naming)
     predictor = Predictor(family, pipe, transformer, loading.load_scheduler(folder), AREA)
-    ours = predictor.predict(
-        picture(333, 777), PROMPT, 3, guidance_scale=GUIDANCE, width=size[0], height=size[1], seed=7
-    )[0]
+    ours = predictor.predict(images, PROMPT, 3, guidance_scale=GUIDANCE, width=size[0], height=size[1], seed=7)[0]
 
     load_elsewhere(pipe, tmp_path / LORA_WEIGHTS)
-    theirs = run_pipeline(family, pipe, [picture(333, 777)], *size)
+    theirs = run_pipeline(family, pipe, images, *size)
     assert np.array_equal(np.asarray(ours), np.asarray(theirs))
     assert not np.array_equal(np.asarray(theirs), np.asarray(without)), "the LoRA must show"
 
@@ -101,10 +100,11 @@ def test_in_bfloat16_too(name: str, tiny_checkpoints: dict[str, Path], tmp_path:
     trainer.setup_predict()
     assert trainer._predictor is not None
     trainer._predictor.area = AREA
-    ours = trainer.predict(picture(128, 96), PROMPT, 3, guidance_scale=GUIDANCE, width=128, height=96, seed=7)[0]
+    images = [picture(128, 96)][: family.max_references]
+    ours = trainer.predict(images, PROMPT, 3, guidance_scale=GUIDANCE, width=128, height=96, seed=7)[0]
 
     pipe = family.pipeline.from_pretrained(folder, dtype=torch.bfloat16)
     pipe.set_progress_bar_config(disable=True)
     load_elsewhere(pipe, tmp_path / LORA_WEIGHTS)
-    theirs = run_pipeline(family, pipe, [picture(128, 96)], 128, 96)
+    theirs = run_pipeline(family, pipe, images, 128, 96)
     assert np.array_equal(np.asarray(ours), np.asarray(theirs))

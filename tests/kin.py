@@ -1,18 +1,24 @@
-"""Families that the loop, processes, validation and prediction meet as they meet another one.
+"""Which families a test has to go through.
 
-Those rooms see a family through its interface alone. What is a family's own (conditioning, pictures, LoRA files, cache)
-is tested for every family; what a room does with it is tested for those that are unlike. EVERY_FAMILY=1 tests all.
+The loop, processes, validation and prediction see a family through its interface alone. What is a family's own
+(conditioning, pictures, LoRA files, cache) is tested for every family; what a room does with it is tested for those
+that are unlike. EVERY_FAMILY=1 tests all.
 """
 
 from __future__ import annotations
 
 import os
 
-from qwen_image_finetune.families import FAMILIES
+from qwen_image_finetune.families import FAMILIES, get_family
 
 # With the family it is like there: one reference that the text encoder sees, and two passes for guidance.
 KIN = {"LongCatImageEdit": "QwenImageEdit"}
 
-assert KIN.keys() <= FAMILIES.keys() and set(KIN.values()) <= FAMILIES.keys() - KIN.keys()
+# A family that draws from words alone has weights and code of one that edits (families/test_words_alone.py), which is
+# trained without references too: of those two, what differs is tested with the first, all else with the second.
+EDITING = sorted(name for name in FAMILIES if get_family(name).max_references)
+WORDS_ALONE = sorted(FAMILIES.keys() - set(EDITING))
 
-UNLIKE = sorted(FAMILIES if os.environ.get("EVERY_FAMILY") else FAMILIES.keys() - KIN.keys())
+assert KIN.keys() <= set(EDITING) and set(KIN.values()) <= set(EDITING) - KIN.keys()
+
+UNLIKE = EDITING if os.environ.get("EVERY_FAMILY") else sorted(set(EDITING) - KIN.keys())

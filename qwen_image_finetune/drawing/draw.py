@@ -113,7 +113,7 @@ def _check_prompts(config: Config, family: Family, request: Request, drawings: S
         DrawingError: names the prompt or the picture.
     """
     from qwen_image_finetune import loading
-    from qwen_image_finetune.drawing.predict import PredictionError, check_prompt
+    from qwen_image_finetune.drawing.predict import PredictionError, check_prompt, usual_size
 
     pipe = loading.load_tokenizers(family, loading.checkpoint_folder(config, family))
     for drawing in drawings:
@@ -122,7 +122,7 @@ def _check_prompts(config: Config, family: Family, request: Request, drawings: S
         if request.width is not None and request.height is not None:
             size = request.width, request.height
         else:
-            size = family.size(*own[family.sizing_reference], area)
+            size = usual_size(family, own, area)
         seen = [family.reference_size(each, size, area) for each in own]
         try:
             for prompt in (request.prompt, request.negative_prompt or ""):

@@ -254,8 +254,18 @@ class Predictor:
 
     def _picture_size(self, images: Sequence[Image], width: int | None, height: int | None) -> tuple[int, int]:
         if width is None or height is None:
-            return self.size(images[self.family.sizing_reference]) if images else self.family.size(1, 1, self.area)
+            return usual_size(self.family, [image.size for image in images], self.area)
         return width, height
+
+
+def usual_size(family: Family, references: Sequence[tuple[int, int]], area: int | None) -> tuple[int, int]:
+    """(width, height) of a picture of which none is asked for: as a reference is seen, or a square without any.
+
+    Args:
+        references: (width, height) of each as it is.
+        area: as in `Family.size`.
+    """
+    return family.size(*(references[family.sizing_reference] if references else (1, 1)), area)
 
 
 def check_prompt(

@@ -36,7 +36,7 @@ from qwen_image_finetune.disk.outputs import check_output
 from qwen_image_finetune.families import get_family, with_targets
 from qwen_image_finetune.families.base import Family
 from qwen_image_finetune.fitting.estimate import ENCODER_PARTS, GIB, OUTSIDE, Estimator, transformer_config
-from qwen_image_finetune.fitting.footprint import Footprint, footprint, stand_in
+from qwen_image_finetune.fitting.footprint import Footprint, footprint, stand_in, usual_sizes
 from qwen_image_finetune.fitting.plan import cheapest_change, parse_memory
 from qwen_image_finetune.levers.attention import attention_of
 from qwen_image_finetune.levers.compile import compilation_of
@@ -107,7 +107,7 @@ class Subject:
 
     family: Family
     about: dict[str, Any]  # config.json of the transformer
-    sizes: tuple[tuple[int, int], tuple[int, int]]  # (width, height) in pixels of target and reference
+    sizes: tuple[tuple[int, int], ...]  # (width, height) in pixels of target and reference
     batch: Batch
     found: Footprint
 
@@ -223,7 +223,7 @@ def run(options: Options, say: Callable[[str], None] = print) -> list[dict[str, 
 
 
 def subject(options: Options) -> Subject:
-    """The architecture with one reference, and a batch of zeros of the sizes that are asked for.
+    """The architecture, and a batch of zeros of the size that is asked for, with one reference where it takes any.
 
     Raises:
         ConfigError: a size that the model does not take.
@@ -234,10 +234,11 @@ def subject(options: Options) -> Subject:
                           f"{family.side_multiple}")  # fmt: skip
     about = _tiny(family) if options.tiny else transformer_config(family, None)
     size = (64, 64) if options.tiny else options.size
-    text_tokens = options.text_tokens or (16 if options.tiny else family.text_tokens([size]))
-    batch = stand_in(family, about, [size] * 2, options.batch, text_tokens)
+    sizes = usual_sizes(family, size)
+    text_tokens = options.text_tokens or (16 if options.tiny else family.text_tokens(sizes[1:]))
+    batch = stand_in(family, about, sizes, options.batch, text_tokens)
     found = footprint(family, about, batch, config_of(options, Variant()).model.lora)
-    return Subject(family, about, (size, size), batch, found)
+    return Subject(family, about, sizes, batch, found)
 
 
 def in_short(visit: dict[str, Any]) -> str:
@@ -277,7 +278,8 @@ def _chosen(options: Options, family: Family) -> dict[str, Variant | None]:
     chosen.update((name, VARIANTS[name]) for name in names if name != BASELINE)
     for card in options.cards:
         size = parse_memory(card)
-        found = cheapest_change(Estimator(family, config_of(options, Variant(FREE)), None, [options.size] * 2), size)
+        sizes = usual_sizes(family, options.size)
+        found = cheapest_change(Estimator(family, config_of(options, Variant(FREE)), None, sizes), size)
         if found is None:
             raise ConfigError(f"--card {card}: nothing that `qif plan` knows makes a {family.name} fit")
         keys = found[0].keys

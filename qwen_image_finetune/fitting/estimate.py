@@ -20,7 +20,7 @@ from typing import Any
 from qwen_image_finetune.config import Config
 from qwen_image_finetune.families import with_targets
 from qwen_image_finetune.families.base import Family, Published
-from qwen_image_finetune.fitting.footprint import Footprint, footprint, stand_in
+from qwen_image_finetune.fitting.footprint import Footprint, footprint, stand_in, usual_sizes
 from qwen_image_finetune.levers.stored_precision import base_precision, file_format, header
 from qwen_image_finetune.levers.swap import AHEAD
 from qwen_image_finetune.loading import encoder_dtype, transformer_file, weight_dtype
@@ -205,8 +205,7 @@ class Estimator:
     def _usual_sizes(self) -> tuple[Size, ...]:
         arguments = self.config.data.init_args
         width, height = arguments.image_size or (arguments.resolution or 1024,) * 2
-        size = self.family.size(width, height, arguments.area)
-        return (size,) * (1 + bool(self.family.max_references))
+        return usual_sizes(self.family, self.family.size(width, height, arguments.area))
 
 
 def _quantisable(path: Path) -> int:

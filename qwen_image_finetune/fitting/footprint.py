@@ -269,6 +269,11 @@ def _run(
         family.velocity(model, batch.target, timestep, batch, guidance)
 
 
+def usual_sizes(family: Family, size: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+    """(width, height) of a target and, where the family takes any, of one reference like it."""
+    return (size,) * (1 + bool(family.max_references))
+
+
 def stand_in(
     family: Family, transformer_config: dict[str, Any], sizes: Sequence[tuple[int, int]], rows: int, text_tokens: int
 ) -> Batch:

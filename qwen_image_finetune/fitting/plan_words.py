@@ -76,7 +76,8 @@ def _lines(estimator: Estimator, card: int | None, named: speed.Card | None, her
     sizes = ", ".join(f"{width}x{height}" for width, height in estimator.sizes)
     base = estimator.format or PRECISIONS[config.train.mixed_precision]
     yield f"{family.name}, {count_words(found.weights)} weights, base in {base}"
-    yield f"target and references {sizes}, {config.data.batch_size} a batch, {estimator.text_tokens} tokens of text"
+    pictures = "target" if len(estimator.sizes) == 1 else "target and references"
+    yield f"{pictures} {sizes}, {config.data.batch_size} a batch, {estimator.text_tokens} tokens of text"
     if estimator.folder is None and estimator.format is None and config.model.lora is not None:
         name = config.model.pretrained_model_name_or_path
         yield f"{name} is not on this machine, so its base is taken for one that is not quantised:"

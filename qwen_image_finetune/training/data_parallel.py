@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from qwen_image_finetune.config import LoraConfig
 from qwen_image_finetune.families.base import Family
-from qwen_image_finetune.fitting.footprint import replace_parameters, stand_in, without_memory
+from qwen_image_finetune.fitting.footprint import replace_parameters, stand_in, usual_sizes, without_memory
 from qwen_image_finetune.lora import adapters
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def unreached(family: Family, transformer_config: dict[str, Any], lora: LoraConf
     else:
         adapters.add_adapter(model, lora.model_copy(update={"init_lora_weights": True}), seed=0)
     side = 4 * family.side_multiple
-    batch = stand_in(family, transformer_config, [(side, side)] * 2, rows=1, text_tokens=8)
+    batch = stand_in(family, transformer_config, usual_sizes(family, (side, side)), rows=1, text_tokens=8)
     guidance = 1.0 if family.distilled_guidance(transformer_config) else None
     with without_memory():
         replace_parameters(model, lambda parameter: torch.bfloat16)

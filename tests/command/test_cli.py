@@ -24,7 +24,6 @@ VERBS = ("train", "cache", "check", "predict", "evaluate", "report", "compare", 
 # Every connection fails, and packages that a person without a GPU machine may not even have are as good as absent.
 OFFLINE = """
 import socket, sys
-from tests.kin import UNLIKE
 def refuse(*arguments, **named):
     raise AssertionError("the network was asked for")
 socket.socket.connect = socket.getaddrinfo = socket.create_connection = refuse

@@ -275,12 +275,12 @@ def test_model_is_required(load_text: Load) -> None:
 
 
 def test_all_problems_in_one_message(load: Load) -> None:
-    keys = {MODEL: "Qwen/Qwen2-VL-7B-Instruct", "train.trainer": "Flux", "train.sed": 1, "model.lora.r": -1}
+    keys = {MODEL: "Qwen/Qwen2-VL-7B-Instruct", "train.trainer": "Flix", "train.sed": 1, "model.lora.r": -1}
     with pytest.raises(ConfigError) as refusal:
         load(keys | {"cache.cache_dir": 5}, "train.num_epochs=x")
     first, *lines = str(refusal.value).splitlines()
     assert first.endswith("run.yaml with overrides has 6 problems:")
-    for part in ("Qwen2-VL", "'Flux'", "train.sed", "model.lora.r=-1", "cache.cache_dir=5", "train.num_epochs='x'"):
+    for part in ("Qwen2-VL", "'Flix'", "train.sed", "model.lora.r=-1", "cache.cache_dir=5", "train.num_epochs='x'"):
         assert sum(part in line for line in lines) == 1
 
 

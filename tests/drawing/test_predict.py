@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from qwen_image_finetune.command.cli import main
-from qwen_image_finetune.config import Config, ConfigError, resolve_family
+from qwen_image_finetune.config import Config, ConfigError
 from qwen_image_finetune.data.images import DataError
 from qwen_image_finetune.drawing.draw import DrawingError, Request, chosen, draw, plan
 from qwen_image_finetune.drawing.predict import PredictionError, check_request
@@ -21,11 +21,6 @@ from qwen_image_finetune.training.train import train
 from tests.kin import UNLIKE
 
 Configure = Callable[..., Config]
-
-
-def given(trainer: Trainer, *pictures: Image.Image) -> list[Image.Image]:
-    """As many references as the family takes."""
-    return list(pictures)[: get_family(resolve_family(trainer.config)[0]).max_references]
 
 
 def photograph(seed: int = 0, size: tuple[int, int] = (64, 64)) -> Image.Image:
@@ -57,15 +52,11 @@ def lora(trainer: Trainer) -> Path:
 
 
 def test_guidance_scale_is_obeyed(trainer: Trainer) -> None:
-    weak, strong = (
-        trainer.predict(given(trainer, photograph()), "add a hat", 2, guidance_scale=scale)[0] for scale in (1.0, 6.0)
-    )
+    weak, strong = (trainer.predict(photograph(), "add a hat", 2, guidance_scale=scale)[0] for scale in (1.0, 6.0))
     assert not same(weak, strong)
 
 
 def test_image_guidance_is_obeyed(trainer: Trainer) -> None:
-    if not given(trainer, photograph()):
-        pytest.skip("it takes no references")
     plain, guided = (
         trainer.predict(photograph(), "add a hat", 2, 1.0, image_guidance_scale=scale)[0] for scale in (1.0, 3.0)
     )
@@ -73,12 +64,10 @@ def test_image_guidance_is_obeyed(trainer: Trainer) -> None:
 
 
 def test_predict_sets_itself_up(trainer: Trainer) -> None:
-    unasked = trainer.predict(given(trainer, photograph()), "add a hat", num_inference_steps=2, guidance_scale=2.0)
+    unasked = trainer.predict(photograph(), "add a hat", num_inference_steps=2, guidance_scale=2.0)
     again = Trainer(trainer.config)
     again.setup_predict()
-    asked = again.predict(
-        prompt_image=given(again, photograph()), prompt="add a hat", num_inference_steps=2, guidance_scale=2.0
-    )
+    asked = again.predict(prompt_image=photograph(), prompt="add a hat", num_inference_steps=2, guidance_scale=2.0)
     assert isinstance(unasked, list) and isinstance(unasked[0], Image.Image)
     assert same(unasked[0], asked[0])
 
@@ -87,7 +76,7 @@ def test_a_lora_before_or_after_the_setup(trainer: Trainer, lora: Path) -> None:
     """It changes the picture alike in both orders, not at all at strength 0, and a second one takes its place."""
 
     def draw(with_lora: Trainer) -> Image.Image:
-        return with_lora.predict(given(trainer, photograph()), "add a hat", 2)[0]
+        return with_lora.predict(photograph(), "add a hat", 2)[0]
 
     base = draw(trainer)
     before = Trainer(trainer.config)
@@ -203,12 +192,12 @@ def test_a_model_tuned_as_a_whole_is_drawn_with(configure: Configure, tmp_path: 
 
 def test_no_steps_are_not_the_default(trainer: Trainer) -> None:
     with pytest.raises(PredictionError, match="0 inference steps"):
-        trainer.predict(given(trainer, photograph()), "add a hat", 0)
+        trainer.predict(photograph(), "add a hat", 0)
 
 
 def test_one_picture_for_each_seed(trainer: Trainer) -> None:
-    alone = [trainer.predict(given(trainer, photograph()), "add a hat", 2, seed=seed)[0] for seed in (3, 4)]
-    together = trainer.predict(given(trainer, photograph()), "add a hat", 2, seed=[3, 4])
+    alone = [trainer.predict(photograph(), "add a hat", 2, seed=seed)[0] for seed in (3, 4)]
+    together = trainer.predict(photograph(), "add a hat", 2, seed=[3, 4])
     assert not same(*alone)
     for one, other in zip(alone, together, strict=True):
         difference = np.abs(np.asarray(one).astype(int) - np.asarray(other).astype(int))
@@ -216,9 +205,6 @@ def test_one_picture_for_each_seed(trainer: Trainer) -> None:
 
 
 def test_the_picture_has_the_size_of_its_reference(trainer: Trainer) -> None:
-    if not given(trainer, photograph()):
-        assert trainer.predict(None, "a hat", 1)[0].size == (64, 64)  # a square of the area that is set
-        return
     assert trainer.predict(photograph(size=(400, 100)), "add a hat", 1)[0].size == (128, 32)  # 64 * 64 pixels, 4 : 1
     assert trainer.predict(photograph(), "add a hat", 1, width=128, height=64)[0].size == (128, 64)
 
@@ -231,8 +217,6 @@ def test_the_size_of_several_references(configure: Configure) -> None:
 
 
 def test_a_turned_photograph_is_drawn_upright(trainer: Trainer, tmp_path: Path) -> None:
-    if not given(trainer, photograph()):
-        pytest.skip("it takes no references")
     upright = photograph(size=(64, 128))
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -259,19 +243,17 @@ def test_several_references_reach_kontext_in_their_order(configure: Configure) -
 @pytest.mark.parametrize("name", UNLIKE)
 def test_what_cannot_be_drawn_is_said(name: str) -> None:
     family = get_family(name)
-    most = f"at most {family.max_references} reference" if family.max_references else f"use {family.edit_family}, such"
-    with pytest.raises(PredictionError, match=most):
+    with pytest.raises(PredictionError, match=f"at most {family.max_references} reference"):
         check_request(family, [photograph()] * (family.max_references + 1), None, None)
     for width, height in ((65, 64), (64, 0), (-16, 64)):
         with pytest.raises(PredictionError, match=f"must be multiples of {family.side_multiple}"):
             check_request(family, [], width, height)
     with pytest.raises(PredictionError, match="width and height together"):
-        check_request(family, [photograph()][: family.max_references], 64, None)
-    if family.max_references:
-        with pytest.raises(PredictionError, match="a picture to take the size from"):
-            check_request(family, [], None, None)
+        check_request(family, [photograph()], 64, None)
+    with pytest.raises(PredictionError, match="a picture to take the size from"):
+        check_request(family, [], None, None)
     with pytest.raises(PredictionError, match="at least 1"):
-        check_request(family, [photograph()][: family.max_references], None, None, steps=0)
+        check_request(family, [photograph()], None, None, steps=0)
 
 
 @pytest.mark.parametrize("part", ["vae", "text_encoder", "text_encoder_2", "transformer"])
@@ -391,7 +373,7 @@ def test_the_command_draws_each_picture_of_a_folder(folder: Path, tmp_path: Path
 
 def test_one_step_draws_a_picture(trainer: Trainer) -> None:
     """Schedules that stretch to a last noise level have none for a single step, which starts at pure noise."""
-    pixels = np.asarray(trainer.predict(given(trainer, photograph()), "add a hat", 1, width=64, height=64)[0])
+    pixels = np.asarray(trainer.predict(photograph(), "add a hat", 1)[0])
     assert pixels.std() > 1
 
 

@@ -16,15 +16,15 @@ from qwen_image_finetune.config import Config
 from qwen_image_finetune.encoding import cache
 from qwen_image_finetune.encoding.cache import EncodedDataset, TextVariant
 from qwen_image_finetune.encoding.pairs import open_dataset
-from qwen_image_finetune.families import FAMILIES, get_family
+from qwen_image_finetune.families import get_family
 from qwen_image_finetune.families.base import Reference
 from qwen_image_finetune.fitting.estimate import BYTES, Estimator
 from qwen_image_finetune.levers.quantize import relative_error
 from qwen_image_finetune.levers.quantized_linear import QuantizedLinear
 from qwen_image_finetune.records import collate
+from tests.kin import EDITING
 
 Configure = Callable[..., Config]
-FAMILY_NAMES = sorted(FAMILIES)
 CPU = {"default": torch.device("cpu")}
 
 
@@ -39,23 +39,16 @@ def own_pairs(pairs: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(pairs, tmp_path / "own"))
 
 
-def pictures(name: str) -> int:
-    """Of the seven rows: targets, and references where the family takes any."""
-    return 14 if get_family(name).max_references else 7
-
-
 def lacking(config: Config, name: str) -> tuple[int, int]:
     missing = open_rows(config, name).missing()
     return len(missing.texts), len(missing.images)
 
 
-@pytest.mark.parametrize("name", FAMILY_NAMES)
+@pytest.mark.parametrize("name", EDITING)
 def test_only_what_decides_an_embedding_misses(
     name: str, configure: Configure, own_pairs: Path, tmp_path: Path
 ) -> None:
     data = f"data.init_args.dataset_path={own_pairs}"
-    if not get_family(name).max_references:
-        shutil.rmtree(own_pairs / "control_images")
     config = configure(name, data)
     rows = open_rows(config, name)
     cache.fill(rows, rows.missing(), CPU, shown=False)
@@ -89,20 +82,19 @@ def test_only_what_decides_an_embedding_misses(
     Image.open(target).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(target)
     assert lacking(config, name) == (0, 1)
     target.write_bytes(kept)
-    if get_family(name).max_references:
-        reference = moved / "control_images" / "2.png"
-        kept = reference.read_bytes()
-        Image.open(reference).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(reference)
-        assert lacking(config, name) == (int(sees), 1)
-        reference.write_bytes(kept)
+    reference = moved / "control_images" / "2.png"
+    kept = reference.read_bytes()
+    Image.open(reference).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(reference)
+    assert lacking(config, name) == (int(sees), 1)
+    reference.write_bytes(kept)
     assert lacking(config, name) == (0, 0)
     resized = configure(name, f"data.init_args.dataset_path={moved}", "data.init_args.resolution=96")
-    assert lacking(resized, name) == (7 if sees else 0, pictures(name))
+    assert lacking(resized, name) == (7 if sees else 0, 14)
     missing = open_rows(config, name, torch.bfloat16).missing()
-    assert (len(missing.texts), len(missing.images)) == (7, pictures(name))
+    assert (len(missing.texts), len(missing.images)) == (7, 14)
 
 
-@pytest.mark.parametrize("name", FAMILY_NAMES)
+@pytest.mark.parametrize("name", EDITING)
 def test_other_weights_of_an_encoder_miss_its_entries_alone(
     name: str, configure: Configure, tiny_checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -112,11 +104,7 @@ def test_other_weights_of_an_encoder_miss_its_entries_alone(
     config = configure(name, f"model.pretrained_model_name_or_path={copy}")
     rows = open_rows(config, name)
     cache.fill(rows, rows.missing(), CPU, shown=False)
-    for part, expected in (
-        ("transformer", (0, 0)),
-        ("vae", (0, pictures(name))),
-        ("text_encoder", (7, pictures(name))),
-    ):
+    for part, expected in (("transformer", (0, 0)), ("vae", (0, 14)), ("text_encoder", (7, 14))):
         weights = next((copy / part).glob("*.safetensors"))
         state = load_file(weights)
         first = sorted(state)[0]
@@ -155,7 +143,7 @@ def test_the_order_of_references_counts(configure: Configure, write_pairs: Calla
     assert torch.equal(swapped.read(0).references[1], first)
 
 
-@pytest.mark.parametrize("name", FAMILY_NAMES)
+@pytest.mark.parametrize("name", EDITING)
 def test_an_interrupted_caching_run_continues_where_it_was(name: str, configure: Configure) -> None:
     config = configure(name)
     rows = open_rows(config, name)
@@ -173,10 +161,10 @@ def test_an_interrupted_caching_run_continues_where_it_was(name: str, configure:
         patch.setattr(type(rows.family), "encode_image", lambda self, *arguments: failing(*arguments))
         with pytest.raises(KeyboardInterrupt):
             cache.fill(rows, rows.missing(), CPU, shown=False)
-    assert lacking(config, name) == (0, pictures(name) - 5)
+    assert lacking(config, name) == (0, 14 - 5)
 
 
-@pytest.mark.parametrize("name", FAMILY_NAMES)
+@pytest.mark.parametrize("name", EDITING)
 def test_every_row_keeps_its_own_caption(name: str, configure: Configure, tiny_checkpoints: dict[str, Path]) -> None:
     """Whatever the order of filling and reading: each cached text is the embedding of that row's own file."""
     config = configure(name, "data.init_args.caption_dropout_rate=0.5", "data.init_args.prompt_image_dropout_rate=0.5")
@@ -189,11 +177,7 @@ def test_every_row_keeps_its_own_caption(name: str, configure: Configure, tiny_c
         for variant in (TextVariant(), TextVariant(""), TextVariant(None, False), TextVariant("", False)):
             stored, fresh = rows.read(index, variant), rows.encode(pipe, rows.dataset.load(index), variant)
             assert torch.equal(stored.target, fresh.target)
-            assert (
-                len(stored.references)
-                == len(fresh.references)
-                == (variant.references and bool(rows.family.max_references))
-            )
+            assert len(stored.references) == len(fresh.references) == int(variant.references)
             for ours, theirs in zip(stored.references, fresh.references, strict=True):
                 assert torch.equal(ours, theirs)
             for key, tensor in fresh.text.items():
@@ -204,7 +188,7 @@ def test_every_row_keeps_its_own_caption(name: str, configure: Configure, tiny_c
             assert with_caption.shape != dropped.shape or not torch.equal(with_caption, dropped)
 
 
-@pytest.mark.parametrize("name", FAMILY_NAMES)
+@pytest.mark.parametrize("name", EDITING)
 def test_visits_take_turns_at_the_stored_crops_and_flips(
     name: str, configure: Configure, tiny_checkpoints: dict[str, Path]
 ) -> None:
@@ -215,7 +199,7 @@ def test_visits_take_turns_at_the_stored_crops_and_flips(
     )
     rows = open_rows(configure(name, *random, "cache.num_variations=3"), name)
     missing = rows.missing()
-    assert len(missing.images) == 3 * pictures(name)
+    assert len(missing.images) == 3 * 14
     assert len(missing.texts) == (3 if rows.family.text_sees_references else 1) * 7
     cache.fill(rows, missing, CPU, shown=False)
     pipe = rows.family.pipeline.from_pretrained(tiny_checkpoints[name])

@@ -40,7 +40,7 @@ def opened(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path).convert("RGB"))
 
 
-@pytest.mark.parametrize("name", UNLIKE)
+@pytest.mark.parametrize("name", [*UNLIKE, "QwenImage"])
 def test_a_sweep_over_checkpoints_and_strengths(name: str, configure: Configure, squares: Path, tmp_path: Path) -> None:
     edits = bool(get_family(name).max_references)
     if not edits:

@@ -15,12 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qwen_image_finetune.config import Config, ConfigError
-from qwen_image_finetune.families import FAMILIES
 from qwen_image_finetune.training.train import patience, train
 from qwen_image_finetune.training.trained import exact, halves, joined
-from tests.kin import UNLIKE
+from tests.kin import EDITING, UNLIKE
 
-FAMILY_NAMES = sorted(FAMILIES)
 Configure = Callable[..., Config]
 
 
@@ -56,7 +54,7 @@ def assert_close(first: dict[str, Tensor], second: dict[str, Tensor], tolerance:
         assert float((expected - second[name]).abs().max()) <= tolerance * scale, name
 
 
-@pytest.mark.parametrize("name", FAMILY_NAMES)
+@pytest.mark.parametrize("name", EDITING)
 def test_cached_equals_uncached(name: str, configure: Configure) -> None:
     """Same losses, same weights; with both dropouts, flips and two epochs, so two shuffles."""
     options = (

@@ -61,14 +61,8 @@ MODES = [(name, "cached") for name in UNLIKE] + [("FluxKontext", mode) for mode 
 
 
 @pytest.mark.parametrize(("name", "mode"), MODES)
-def test_weights_are_the_same_with_and_without(
-    name: str, mode: str, configure: Configure, held_out: Path, tmp_path: Path
-) -> None:
+def test_weights_are_the_same_with_and_without(name: str, mode: str, configure: Configure, held_out: Path) -> None:
     """Rounds in the middle of an epoch (7 rows, batches of 2), with dropout of everything that can be dropped."""
-    if not get_family(name).max_references:
-        held_out = Path(
-            shutil.copytree(held_out, tmp_path / "held_out", ignore=shutil.ignore_patterns("control_images"))
-        )
     options = [
         "train.max_train_steps=7",
         "data.batch_size=2",

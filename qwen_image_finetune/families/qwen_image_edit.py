@@ -51,7 +51,7 @@ class QwenImageEdit(Family):
     name = "QwenImageEdit"
     pipeline = QwenImageEditPipeline
     transformer = QwenImageTransformer2DModel
-    text_components = ("text_encoder", "tokenizer", "processor")
+    text_components: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer", "processor")
     text_embeddings = ("prompt_embeds",)
     text_sees_references = True
     max_references = 1

@@ -33,12 +33,13 @@ from qwen_image_finetune.families.tiny_tokenizers import (
     t5_tokenizer,
 )
 from qwen_image_finetune.records import Batch, collate
+from tests.families.kinds import EDITING
 
 WIDTH, HEIGHT = 128, 96
 KONTEXT = get_family("FluxKontext")
 
 
-@pytest.fixture(scope="module", params=sorted(FAMILIES))
+@pytest.fixture(scope="module", params=EDITING)
 def family(request: pytest.FixtureRequest) -> Family:
     return get_family(request.param)
 

@@ -13,13 +13,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from qwen_image_finetune.config import LoraConfig
-from qwen_image_finetune.families import FAMILIES, get_family
+from qwen_image_finetune.families import get_family
 from qwen_image_finetune.lora import adapters
 from qwen_image_finetune.lora.dialects import under_authors_names, write_state
 from qwen_image_finetune.lora.export import export
 from qwen_image_finetune.lora.files import save_lora
 from qwen_image_finetune.lora.layers import Layer
 from qwen_image_finetune.lora.names import flattened
+from tests.families.kinds import EDITING
 from tests.levers.tiny_transformers import disturb, tiny_transformer
 
 DIALECTS = ("diffusers", "comfy", "kohya")
@@ -87,7 +88,7 @@ def homes_of(name: str) -> dict[str, set[str]]:
     return homes
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", EDITING)
 def test_the_table_says_what_programs_read(name: str) -> None:
     family, layers = get_family(name), everything(name)
     homes = homes_of(name)

@@ -33,7 +33,7 @@ from qwen_image_finetune.families.tiny_tokenizers import (
     t5_tokenizer,
 )
 from qwen_image_finetune.records import Batch, collate
-from tests.families.kinds import EDITING
+from tests.kin import EDITING
 
 WIDTH, HEIGHT = 128, 96
 KONTEXT = get_family("FluxKontext")

@@ -20,7 +20,7 @@ from qwen_image_finetune.lora.export import export
 from qwen_image_finetune.lora.files import save_lora
 from qwen_image_finetune.lora.layers import Layer
 from qwen_image_finetune.lora.names import flattened
-from tests.families.kinds import EDITING
+from tests.kin import EDITING
 from tests.levers.tiny_transformers import disturb, tiny_transformer
 
 DIALECTS = ("diffusers", "comfy", "kohya")

@@ -111,13 +111,44 @@ class ModelConfig(Section):
         return self.model_copy(update={"transformer_file": None, "base_loras": []})
 
 
+class Columns(Section):
+    """The columns of a data set of shards or tables."""
+
+    target: Text = Field(description="the picture that is wanted")
+    references: Text | list[Text] = Field([], description="column of the references, one or a list in it, or columns")
+    prompt: Text = Field(description="the instruction")
+    mask: Text | None = Field(None, description="the edit mask")
+
+
+class DataEntry(Section):
+    """One data set of several, or one that needs more than its place."""
+
+    path: Text = Field(description="folder, table, or hf://OWNER/NAME[/FOLDER][@REVISION]")
+    columns: Columns | None = Field(None, description="target, references, prompt, mask; default: known by name")
+    split: Text = Field("train", description="files with this word in their name, where there are several splits")
+
+    @property
+    def on_hub(self) -> bool:
+        """Whether its files come from the hub."""
+        return self.path.startswith("hf://")
+
+
 class DatasetArguments(Section):
     """Arguments of the dataset class. A class of your own may take others; they are passed on."""
 
     model_config = ConfigDict(extra="allow")  # a class of the user's own may take more; ours is checked in DataConfig
 
-    dataset_path: Text | Annotated[list[Text], Field(min_length=1)] = Field(
-        "data/face_seg", description="one folder or a list of folders"
+    dataset_path: (
+        Text
+        | Annotated[
+            list[Text | DataEntry], Field(min_length=1), Allowed("list of texts, or of sections: path, columns, split")
+        ]
+    ) = Field(
+        "data/face_seg",
+        description="a folder of pairs or of shards (parquet, arrow, tar), a table, hf://OWNER/NAME, or a list of them",
+    )
+    shards_dir: Text = Field(
+        "shards", description="folder for shards of the hub, and for what is known of the pictures in shards"
     )
     image_size: Size | None = Field(
         None, description="[width, height] in pixels of every target; without it the aspect ratio is kept"
@@ -168,10 +199,15 @@ class DatasetArguments(Section):
         return None if self.resolution is None else self.resolution**2
 
     @property
+    def entries(self) -> tuple[DataEntry, ...]:
+        """dataset_path as sections, one or several."""
+        given = [self.dataset_path] if isinstance(self.dataset_path, str) else self.dataset_path
+        return tuple(DataEntry(path=one) if isinstance(one, str) else one for one in given)
+
+    @property
     def folders(self) -> tuple[Path, ...]:
-        """dataset_path as paths, one or several."""
-        paths = [self.dataset_path] if isinstance(self.dataset_path, str) else self.dataset_path
-        return tuple(Path(path).expanduser() for path in paths)
+        """Those of dataset_path that are on this machine."""
+        return tuple(Path(entry.path).expanduser() for entry in self.entries if not entry.on_hub)
 
 
 class DataConfig(Section):
@@ -386,9 +422,13 @@ class ValidationConfig(Section):
 
     enabled: Switch = Field(False, description="draw samples during training, and measure the held-out loss")
     steps: Count = Field(500, description="optimizer steps between rounds of samples")
-    dataset_path: Text | Annotated[list[Text], Field(min_length=1)] | None = Field(
-        None, description="folder, or list of folders, of held-out pairs"
-    )
+    dataset_path: (
+        Text
+        | Annotated[
+            list[Text | DataEntry], Field(min_length=1), Allowed("list of texts, or of sections: path, columns, split")
+        ]
+        | None
+    ) = Field(None, description="held-out pairs, named like data.init_args.dataset_path")
     share: Annotated[float, Field(ge=0.0, lt=1.0), Allowed("number from 0 to below 1")] = Field(
         0.0, description="share of the dataset to hold out instead, chosen by content; it is not trained on"
     )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from qwen_image_finetune.data import shards
 from qwen_image_finetune.data.dataset import ImageDataset
 from qwen_image_finetune.data.hashes import Hashes, both_ways, groups
 from qwen_image_finetune.data.images import open_upright
@@ -64,11 +64,7 @@ def choose(dataset: ImageDataset, share: float) -> list[int]:
 
 def _content(rows: Sequence[Row], group: Sequence[int]) -> str:
     """The least hash of a group's files: it stays when a copy joins, unless the copy happens to have a lesser one."""
-    digests = []
-    for row in group:
-        with open(input_of(rows[row]), "rb") as file:
-            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
-    return min(digests)
+    return min(shards.digest(input_of(rows[row])) for row in group)
 
 
 def leaking(held_out: ImageDataset, training: ImageDataset) -> list[int]:

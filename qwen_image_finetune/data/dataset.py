@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -28,11 +29,11 @@ from qwen_image_finetune.data.geometry import (
 )
 from qwen_image_finetune.data.images import DataError, fitted, open_upright, size_upright
 from qwen_image_finetune.data.listing import LONGEST_CAPTION, Row
-from qwen_image_finetune.data.sources import read_folder
+from qwen_image_finetune.data.sources import read_source
 from qwen_image_finetune.records import Example
 
 if TYPE_CHECKING:
-    from qwen_image_finetune.config import DatasetArguments
+    from qwen_image_finetune.config import DataEntry, DatasetArguments
 
 _CHUNK = 64  # rows that one thread checks at a time
 
@@ -234,21 +235,23 @@ class ImageDataset:
         return (width, height), width * height
 
     def _list(self, arguments: DatasetArguments) -> list[Row]:
-        folders = arguments.folders
-        names = [folder.resolve().name for folder in folders]
+        entries = arguments.entries
+        home = Path(arguments.shards_dir).expanduser()
+        names = [_name(entry) for entry in entries]
         if len(set(names)) < len(names):
             names = [f"{number}-{name}" for number, name in enumerate(names, start=1)]
         rows: list[Row] = []
-        for folder, name in zip(folders, names, strict=True):
-            listed, problems = read_folder(folder, masks=arguments.use_edit_mask)
+        for entry, name in zip(entries, names, strict=True):
+            listed, problems = read_source(entry, home, masks=arguments.use_edit_mask)
             self._problems += problems
-            rows += [replace(row, key=f"{name}/{row.key}") for row in listed] if len(folders) > 1 else listed
-        if not folders:
+            rows += [replace(row, key=f"{name}/{row.key}") for row in listed] if len(entries) > 1 else listed
+        if not entries:
             self._problems.append("data.init_args.dataset_path is an empty list; name at least one folder")
         if rows and arguments.use_edit_mask and all(row.mask_name is None for row in rows):
+            sources = ", ".join(entry.path for entry in entries)
             self._problems.append(
-                f"data.init_args.use_edit_mask=true, but no row of {', '.join(map(str, folders))} has a mask; put "
-                "STEM_mask beside the target"
+                f"data.init_args.use_edit_mask=true, but no row of {sources} has a mask; put STEM_mask beside the "
+                "target"
             )
         return rows
 
@@ -324,6 +327,13 @@ class ImageDataset:
             return checked
         decoded = looks.decode(_files(row), row.mask_name is not None, prompt)
         return checked._replace(problems=problems + decoded.problems, decoded=decoded, prompt=prompt)
+
+
+def _name(entry: DataEntry) -> str:
+    """What begins the keys of its rows, where there are several data sets."""
+    if entry.on_hub:
+        return entry.path.removeprefix("hf://").partition("@")[0].strip("/").replace("/", "--")
+    return Path(entry.path).expanduser().resolve().name
 
 
 def _crop(arguments: DatasetArguments) -> Crop:

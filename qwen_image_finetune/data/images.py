@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 import struct
@@ -13,7 +14,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from qwen_image_finetune.data import png
+from qwen_image_finetune.data import png, shards
 from qwen_image_finetune.data.colours import ProfileError, to_srgb
 from qwen_image_finetune.data.kinds import kind_of
 
@@ -90,9 +91,25 @@ def size_upright(path: str | Path) -> tuple[int, int]:
     Raises:
         DataError: as `open_upright`, except for damage behind the header.
     """
+    if (cell := shards.known(path)) is not None:
+        return cell.width, cell.height
     with _opened(path, False, []) as image:
-        width, height = image.size
-        return (height, width) if _orientation(image, []) in _SWAPS_SIDES else (width, height)
+        return _upright_size(image)
+
+
+def size_of(data: bytes, name: str) -> tuple[int, int]:
+    """The same of a file's bytes.
+
+    Raises:
+        DataError: with `name` before what is wrong.
+    """
+    with _opened(name, False, [], io.BytesIO(data)) as image:
+        return _upright_size(image)
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    width, height = image.size
+    return (height, width) if _orientation(image, []) in _SWAPS_SIDES else (width, height)
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -178,21 +195,30 @@ def _turned(image: Image.Image, turn: Image.Transpose | None) -> Image.Image:
 
 
 @contextmanager
-def _opened(path: str | Path, pixels: bool, remarks: list[str]) -> Iterator[Image.Image]:
-    """The file of a picture, its header read and found to be sound. Every fault inside becomes a DataError."""
+def _opened(path: str | Path, pixels: bool, remarks: list[str], data: BinaryIO | None = None) -> Iterator[Image.Image]:
+    """The file of a picture, its header read and found to be sound. Every fault inside becomes a DataError.
+
+    Args:
+        data: its bytes, where they were read before.
+    """
     try:
-        found = os.stat(path)
-        if not stat.S_ISREG(found.st_mode):
-            raise DataError(f"{path}: {'a folder' if stat.S_ISDIR(found.st_mode) else 'no plain file'}, not a picture")
-        if found.st_size > LARGEST_FILE:
-            raise DataError(f"{path}: {found.st_size} bytes, more than the {LARGEST_FILE} that are read of a picture")
-        with open(path, "rb") as file, _parsed(file, pixels, remarks) as image:
+        if data is None and shards.member_of(path) is None:
+            _check_plain(path)
+        with data or shards.opened(path) as file, _parsed(file, pixels, remarks) as image:
             _check_header(image, path)
             yield image
     except DataError as error:
         raise DataError([line if str(path) in line else f"{path}: {line}" for line in error.problems]) from None
     except _UNREADABLE as error:
-        raise DataError(f"{path}: {_reason(path, error)}") from error
+        raise DataError(f"{path}: {_reason(path, error, data)}") from error
+
+
+def _check_plain(path: str | Path) -> None:
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        raise DataError(f"{path}: {'a folder' if stat.S_ISDIR(found.st_mode) else 'no plain file'}, not a picture")
+    if found.st_size > LARGEST_FILE:
+        raise DataError(f"{path}: {found.st_size} bytes, more than the {LARGEST_FILE} that are read of a picture")
 
 
 def _parsed(file: BinaryIO, pixels: bool, remarks: list[str]) -> Image.Image:
@@ -227,15 +253,19 @@ def _orientation(image: Image.Image, remarks: list[str]) -> int:
     return orientation if isinstance(orientation, int) else 1
 
 
-def _reason(path: str | Path, error: BaseException) -> str:
+def _reason(path: str | Path, error: BaseException, data: BinaryIO | None = None) -> str:
     """Why a file cannot be read, in words."""
     if isinstance(error, FileNotFoundError):
         return "no such file"
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
         return f"more than the {Image.MAX_IMAGE_PIXELS} pixels that are safe to open; scale it down"
     if isinstance(error, UnidentifiedImageError):
-        with open(path, "rb") as file:
-            beginning = file.read(64)
+        if data is None:
+            with shards.opened(path) as file:
+                beginning = file.read(64)
+        else:
+            assert isinstance(data, io.BytesIO)
+            beginning = data.getvalue()[:64] if not data.closed else b""
         if not beginning:
             return "an empty file"
         if kind := kind_of(beginning):

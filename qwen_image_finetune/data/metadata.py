@@ -10,17 +10,20 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwen_image_finetune.data.listing import LONGEST_CAPTION, Row, Tree, unwritable
 
-METADATA = ("metadata.jsonl", "metadata.csv")
-TARGET = ("image", "file_name", "image_path")
-REFERENCES = ("edit_image", "control", "control_path")  # one path or a list; or control_path_0, control_path_1, ...
-PROMPT = ("prompt", "caption", "text")
-MASK = ("mask",)
+if TYPE_CHECKING:
+    from qwen_image_finetune.config import Columns
 
-_NUMBERED = re.compile(r"control_path_(\d+)")
+METADATA = ("metadata.jsonl", "metadata.csv")
+TARGET = ("image", "file_name", "image_path", "path_target")
+REFERENCES = ("edit_image", "control", "control_path", "path_control")  # one path or a list; more are numbered
+PROMPT = ("prompt", "caption", "text")
+MASK = ("mask", "path_mask")
+
+_NUMBERED = re.compile(r"(?:control_path|path_control|control)_(\d+)")
 
 
 LONGEST_LINE = 16_000_000  # characters of one line of JSON; captions and paths have a few hundred
@@ -31,7 +34,7 @@ class _Fault(ValueError):
     """What is wrong with one line."""
 
 
-def read_metadata(tree: Tree, name: str, *, masks: bool) -> tuple[list[Row], list[str]]:
+def read_metadata(tree: Tree, name: str, *, masks: bool, columns: Columns | None = None) -> tuple[list[Row], list[str]]:
     """Rows in the order of the table, and what is wrong with it, one line each.
 
     A row's key is the path of its target; a target named again gets "#2", "#3", ... after it.
@@ -44,7 +47,7 @@ def read_metadata(tree: Tree, name: str, *, masks: bool) -> tuple[list[Row], lis
             try:
                 if isinstance(fields, _Fault):
                     raise fields
-                row = _row(tree, fields, masks)
+                row = _row(tree, fields if columns is None else _renamed(fields, columns), masks)
             except _Fault as fault:
                 problems.append(f"{tree.folder / name}, line {line}: {fault}")
                 continue
@@ -167,9 +170,10 @@ def _row(tree: Tree, fields: Mapping[str, Any], masks: bool) -> Row:
     references = [_path(tree, column, fields[column]) for _, column in numbered if fields[column] is not None]
     if any(fields.get(column) is not None for column in REFERENCES):
         column, given = _one(fields, REFERENCES)
-        if references:
+        if references and (isinstance(given, list) or numbered[0][0] == 0):
             raise _Fault(f"both {column} and {numbered[0][1]} name references")
-        references = [_path(tree, column, each) for each in (given if isinstance(given, list) else [given])]
+        first = [_path(tree, column, each) for each in (given if isinstance(given, list) else [given])]
+        references = first + references
     column, prompt = _one(fields, PROMPT)
     if not isinstance(prompt, str):
         raise _Fault(f'{column} is {prompt!r}, not a text; the empty prompt is written ""')
@@ -177,7 +181,7 @@ def _row(tree: Tree, fields: Mapping[str, Any], masks: bool) -> Row:
         raise _Fault(f"{column} {broken}")
     if len(prompt) > LONGEST_CAPTION:
         raise _Fault(f"{column} has {len(prompt)} characters; a caption has at most {LONGEST_CAPTION}")
-    mask = fields.get("mask") if masks else None
+    mask = next((fields[column] for column in MASK if fields.get(column) is not None), None) if masks else None
     return Row(
         key=target,
         folder=tree.folder,
@@ -187,6 +191,18 @@ def _row(tree: Tree, fields: Mapping[str, Any], masks: bool) -> Row:
         prompt=prompt,
         mask_name=None if mask is None else _path(tree, "mask", mask),
     )
+
+
+def _renamed(fields: Mapping[str, Any], columns: Columns) -> Mapping[str, Any]:
+    """A line under our names, where the configuration says what its columns are."""
+    given = [columns.references] if isinstance(columns.references, str) else columns.references
+    wanted = [columns.target, columns.prompt, *given, *([columns.mask] if columns.mask else [])]
+    if lacking := [name for name in wanted if name not in fields]:
+        raise _Fault(f"no column {', '.join(lacking)}; it has {', '.join(fields)}")
+    several = [fields[name] for name in given if fields[name] is not None]
+    references = several[0] if len(several) == 1 and isinstance(several[0], list) else several
+    renamed = {"image": fields[columns.target], "prompt": fields[columns.prompt], "edit_image": references}
+    return renamed | ({"mask": fields[columns.mask]} if columns.mask else {})
 
 
 def _one(fields: Mapping[str, Any], columns: tuple[str, ...]) -> tuple[str, Any]:

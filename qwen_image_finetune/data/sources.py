@@ -4,27 +4,105 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qwen_image_finetune.config import no_folder
+from qwen_image_finetune.data.hub import hub_shards, of_split
+from qwen_image_finetune.data.images import DataError
 from qwen_image_finetune.data.listing import PICTURES, Row, Tree, same
 from qwen_image_finetune.data.metadata import METADATA, read_metadata
+from qwen_image_finetune.data.shard_index import Shard, local_shard, place_of, read_shard
+from qwen_image_finetune.data.shards import ENDINGS, TABLES
+from qwen_image_finetune.machine import console
+
+if TYPE_CHECKING:
+    from qwen_image_finetune.config import Columns, DataEntry
 
 TARGETS, REFERENCES = "training_images", "control_images"
 _OTHER_PICTURES = (".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jxl", ".jfif")
 _NUMBERED_FOLDER = re.compile(rf"{REFERENCES}_([1-9]\d*)")
 _NUMBERED_STEM = re.compile(r"(.+)_control_0*([1-9]\d*)", re.DOTALL)
 
+Rows = tuple[list[Row], list[str]]
 Names = dict[str, str]  # stem -> name of the file, relative to the data set's folder
 
 
-def read_folder(folder: Path, *, masks: bool) -> tuple[list[Row], list[str]]:
+def read_source(entry: DataEntry, home: Path, *, masks: bool) -> Rows:
+    """Rows of a data set, wherever it is, and every problem with it, one line each. Opens no picture of a folder.
+
+    Args:
+        home: `data.init_args.shards_dir`.
+    """
+    if entry.on_hub:
+        try:
+            return _read_shards(hub_shards(entry, home), entry, home, masks)
+        except DataError as error:
+            return [], list(error.problems)
+    folder = Path(entry.path).expanduser()
+    if folder.is_file() and folder.suffix in (".csv", ".jsonl"):
+        return _sorted(read_metadata(Tree(folder.parent), folder.name, masks=masks, columns=entry.columns))
+    inside = [] if is_folder_of_pairs(folder) or not folder.is_dir() else _shards_in(folder)
+    if not inside:
+        return read_folder(folder, masks=masks, columns=entry.columns)
+    try:
+        names = of_split(inside, entry.split, entry.path)
+    except DataError as error:
+        return [], list(error.problems)
+    return _read_shards([local_shard(folder, name) for name in names], entry, home, masks)
+
+
+def needs_tables(entry: DataEntry) -> bool:
+    """Whether a data set has, or on the hub will most likely have, parquet or arrow files."""
+    folder = Path(entry.path).expanduser()
+    if entry.on_hub:
+        return True
+    return folder.is_dir() and not is_folder_of_pairs(folder) and any(
+        name.endswith(TABLES) for name in _shards_in(folder)
+    )  # fmt: skip
+
+
+def is_folder_of_pairs(folder: Path) -> bool:
+    """Whether a folder has the layout of pairs, or a table, whatever else lies in it."""
+    return any((folder / name).exists() for name in (TARGETS, *METADATA))
+
+
+def _shards_in(folder: Path) -> list[str]:
+    return sorted(
+        str(path.relative_to(folder))
+        for ending in ENDINGS
+        for path in folder.rglob(f"*{ending}")
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+
+
+def _read_shards(shards: Sequence[Shard], entry: DataEntry, home: Path, masks: bool) -> Rows:
+    rows: list[Row] = []
+    problems: list[str] = []
+    new = [shard for shard in shards if not place_of(shard, entry.columns, home).is_file()]
+    with console.progress("reading shards", len(new), shown=bool(new)) as update:
+        for number, shard in enumerate(shards):
+            try:
+                found, wrong = read_shard(shard, entry.columns, home, masks=masks)
+            except OSError as error:
+                wrong = [f"{shard.path}: {error}"]
+                found = []
+            rows, problems = rows + found, problems + wrong
+            update(sum(each in new for each in shards[: number + 1]))
+    if not rows and not problems:
+        problems = [f"{entry.path}: its shards have no rows"]
+    return rows, problems
+
+
+def read_folder(folder: Path, *, masks: bool, columns: Columns | None = None) -> Rows:
     """Rows sorted by key, and every problem with the files' names, one line each. Opens no picture.
 
     A row that lacks a file is left out of the rows and stands among the problems.
 
     Args:
         masks: look for edit masks; without, they are told from targets all the same, but not used.
+        columns: of its table.
     """
     if not folder.is_dir():
         return [], [f"{folder}: not a folder; name the folder it lies in" if folder.exists() else no_folder(folder)]
@@ -34,11 +112,15 @@ def read_folder(folder: Path, *, masks: bool) -> tuple[list[Row], list[str]]:
         return [], [f"{folder}: has {' and '.join(tables)}; keep one"]
     if tables and (fault := tree.file_fault(tables[0])) is not None:
         return [], [f"{folder / tables[0]}: {fault}; the samples would be read from it"]
-    rows, problems = read_metadata(tree, tables[0], masks=masks) if tables else _read_pairs(tree, masks)
+    found = read_metadata(tree, tables[0], masks=masks, columns=columns) if tables else _read_pairs(tree, masks)
+    rows, problems = _sorted(found)
     if not rows and not problems:
         problems = [f"{folder}: no samples in {tables[0] if tables else TARGETS}"]
-    rows.sort(key=lambda row: row.key)
     return rows, problems
+
+
+def _sorted(found: Rows) -> Rows:
+    return sorted(found[0], key=lambda row: row.key), found[1]
 
 
 def _read_pairs(tree: Tree, masks: bool) -> tuple[list[Row], list[str]]:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from qwen_image_finetune.data import shards
 from qwen_image_finetune.data.geometry import Extent, Plan, same_aspect
 from qwen_image_finetune.data.hashes import groups
 from qwen_image_finetune.data.listing import Row
@@ -26,6 +27,8 @@ def unchanged(row: Row) -> bool:
     if not row.reference_names:
         return False
     source, target = os.path.join(row.folder, row.reference_names[0]), os.path.join(row.folder, row.target_name)
+    if shards.member_of(source) is not None:
+        return shards.digest(source) == shards.digest(target)
     return os.path.getsize(source) == os.path.getsize(target) and filecmp.cmp(source, target, shallow=False)
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from qwen_image_finetune.data import shards
 from qwen_image_finetune.data.alike import input_of
 from qwen_image_finetune.data.dataset import ImageDataset
 from qwen_image_finetune.data.listing import Row
@@ -37,8 +37,7 @@ class Remembered:
 
 def content_of(row: Row) -> str:
     """sha256 of the file that is the input of a pair."""
-    with open(input_of(row), "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return shards.digest(input_of(row))
 
 
 def remember(

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
+from qwen_image_finetune.data import shards
 from qwen_image_finetune.disk.files import clean_leftovers, write_atomic
 from qwen_image_finetune.disk.locks import FileLock
 from qwen_image_finetune.disk.reading import MEBIBYTE, Unreadable, read_json
@@ -264,7 +265,12 @@ class Fingerprints:
         self._recent: set[str] = set()  # may change again without any time telling
 
     def file(self, path: Path) -> str:
-        """sha256 of a file's bytes. In the hub's cache a large file is a link to a blob that bears its hash as name."""
+        """sha256 of the bytes of a file, or of a member of a shard.
+
+        In the hub's cache a large file is a link to a blob that bears its hash as name.
+        """
+        if shards.member_of(path) is not None:
+            return shards.digest(path)
         resolved = path.resolve()
         if _is_hub_blob(path, resolved):
             return resolved.name

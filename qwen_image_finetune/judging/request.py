@@ -6,10 +6,10 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwen_image_finetune.config import Config, load_config
+from qwen_image_finetune.config import Config, DataEntry, load_config
 from qwen_image_finetune.data.dataset import ImageDataset
 from qwen_image_finetune.data.part import Part
-from qwen_image_finetune.data.sources import read_folder
+from qwen_image_finetune.data.sources import read_source
 from qwen_image_finetune.disk import history, versions
 from qwen_image_finetune.encoding import remembered
 from qwen_image_finetune.lora.sources import find_tuned
@@ -65,13 +65,14 @@ def open_request(request: Request) -> tuple[Path | None, Config]:
     if request.checkpoints and run is None:
         raise EvaluationError("--checkpoints are those of a run: give its version folder in place of the configuration")
     file = request.config / "config.yaml" if run else request.config
-    path: str | list[str] = str(request.dataset)
+    path: str | list[str | DataEntry] = str(request.dataset)
     if request.dataset is None:
         if run is None:
             raise EvaluationError("name the folder of pairs to evaluate on; only a run knows which ones it held out")
         written = load_config(file, request.overrides)
         path = written.validation.dataset_path or written.data.init_args.dataset_path
-    overrides = [*request.overrides, f"data.init_args.dataset_path={json.dumps(path)}"]
+    named = json.dumps(path, default=DataEntry.model_dump)
+    overrides = [*request.overrides, f"data.init_args.dataset_path={named}"]
     return run, with_masks_there_are(load_config(file, overrides))
 
 
@@ -124,7 +125,8 @@ def with_masks_there_are(config: Config) -> Config:
     arguments = config.data.init_args
     if not arguments.use_edit_mask:
         return config
-    rows = [row for folder in arguments.folders for row in read_folder(folder, masks=True)[0]]
+    home = Path(arguments.shards_dir).expanduser()
+    rows = [row for entry in arguments.entries for row in read_source(entry, home, masks=True)[0]]
     if not rows or any(row.mask_name is not None for row in rows):
         return config
     data = config.data.model_copy(update={"init_args": arguments.model_copy(update={"use_edit_mask": False})})

@@ -214,7 +214,8 @@ class Runs:
         count = 0
         for each in [paths] if isinstance(paths, str) else paths:
             try:
-                count += len(read_folder(self.shelf.folder(str(each)), masks=False)[0])
+                path = each["path"] if isinstance(each, dict) else str(each)
+                count += len(read_folder(self.shelf.folder(path), masks=False)[0])
             except Refused:
                 return None
         return count

@@ -14,11 +14,13 @@ from qwen_image_finetune.config import (
     OUR_DATASETS,
     Config,
     ConfigError,
+    DatasetArguments,
     OptimizerConfig,
     SchedulerConfig,
     no_folder,
     resolve_family,
 )
+from qwen_image_finetune.data.sources import needs_tables
 from qwen_image_finetune.families import get_family, with_targets
 from qwen_image_finetune.levers.stored_precision import check_installed, local_checkpoint
 from qwen_image_finetune.lora.header import LoraFileError, read_metadata
@@ -123,10 +125,15 @@ def _folders(config: Config) -> Iterator[str]:
     if config.validation.enabled and config.validation.dataset_path is not None:
         given["validation.dataset_path"] = config.validation.dataset_path
     for key, paths in given.items():
-        for path in [paths] if isinstance(paths, str) else paths:
-            folder = Path(path).expanduser()
-            if not folder.exists():
-                yield f"{key}={path!r}: {no_folder(folder)}"
+        for entry in DatasetArguments(dataset_path=paths).entries:
+            folder = Path(entry.path).expanduser()
+            if not entry.on_hub and not folder.exists():
+                yield f"{key}={entry.path!r}: {no_folder(folder)}"
+            if needs_tables(entry) and find_spec("pyarrow") is None:
+                yield (
+                    f"{key}={entry.path!r}: parquet and arrow files need pyarrow, not installed here: pip install "
+                    "'qwen-image-finetune[datasets]'"
+                )
 
 
 def _samples(config: Config) -> Iterator[str]:

@@ -1,0 +1,138 @@
+"""What is in a shard, found once and kept: its rows, and of each picture its size and the hash of its bytes.
+
+With it a run starts without opening a picture, and the shard itself need not be on this machine any more.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwen_image_finetune.data import shards
+from qwen_image_finetune.data.columns import Layout, layout_of
+from qwen_image_finetune.data.images import DataError, size_of
+from qwen_image_finetune.data.listing import LONGEST_CAPTION, Row, unwritable
+from qwen_image_finetune.disk.files import write_atomic
+from qwen_image_finetune.disk.reading import MEBIBYTE, Unreadable, read_json
+
+if TYPE_CHECKING:
+    from qwen_image_finetune.config import Columns
+
+FORMAT = 1  # raise it when an index holds something else
+LARGEST = 1024 * MEBIBYTE
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One of the files of a data set."""
+
+    folder: Path  # of the data set
+    name: str  # below it
+    identity: tuple[Any, ...]  # what tells another version of it
+
+    @property
+    def path(self) -> Path:
+        return self.folder / self.name
+
+
+def local_shard(folder: Path, name: str) -> Shard:
+    """A shard that lies on this machine: another size or time is another version."""
+    about = (folder / name).stat()
+    return Shard(folder, name, (str((folder / name).resolve()), about.st_size, about.st_mtime_ns))
+
+
+def place_of(shard: Shard, columns: Columns | None, home: Path) -> Path:
+    """The file of a shard's index."""
+    given = None if columns is None else columns.model_dump()
+    key = hashlib.sha256(json.dumps([FORMAT, *shard.identity, given], sort_keys=True).encode()).hexdigest()
+    return home / "index" / f"{key}.json"
+
+
+def read_shard(shard: Shard, columns: Columns | None, home: Path, *, masks: bool) -> tuple[list[Row], list[str]]:
+    """Rows of a shard in its order, and what is wrong with others, one line each; indexes it if it is not yet.
+
+    Raises:
+        OSError: it is not here and cannot be brought here, or is damaged.
+    """
+    place = place_of(shard, columns, home)
+    try:
+        found = read_json(place, LARGEST)
+    except (OSError, Unreadable):
+        found = _index(shard, columns)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(place, json.dumps(found, ensure_ascii=False))
+    shards.remember(shard.path, {name: shards.Cell(*cell) for name, cell in found["cells"].items()})
+    rows = [
+        Row(
+            key=f"{shard.name}/{key}",
+            folder=shard.folder,
+            target_name=f"{shard.name}/{target}",
+            reference_names=tuple(f"{shard.name}/{name}" for name in references),
+            caption_name=None,
+            prompt=prompt,
+            mask_name=f"{shard.name}/{mask}" if masks and mask else None,
+        )
+        for key, prompt, target, references, mask in found["rows"]
+    ]
+    return rows, [f"{shard.path}{line}" for line in found["problems"]]
+
+
+def _index(shard: Shard, columns: Columns | None) -> dict[str, Any]:
+    layout = layout_of(shards.columns_of(str(shard.path)), columns)
+    if isinstance(layout, str):
+        return {"rows": [], "cells": {}, "problems": [f": {layout}"]}
+    rows: list[Any] = []
+    cells: dict[str, shards.Cell] = {}
+    problems: list[str] = []
+    for key, row in shards.rows_of(str(shard.path), layout.names):
+        try:
+            own = dict(_cells(row, layout))
+            rows.append(_row(key, row, layout, list(own)))
+            cells |= own
+        except DataError as error:
+            problems += [f", row {key}: {line}" for line in error.problems]
+    return {"rows": rows, "cells": cells, "problems": problems}
+
+
+def _row(key: str, row: dict[str, tuple[str, Any]], layout: Layout, pictures: Sequence[str]) -> list[Any]:
+    target = row[layout.target][0]
+    first = next(name for name in pictures if name == target or name.startswith(f"{target}/"))
+    mask = row[layout.mask][0] if layout.mask in row else None
+    references = [name for name in pictures if name not in (first, mask)]
+    return [key, _prompt(row.get(layout.prompt, ("", None))[1], layout.prompt), first, references, mask]
+
+
+def _prompt(value: Any, column: str) -> str:
+    if isinstance(value, list):  # several ways to say it: the first
+        value = next((each for each in value if each), None)
+    if not isinstance(value, str):
+        raise DataError(f"{column} is {value!r}, not a text")
+    if broken := unwritable(value):
+        raise DataError(f"{column} {broken}")
+    if len(value) > LONGEST_CAPTION:
+        raise DataError(f"{column} has {len(value)} characters; a caption has at most {LONGEST_CAPTION}")
+    return value
+
+
+def _cells(row: dict[str, tuple[str, Any]], layout: Layout) -> Iterator[tuple[str, shards.Cell]]:
+    """Every picture of a row by the name of its member: target, references in order, mask."""
+    if layout.target not in row:
+        raise DataError(f"{layout.target} is empty")
+    for column in (layout.target, *layout.references, *([layout.mask] if layout.mask else [])):
+        if column not in row:
+            continue
+        name, value = row[column]
+        several = value if isinstance(value, list) else [value]
+        for place, each in enumerate(several):
+            member = f"{name}/{place}" if isinstance(value, list) else name
+            try:
+                data = shards.picture_bytes(each, column)
+            except shards.ShardError as error:
+                raise DataError(str(error)) from error
+            yield member, shards.Cell(*size_of(data, member), hashlib.sha256(data).hexdigest())
+            if column == layout.target:
+                break  # a list of one

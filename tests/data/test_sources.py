@@ -268,7 +268,10 @@ WRONG_LINES: list[tuple[dict[str, object], str]] = [
     ({"image": "a.png"}, "none of prompt, caption, text given"),
     ({"image": "a.png", "prompt": None}, "none of prompt, caption, text given"),
     ({"image": "a.png", "prompt": 3}, "prompt is 3, not a text"),
-    ({"image": "a.png", "file_name": "b.png", "prompt": ""}, "several of image, file_name, image_path, path_target given"),
+    (
+        {"image": "a.png", "file_name": "b.png", "prompt": ""},
+        "several of image, file_name, image_path, path_target given",
+    ),
     ({"image": "c.png", "prompt": ""}, "image 'c.png': no such file"),
     ({"image": "sub", "prompt": ""}, "image 'sub': a folder, not a file"),
     ({"image": "none/c.png", "prompt": ""}, "image 'none/c.png': none is no such folder"),

@@ -100,6 +100,8 @@ def decided(estimator: Estimator, card: int | None, named: speed.Card | None, he
             f"model.quantize=auto: no precision makes the run fit the {card / 2**30:.0f} GiB of this card; "
             f"`qif plan CONFIG` says what would, such as {plan.last_resort(config)}"
         )
+    if here:  # swapped blocks are page-locked: what the host has no room for is taken only if nothing else fits
+        found = [one for one in found if not list(plan.host_warnings(one.estimate))] or found
     best, why = _best(found, config, named)
     news = _asked(config, _keys(best))
     sentence = f"chosen: {_words(news)}: {why}"

@@ -47,6 +47,9 @@ class Attained:
 
 # Measured: the H100's rates as `attained`, docs/performance.md says how. Everything else is from data sheets: NVIDIA's
 # of the H100, H200, B200, A100 and L40S, and its whitepapers on GA102, AD102 and the RTX Blackwell cards.
+# Compared with published tables of them: H200, B200, L40S, RTX PRO 6000 and 4090 in all columns, of the A100 the 40 GB.
+# Of the 3090 products are by count: 328 tensor cores at 1.695 GHz, in 16 bits 128 operations a cycle, in int8 512. Of
+# the 5090 int8, fp8 and 16 bits are a half, a quarter and an eighth of its published 1676 in fp4.
 _H100 = Attained(806, 1525, attention={"flash": (352, 301), "flash4": (721, 601)})
 CARDS = (  # the more special name first
     Card("H100 PCIe", 80, 756, 1513, 1513, 2000),

@@ -192,6 +192,27 @@ def test_the_host_never_holds_fp8_widened(files: Path, tiny_checkpoints: dict[st
     assert 0 < live.peak <= wide + scales + 4 * largest
 
 
+@pytest.mark.parametrize(("format", "more"), [(False, 1), ("fp8", 16)])
+def test_the_host_holds_the_model_and_little_more(
+    format: Any, more: int, tiny_checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    """One tensor beside what stays; where it is quantised, its copies in float32 while its error is measured."""
+    folder, family = tiny_checkpoints["FluxKontext"], get_family("FluxKontext")
+    whole = loading.load_transformer(family, folder, torch.bfloat16)
+    stored = {name: tensor.contiguous() for name, tensor in whole.state_dict().items()}
+    file = tmp_path / "whole.safetensors"
+    save_file(stored, file)
+    largest = max(tensor.nbytes for tensor in stored.values())
+    del whole, stored
+    model = ModelConfig.model_validate(
+        {"pretrained_model_name_or_path": "x", "transformer_file": str(file), "quantize": format}
+    )
+    with LiveBytes() as live:
+        loaded = loading.load_transformer(family, folder, torch.bfloat16, model)
+    stays = sum(tensor.nbytes for tensor in (*loaded.parameters(), *loaded.buffers()) if tensor.is_floating_point())
+    assert stays <= live.peak <= stays + more * largest
+
+
 def test_gguf_holds_what_diffusers_reads_of_it(tiny_checkpoints: dict[str, Path], tmp_path: Path) -> None:
     folder, path = tiny_checkpoints["QwenImageEditPlus"], tmp_path / "x.gguf"
     writer = GGUFWriter(path, "qwen_image")

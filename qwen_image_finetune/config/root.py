@@ -49,6 +49,14 @@ class Config(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Config:
         problems = contradictions(self)
+        if self.data.init_args.streaming and not self.cache.use_cache:
+            problems.append("data.init_args.streaming=true needs cache.use_cache=true: the pictures are not kept")
+        if self.data.init_args.streaming and self.validation.enabled and self.validation.share > 0:
+            problems.append(
+                f"data.init_args.streaming=true and validation.share={self.validation.share} exclude each other: "
+                "held-out pairs are chosen by the looks of all pictures, which are not kept; give "
+                "validation.dataset_path"
+            )
         if self.loss.mask_loss and not self.data.init_args.use_edit_mask:
             problems.append("loss.mask_loss=true needs data.init_args.use_edit_mask=true, which reads the masks")
         if self.loss.mask_loss and self.loss.foreground_weight == self.loss.background_weight == 0:

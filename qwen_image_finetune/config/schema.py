@@ -156,6 +156,10 @@ class DatasetArguments(Section):
     resolution: Side | None = Field(
         None, description="side, in pixels, of the square whose area pictures are scaled to; default: the model's own"
     )
+    streaming: Switch = Field(
+        False,
+        description="for what fits no disk: shards of the hub are encoded into the cache one by one, and removed",
+    )
     caption_dropout_rate: Rate = Field(0.0, description="share of samples trained on the empty prompt")
     prompt_image_dropout_rate: Rate = Field(0.0, description="share of samples trained without their references")
     use_edit_mask: Switch = Field(False, description="read STEM_mask beside the target, for loss.mask_loss")

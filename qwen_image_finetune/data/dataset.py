@@ -237,14 +237,11 @@ class ImageDataset:
     def _list(self, arguments: DatasetArguments) -> list[Row]:
         entries = arguments.entries
         home = Path(arguments.shards_dir).expanduser()
-        names = [_name(entry) for entry in entries]
-        if len(set(names)) < len(names):
-            names = [f"{number}-{name}" for number, name in enumerate(names, start=1)]
         rows: list[Row] = []
-        for entry, name in zip(entries, names, strict=True):
-            listed, problems = read_source(entry, home, masks=arguments.use_edit_mask)
+        for entry, prefix in zip(entries, prefixes(entries), strict=True):
+            listed, problems = read_source(entry, home, masks=arguments.use_edit_mask, streaming=arguments.streaming)
             self._problems += problems
-            rows += [replace(row, key=f"{name}/{row.key}") for row in listed] if len(entries) > 1 else listed
+            rows += [replace(row, key=prefix + row.key) for row in listed] if prefix else listed
         if not entries:
             self._problems.append("data.init_args.dataset_path is an empty list; name at least one folder")
         if rows and arguments.use_edit_mask and all(row.mask_name is None for row in rows):
@@ -329,8 +326,17 @@ class ImageDataset:
         return checked._replace(problems=problems + decoded.problems, decoded=decoded, prompt=prompt)
 
 
+def prefixes(entries: Sequence[DataEntry]) -> list[str]:
+    """What the keys of each data set's rows begin with; nothing where there is one."""
+    names = [_name(entry) for entry in entries]
+    if len(names) == 1:
+        return [""]
+    if len(set(names)) < len(names):
+        names = [f"{number}-{name}" for number, name in enumerate(names, start=1)]
+    return [f"{name}/" for name in names]
+
+
 def _name(entry: DataEntry) -> str:
-    """What begins the keys of its rows, where there are several data sets."""
     if entry.on_hub:
         return entry.path.removeprefix("hf://").partition("@")[0].strip("/").replace("/", "--")
     return Path(entry.path).expanduser().resolve().name

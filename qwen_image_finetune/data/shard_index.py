@@ -52,8 +52,20 @@ def place_of(shard: Shard, columns: Columns | None, home: Path) -> Path:
     return home / "index" / f"{key}.json"
 
 
-def read_shard(shard: Shard, columns: Columns | None, home: Path, *, masks: bool) -> tuple[list[Row], list[str]]:
+def remove(shard: Shard) -> None:
+    """Take a shard of the hub off the disk; it is brought back when something in it is opened."""
+    shards.let_go(shard.path)
+    shard.path.unlink(missing_ok=True)
+
+
+def read_shard(
+    shard: Shard, columns: Columns | None, home: Path, *, masks: bool, keep: bool
+) -> tuple[list[Row], list[str]]:
     """Rows of a shard in its order, and what is wrong with others, one line each; indexes it if it is not yet.
+
+    Args:
+        masks: look for edit masks.
+        keep: leave a shard that was brought here for that on the disk.
 
     Raises:
         OSError: it is not here and cannot be brought here, or is damaged.
@@ -63,6 +75,8 @@ def read_shard(shard: Shard, columns: Columns | None, home: Path, *, masks: bool
         found = read_json(place, LARGEST)
     except (OSError, Unreadable):
         found = _index(shard, columns)
+        if not keep:
+            remove(shard)
         place.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(place, json.dumps(found, ensure_ascii=False))
     shards.remember(shard.path, {name: shards.Cell(*cell) for name, cell in found["cells"].items()})

@@ -29,15 +29,16 @@ Rows = tuple[list[Row], list[str]]
 Names = dict[str, str]  # stem -> name of the file, relative to the data set's folder
 
 
-def read_source(entry: DataEntry, home: Path, *, masks: bool) -> Rows:
+def read_source(entry: DataEntry, home: Path, *, masks: bool, streaming: bool = False) -> Rows:
     """Rows of a data set, wherever it is, and every problem with it, one line each. Opens no picture of a folder.
 
     Args:
         home: `data.init_args.shards_dir`.
+        streaming: shards of the hub that are looked into for the first time do not stay on the disk.
     """
     if entry.on_hub:
         try:
-            return _read_shards(hub_shards(entry, home), entry, home, masks)
+            return _read_shards(hub_shards(entry, home), entry, home, masks, keep=not streaming)
         except DataError as error:
             return [], list(error.problems)
     folder = Path(entry.path).expanduser()
@@ -50,7 +51,7 @@ def read_source(entry: DataEntry, home: Path, *, masks: bool) -> Rows:
         names = of_split(inside, entry.split, entry.path)
     except DataError as error:
         return [], list(error.problems)
-    return _read_shards([local_shard(folder, name) for name in names], entry, home, masks)
+    return _read_shards([local_shard(folder, name) for name in names], entry, home, masks, keep=True)
 
 
 def needs_tables(entry: DataEntry) -> bool:
@@ -77,14 +78,14 @@ def _shards_in(folder: Path) -> list[str]:
     )
 
 
-def _read_shards(shards: Sequence[Shard], entry: DataEntry, home: Path, masks: bool) -> Rows:
+def _read_shards(shards: Sequence[Shard], entry: DataEntry, home: Path, masks: bool, keep: bool) -> Rows:
     rows: list[Row] = []
     problems: list[str] = []
     new = [shard for shard in shards if not place_of(shard, entry.columns, home).is_file()]
     with console.progress("reading shards", len(new), shown=bool(new)) as update:
         for number, shard in enumerate(shards):
             try:
-                found, wrong = read_shard(shard, entry.columns, home, masks=masks)
+                found, wrong = read_shard(shard, entry.columns, home, masks=masks, keep=keep)
             except OSError as error:
                 wrong = [f"{shard.path}: {error}"]
                 found = []

@@ -135,6 +135,10 @@ def encode_dataset(config: Config) -> None:
     say: Say = console.say if accelerator.is_main_process else lambda message: None
     family = get_family(resolve_family(config, download=True)[0])
     check_drop_keys(config, family)
+    from qwen_image_finetune.encoding.streaming import fill_by_shard  # which checks pictures by this module
+
+    with out_of_memory.explained(config, "encoding the data set"):
+        fill_by_shard(config, family, accelerator, say)
     pairs = open_pairs(config, family)
     folder = loading.checkpoint_folder(config, family)
     check_installed(config.model, folder)

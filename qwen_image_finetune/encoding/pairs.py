@@ -51,8 +51,11 @@ def open_dataset(config: Config, family: Family, decode: bool = False) -> ImageD
     )
     if not family.max_references and (number := sum(bool(row.reference_names) for row in dataset.rows)):
         raise DataError([f"{number} of {len(dataset)} pictures have control images: {family.takes_none}"])
+    decode = decode and not arguments.streaming  # the pictures of a shard are decoded when it is encoded
     problems = dataset.check(decode)
-    if problems and not decode:  # nothing will be trained now: report what lies behind the headers as well
+    if (
+        problems and not decode and not arguments.streaming
+    ):  # nothing will be trained now: report what lies behind the headers as well
         problems = dataset.check(decode=True)
     problems = problems or reference_problems(family, dataset)
     if problems:
@@ -94,9 +97,13 @@ def open_pairs(config: Config, family: Family, decode: bool = False) -> Pairs:
         )
         return Pairs(Part(dataset, left), Part(dataset, chosen))
 
-    arguments = config.data.init_args.model_copy(update={"dataset_path": settings.dataset_path})
+    given = {"dataset_path": settings.dataset_path, "streaming": False}
+    arguments = config.data.init_args.model_copy(update=given)
     data = config.data.model_copy(update={"init_args": arguments})
     folder = open_dataset(config.model_copy(update={"data": data}), family, decode)
+    if config.data.init_args.streaming:
+        console.note("held-out pairs are not compared with those that are trained on: their pictures are not kept")
+        return Pairs(dataset, folder)
     leaking = set(alike.leaking(folder, dataset))
     if len(leaking) == len(folder):
         raise DataError(f"validation.dataset_path={settings.dataset_path}: every input of it is also trained on")
@@ -177,6 +184,16 @@ def encoded(config: Config, family: Family, pairs: Pairs, checkpoint: Path, dtyp
     if pairs.held_out is None:
         return EncodedPairs(EncodedDataset(config, family, pairs.training, checkpoint, dtype), None, own)
     held_out = EncodedDataset(config, family, needed(config, pairs.held_out), checkpoint, dtype, trained_on=False)
-    # Samples are drawn from these, so the others need no negative prompts.
-    unseen = config.model_copy(update={"validation": config.validation.model_copy(update={"enabled": False})})
-    return EncodedPairs(EncodedDataset(unseen, family, pairs.training, checkpoint, dtype), held_out, own)
+    settings = training_settings(config, held_out=True)
+    return EncodedPairs(EncodedDataset(settings, family, pairs.training, checkpoint, dtype), held_out, own)
+
+
+def training_settings(config: Config, held_out: bool) -> Config:
+    """The configuration by which rows to train on are encoded.
+
+    Args:
+        held_out: samples are drawn from other pairs, so these need no negative prompts.
+    """
+    if not held_out:
+        return config
+    return config.model_copy(update={"validation": config.validation.model_copy(update={"enabled": False})})

@@ -15,6 +15,7 @@ from qwen_image_finetune.data.dataset import ImageDataset
 from qwen_image_finetune.disk import versions
 from qwen_image_finetune.encoding.cache import EncodedDataset
 from qwen_image_finetune.encoding.pairs import Pairs, encoded, open_pairs
+from qwen_image_finetune.encoding.streaming import fill_by_shard
 from qwen_image_finetune.families import get_family, with_targets
 from qwen_image_finetune.families.base import Family
 from qwen_image_finetune.fitting import choice
@@ -95,6 +96,7 @@ def open_job(config: Config) -> Job:
     config = with_targets(config, family)
     check_sharing(config, team.size, shared=sharding is not None)
 
+    fill_by_shard(config, family, accelerator, console.say if team.main else lambda message: None)
     pairs = open_pairs(config, family)
     folder = loading.checkpoint_folder(config, family)
     place = folder / "transformer"

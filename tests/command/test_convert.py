@@ -349,6 +349,24 @@ def test_other_files_are_refused(
     assert message in capsys.readouterr().err and not Path("my_run.yaml").exists()
 
 
+def test_data_sets_of_the_hub(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("qflux.yaml").write_text(
+        QFLUX.replace("dataset_path: qflux", "dataset_path: [{repo_id: a/b, split: test}, qflux]")
+    )
+    converted(capsys, "qflux.yaml")
+    ours = [(entry.path, entry.split) for entry in load_config(Path("my_run.yaml")).data.init_args.entries]
+    assert ours == [("my_run_pairs/target_images", "train"), ("hf://a/b", "test")]
+    hub = {"id": "edited", "type": "huggingface", "dataset_name": "a/b", "conditioning_data": ["references"],
+           "huggingface": {"image_column": "after", "caption_column": "words"}}  # fmt: skip
+    other = {"id": "references", "type": "huggingface", "dataset_type": "conditioning", "dataset_name": "a/b",
+             "huggingface": {"image_column": "before"}}  # fmt: skip
+    Path("multidatabackend.json").write_text(json.dumps([hub, other]))
+    converted(capsys, "config.json", "--overwrite")
+    (entry,) = load_config(Path("my_run.yaml")).data.init_args.entries
+    assert entry.columns is not None and entry.path == "hf://a/b"
+    assert (entry.columns.target, entry.columns.references, entry.columns.prompt) == ("after", ["before"], "words")
+
+
 def test_a_model_may_be_named(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
     converted(capsys, "sets.toml", "--model", "Qwen/Qwen-Image-Edit")
     assert load_config(Path("my_run.yaml")).model.pretrained_model_name_or_path == "Qwen/Qwen-Image-Edit"

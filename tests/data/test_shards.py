@@ -20,7 +20,7 @@ from huggingface_hub import constants
 from pyarrow import ipc, parquet
 
 from qwen_image_finetune.command.cli import main
-from qwen_image_finetune.config import Config, DatasetArguments
+from qwen_image_finetune.config import Config, ConfigError, DatasetArguments
 from qwen_image_finetune.data import shards
 from qwen_image_finetune.data.columns import KNOWN
 from qwen_image_finetune.data.dataset import ImageDataset
@@ -240,7 +240,7 @@ class Hub(BaseHTTPRequestHandler):
 
     def answer(self, body: bytes | None) -> None:
         path = self.path.partition("?")[0]
-        self.asked.append(path)
+        self.asked.append(f"{self.command} {path}")
         if path.startswith("/api/datasets/some/edits"):
             names = [{"rfilename": name} for name in self.files]
             self.send(json.dumps({"id": "some/edits", "sha": "c" * 40, "siblings": names}).encode(), body)
@@ -290,6 +290,40 @@ def test_a_data_set_of_the_hub(hub: type[Hub], folder: Path, tmp_path: Path, mon
     hub.asked.clear()
     assert seen(dataset("hf://some/edits@main", tmp_path / "home")) == ours  # what was said before
     assert hub.asked == [] and loads
+
+
+def test_a_stream_is_encoded_shard_by_shard(
+    hub: type[Hub], folder: Path, tmp_path: Path, configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configure("QwenImageEditPlus")
+    file, home = str(tmp_path / "config.yaml"), tmp_path / "home"
+    words = [f"data.init_args.shards_dir={home}", "data.init_args.caption_dropout_rate=0.2", "train.max_train_steps=2"]
+    local = ["data.init_args.dataset_path=" + str(tmp_path / "remote"), f"cache.cache_dir={tmp_path}/local"]
+    remote = ["data.init_args.dataset_path=hf://some/edits", "data.init_args.streaming=true"]
+    assert main(["cache", file, *words, *remote]) == 0
+    assert list(home.rglob("*.parquet")) == []  # nothing stays but what is known of them
+    loads = [path for path in hub.asked if path.startswith("GET /datasets")]
+    assert len(loads) == len(set(loads)) == 2
+
+    assert main(["cache", file, *words, *local]) == 0
+    stored = [{path.name: path.read_bytes() for path in (tmp_path / name).rglob("*.safetensors")}
+              for name in ("cache", "local")]  # fmt: skip
+    assert stored[0] == stored[1] and len(stored[0]) > 3 * len(SIZES)
+
+    hub.asked.clear()
+    assert main(["train", file, *words, *remote]) == 0
+    assert main(["check", file, *words, *remote]) == 0
+    assert not any("/resolve/" in path for path in hub.asked)
+    entry = next((tmp_path / "cache").rglob("*.safetensors"))
+    entry.unlink()  # what is lost is encoded again, out of its shard alone
+    assert main(["cache", file, *words, *remote]) == 0
+    assert sum(path.startswith("GET /datasets") for path in hub.asked) == 1 and entry.exists()
+
+
+def test_a_stream_needs_the_cache(configure: Callable[..., Config]) -> None:
+    for words in (["cache.use_cache=false"], ["validation.enabled=true", "validation.share=0.5"]):
+        with pytest.raises(ConfigError, match=r"data\.init_args\.streaming=true"):
+            configure("QwenImageEditPlus", "data.init_args.streaming=true", *words)
 
 
 def test_a_data_set_that_is_not_on_the_hub(hub: type[Hub], tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ class Ledger:
         self._left = dict(leaves(tree))
         self.lines: list[Line] = []
         self.values: dict[str, Any] = {}  # ours, dotted
+        self.on_hub: list[dict[str, Any]] = []  # data sets that need not be brought here: entries of dataset_path
 
     def get(self, key: str, default: Any = None) -> Any:
         """A value that nothing was made of yet; of a key that is not there, or null, `default`."""

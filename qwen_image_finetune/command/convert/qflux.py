@@ -140,8 +140,10 @@ def _folders(ledger: Ledger, tree: Mapping[str, Any]) -> list[Folder]:
     for place, entry in enumerate(entries):
         own = f"{key}[{place}]" if any(isinstance(each, dict) for each in entries) else key
         if isinstance(entry, dict):
+            ours = {"path": f"hf://{entry.get('repo_id')}", "split": entry.get("split") or "train"}
+            ledger.on_hub.append(ours)
             for part in ledger.below(own):
-                ledger.lost(part, f"on the hub: dataset_path: hf://{entry.get('repo_id')} (docs/data.md)")
+                ledger.is_so(part, f"in data.init_args.dataset_path: {ours['path']}")
         else:
             found.append(_folder(own, Path(str(entry)).expanduser()))
             ledger.is_so(own, f"{len(found[-1].pairs)} pairs, see below")

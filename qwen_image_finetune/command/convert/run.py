@@ -188,10 +188,11 @@ def _name(folder: Folder, number: int) -> str:
 
 def _settle(ledger: Ledger, folders: list[Folder], places: list[Path]) -> list[str]:
     """Put the data sets among our keys; what a data set has of its own and cannot have here is said."""
-    if not folders:
+    entries: list[Any] = [*map(str, places), *ledger.on_hub]
+    if not entries:
         return []
     given = [folder.settings for folder in folders]
-    ledger.values[DATASET] = str(places[0]) if len(places) == 1 else [str(place) for place in places]
+    ledger.values[DATASET] = entries[0] if len(entries) == 1 and isinstance(entries[0], str) else entries
     said = []
     for name in dict.fromkeys(name for settings in given for name in settings):
         value = common(list(given), name)

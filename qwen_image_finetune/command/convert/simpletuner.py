@@ -162,7 +162,7 @@ def _folders(ledger: Ledger, sets: Sequence[Mapping[str, Any]]) -> list[Folder]:
             for key in ledger.below(at):
                 ledger.lost(key, "a data set that is disabled")
         elif one.get("type", "local") == "huggingface" and "dataset_name" in one:
-            _hub(ledger, at, one)
+            _hub(ledger, at, one, [by_id[name] for name in _listed(one.get("conditioning_data")) if name in by_id])
         elif one.get("type", "local") != "local":
             for key in ledger.below(at):
                 ledger.lost(key, f"data of type {one['type']} is not read: bring it to this machine")
@@ -176,12 +176,20 @@ def _listed(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else list(value or [])
 
 
-def _hub(ledger: Ledger, at: str, one: Mapping[str, Any]) -> None:
+def _hub(ledger: Ledger, at: str, one: Mapping[str, Any], references: Sequence[Mapping[str, Any]]) -> None:
+    """A data set on the hub, whose references are a column of the same rows."""
+    about = one.get("huggingface") or {}
+    columns = {
+        "target": about.get("image_column", "image"), "prompt": about.get("caption_column", "caption"),
+        "references": [(other.get("huggingface") or {}).get("image_column", "image") for other in references],
+    }  # fmt: skip
+    path = f"hf://{one['dataset_name']}" + (f"@{one['revision']}" if one.get("revision") else "")
+    ledger.on_hub.append({"path": path, "split": one.get("split", "train"), "columns": columns})
+    for name in ("id", "type", "dataset_name", "split", "revision", "conditioning_data", "caption_strategy",
+                 "metadata_backend", "huggingface.image_column", "huggingface.caption_column"):  # fmt: skip
+        ledger.is_so(at + name, f"in data.init_args.dataset_path: {path}")
     for key in ledger.below(at):
-        if key == f"{at}dataset_name":
-            ledger.lost(key, f"load it: dataset_path: hf://{one['dataset_name']}, with columns (docs/data.md)")
-        else:
-            ledger.lost(key, "of a data set on the hub")
+        ledger.lost(key, "of a data set on the hub")
 
 
 def _folder(ledger: Ledger, at: str, one: Mapping[str, Any], references: Sequence[Mapping[str, Any]]) -> Folder:

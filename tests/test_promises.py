@@ -41,7 +41,7 @@ PROMISES: dict[str, tuple[str, ...]] = {
     "src.main --cache computes the embeddings and exits": ("test_guide.py::test_cache_then_train_then_launch",),
     "under accelerate launch, one process": ("test_guide.py::test_cache_then_train_then_launch",),
     "under a launcher, several processes": (
-        "test_contract.py::test_two_processes_train_as_one_with_twice_the_accumulation",
+        "distributed/test_data_parallel.py::test_two_processes_train_as_one_with_twice_the_accumulation",
     ),
     "src.* are thin doors": ("test_contract.py::test_the_doors_hold_no_logic",),
     "overrides on the command line": ("command/test_cli.py::test_overrides_stand_anywhere",),
@@ -168,7 +168,7 @@ PROMISES: dict[str, tuple[str, ...]] = {
     ),
     "lr_scheduler": ("training/test_optim.py::test_schedules_follow_their_formulas",),
     "lr_scheduler: whatever the number of processes": (
-        "test_contract.py::test_two_processes_train_as_one_with_twice_the_accumulation",
+        "distributed/test_data_parallel.py::test_two_processes_train_as_one_with_twice_the_accumulation",
     ),
     "cache: an incomplete one is completed": ("test_contract.py::test_an_incomplete_cache_is_completed_and_said",),
     "logging: report_to": (

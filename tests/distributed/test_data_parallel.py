@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from launching import one_machine
 from outcomes import furthest, losses, metrics, weights
 
 from qwen_image_finetune.config import ConfigError
+from qwen_image_finetune.training.train import train
 from tests.kin import UNLIKE
 
 BOUND = 1e-4  # of the largest movement of a weight: float32 sums of two gradients in another order, over five steps
@@ -44,6 +46,24 @@ def test_two_processes_equal_accumulation(
                       resume=[results[0][0]["run"], 3]))  # fmt: skip
     assert losses(back) == pytest.approx(losses(references[0])[3:], rel=1e-5)
     assert furthest(weights(back), weights(references[0]), weights(references[0], 1)) < BOUND
+
+
+def test_two_processes_train_as_one_with_twice_the_accumulation(
+    configure: Callable[..., Any], torchrun: Callable[..., Any], tmp_path: Path
+) -> None:
+    """By the command that users start. Same samples, noise and schedule; sums are rounded in another order."""
+    same = ["optimizer.class_path=torch.optim.SGD", "data.init_args.caption_dropout_rate=0.3"]
+    same += ["train.max_train_steps=4", "lr_scheduler.scheduler_type=cosine", "lr_scheduler.warmup_steps=1"]
+    alone = train(configure("FluxKontext", *same, "train.gradient_accumulation_steps=2"))
+    assert alone is not None
+    words = ["--config", str(tmp_path / "config.yaml"), *same, "logging.tracker_project_name=two"]
+    done = torchrun(2, "-m", "src.main", *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    together = tmp_path / "output" / "two" / "v0"
+    assert losses(together) == pytest.approx(losses(alone), rel=1e-5)
+    found = weights(together)
+    for name, tensor in weights(alone).items():
+        assert torch.allclose(tensor, found[name], rtol=1e-4, atol=1e-6), name
 
 
 def test_what_is_chosen_for_a_card_is_chosen_for_the_fullest(torchrun: Callable[..., Any], tmp_path: Path) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,11 +66,49 @@ def build_once(shared_folder: Path) -> Callable[[str, Callable[[Path], object]],
 
 
 @pytest.fixture(scope="session")
+def warm(shared_folder: Path) -> Path:
+    """A folder with `python`, `torchrun` and `accelerate`, whose processes need not import anything (tests/warm).
+
+    `python` takes a script or a module. One server serves all workers of the session, and ends with it.
+    """
+    if "WARM" in os.environ:  # of a session that a test of another one started
+        return Path(os.environ["WARM"])
+    place, folder = Path(__file__).parent / "warm", shared_folder / "warm"
+    with FileLock(shared_folder / "warm.lock"):
+        if not folder.exists():
+            # The name of a socket may have a hundred characters.
+            socket = Path(tempfile.mkdtemp(dir="/tmp"), "socket")
+            session = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
+            strange = ("ACCELERATE_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_")
+            environment = {name: value for name, value in os.environ.items() if not name.startswith(strange)}
+            server = subprocess.Popen(
+                [sys.executable, str(place / "server.py"), str(socket), str(session)],
+                env=environment, stdin=subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
+            while not socket.exists():
+                assert server.poll() is None, "the server did not start"
+                time.sleep(0.05)
+            folder.mkdir()
+            for tool in ("python", "torchrun", "accelerate"):
+                file = folder / tool
+                file.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S {place}/client.py {socket} {tool} "$@"\n')
+                file.chmod(0o755)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_checkpoints(build_once: Callable[[str, Callable[[Path], object]], Path]) -> dict[str, Path]:
     """A tiny random checkpoint of every family, in diffusers layout. Read them; copy one before changing it."""
-    from qwen_image_finetune.families import FAMILIES, get_family
+    from qwen_image_finetune.families import get_family
 
-    return {name: build_once(f"tiny-{name}", get_family(name).tiny) for name in FAMILIES}
+    class Built(dict[str, Path]):
+        """Each when it is first asked for: few files need them all."""
+
+        def __missing__(self, name: str) -> Path:
+            self[name] = build_once(f"tiny-{name}", get_family(name).tiny)
+            return self[name]
+
+    return Built()
 
 
 @pytest.fixture(scope="session")
@@ -128,8 +169,14 @@ def captioned(build_once: Callable[[str, Callable[[Path], object]], Path], pairs
 
 
 @pytest.fixture
-def configure(tmp_path: Path, pairs: Path, captioned: Path, tiny_checkpoints: dict[str, Path]) -> Callable[..., Config]:
-    """`configure(family, "section.key=value", ...)`: a small run of a tiny checkpoint, written below tmp_path."""
+def configure(
+    tmp_path: Path, pairs: Path, captioned: Path, tiny_checkpoints: dict[str, Path], shared_folder: Path
+) -> Callable[..., Config]:
+    """`configure(family, "section.key=value", ...)`: a small run of a tiny checkpoint, written below tmp_path.
+
+    All runs of a session share one cache, as a user's would: nearly half of a tiny run goes into encoding. A test that
+    looks at what is encoded says `cache.cache_dir`.
+    """
 
     def build(family: str, *overrides: str) -> Config:
         from qwen_image_finetune.config import load_config
@@ -144,7 +191,7 @@ def configure(tmp_path: Path, pairs: Path, captioned: Path, tiny_checkpoints: di
             "data": {"init_args": {"dataset_path": str(data), "resolution": 64}},
             "train": {"max_train_steps": 6, "mixed_precision": "no", "checkpointing_steps": 100},
             "optimizer": {"init_args": {"lr": 1e-2}},
-            "cache": {"use_cache": True, "cache_dir": str(tmp_path / "cache")},
+            "cache": {"use_cache": True, "cache_dir": str(shared_folder / "cache")},
             "logging": {"output_dir": str(tmp_path / "output"), "report_to": "none", "tracker_project_name": "project"},
         }
         path = tmp_path / "config.yaml"

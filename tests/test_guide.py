@@ -27,16 +27,24 @@ CONFIGURATIONS = [
 Configure = Callable[..., Config]
 
 
-def shell(command: str, folder: Path = ROOT) -> str:
-    """Run a line of the guide in a shell whose python, accelerate and so on are this environment's."""
-    paths = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, shell=True, cwd=folder, env={**os.environ, **paths}, capture_output=True, text=True,
-                          check=False)  # fmt: skip
-    assert done.returncode == 0, f"$ {command}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
+Shell = Callable[[str], str]
 
 
-def test_the_example_dataset_is_complete() -> None:
+@pytest.fixture
+def shell(warm: Path) -> Shell:
+    """Runs a line of the guide in a shell whose python and accelerate have everything loaded."""
+    paths = {"PATH": f"{warm}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": ""}
+
+    def run(command: str) -> str:
+        done = subprocess.run(command, shell=True, cwd=ROOT, env={**os.environ, **paths}, capture_output=True,
+                              text=True, check=False)  # fmt: skip
+        assert done.returncode == 0, f"$ {command}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    return run
+
+
+def test_the_example_dataset_is_complete(shell: Shell) -> None:
     said = shell(
         'echo "Control images: $(ls data/face_seg/control_images/*.jpg | wc -l)"\n'
         'echo "Target images: $(ls data/face_seg/training_images/*.png | wc -l)"\n'
@@ -55,13 +63,14 @@ def my_config(configure: Configure, tmp_path: Path) -> Callable[[str], Path]:
         values = yaml.safe_load(path.read_text())
         values["train"] |= {"trainer": family, "max_train_steps": 5, "checkpointing_steps": 5}
         values["logging"]["report_to"] = "tensorboard"
+        values["cache"]["cache_dir"] = str(tmp_path / "cache")
         path.write_text(yaml.safe_dump(values))
         return path
 
     return write
 
 
-def test_cache_then_train_then_launch(my_config: Callable[[str], Path], tmp_path: Path) -> None:
+def test_cache_then_train_then_launch(shell: Shell, my_config: Callable[[str], Path], tmp_path: Path) -> None:
     config, project = my_config("QwenImageEdit"), tmp_path / "output" / "project"
 
     assert "encoding texts" in shell(f"python -m src.main --config {config} --cache")
@@ -83,7 +92,7 @@ def test_cache_then_train_then_launch(my_config: Callable[[str], Path], tmp_path
     assert len(first) == 5 and first == second
 
 
-def test_inference_example(my_config: Callable[[str], Path], pairs: Path, tmp_path: Path) -> None:
+def test_inference_example(shell: Shell, my_config: Callable[[str], Path], pairs: Path, tmp_path: Path) -> None:
     """The guide's script, verbatim but for its four paths."""
     config = my_config("FluxKontext")
     said = shell(f"accelerate launch --config_file accelerate_config.yaml -m src.main --config {config}")

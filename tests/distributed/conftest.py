@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,29 +15,15 @@ from launching import HERE, ROOT, Command, clean_environment, ended
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 
-@pytest.fixture(scope="session")
-def client() -> Iterator[list[str]]:
-    """The command before `torchrun` or `accelerate` that has their processes forked from one that is warm."""
-    with tempfile.TemporaryDirectory() as folder:  # whose name is short enough for a socket's
-        address = Path(folder, "socket")
-        command = [sys.executable, str(HERE / "torchrun_server.py"), str(address)]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, env=clean_environment({})) as server:
-            while not address.exists():
-                assert server.poll() is None, "the server did not start"
-                time.sleep(0.05)
-            yield [sys.executable, str(HERE / "torchrun_client.py"), str(address)]
-            server.communicate(timeout=30)
-
-
 @pytest.fixture
-def start(client: list[str]) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+def start(warm: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """`start("torchrun" or "accelerate", argument, ..., environment={...})`: the process, which may still run."""
     started: list[subprocess.Popen[str]] = []
 
     def run(tool: str, *arguments: str, environment: Mapping[str, str] = {}) -> subprocess.Popen[str]:
         started.append(
             subprocess.Popen(
-                [*client, tool, *arguments], env=clean_environment(environment), stdout=subprocess.PIPE,
+                [str(warm / tool), *arguments], env=clean_environment(environment), stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE, text=True, cwd=ROOT,
             )
         )  # fmt: skip

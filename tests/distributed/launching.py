@@ -27,7 +27,15 @@ def two_machines(processes: int) -> list[Command]:
 
 def accelerated(file: str, processes: int, *more: str) -> Command:
     """Processes in all, under a launch configuration of the project."""
-    return ["accelerate", "--config_file", f"configs/accelerate/{file}", "--num_processes", str(processes), *more]
+    return [
+        "accelerate",
+        "launch",
+        "--config_file",
+        f"configs/accelerate/{file}",
+        "--num_processes",
+        str(processes),
+        *more,
+    ]
 
 
 def free_port() -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -48,7 +47,7 @@ def test_two_machines_equal_one(task: Callable[..., Any], run_all: Callable[...,
 
 
 @pytest.fixture
-def cluster(client: list[str], configure: Callable[..., Any], tmp_path: Path) -> Callable[..., Run]:
+def cluster(warm: Path, configure: Callable[..., Any], tmp_path: Path) -> Callable[..., Run]:
     """`cluster(script, environment)`: runs a shell script in a folder like the project's, on a machine of one card.
 
     `.venv/bin/torchrun` is there, and of Slurm `scontrol`, which names the machines, and `srun`, which does its
@@ -56,7 +55,7 @@ def cluster(client: list[str], configure: Callable[..., Any], tmp_path: Path) ->
     """
     configure("FluxKontext")
     programs = {
-        ".venv/bin/torchrun": f'exec {shlex.join([*client, "torchrun"])} "$@"',
+        ".venv/bin/torchrun": f'exec {warm / "torchrun"} "$@"',
         "bin/scontrol": 'test "$*" = "show hostnames machine[1-2]" && echo 127.0.0.1 && echo machine2',
         "bin/srun": '"$@" & first=$!; "$@" && wait $first',
     }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,24 +16,31 @@ from qwen_image_finetune.families import FAMILIES
 ROOT = Path(__file__).parents[2]
 REGISTERED = "MadeUp" in FAMILIES  # in the processes that the first test starts
 
-# What a family goes through, and where it is tested. The registry of the other process has one more line.
+# What a family decides, and where it is tested. The registry of the other process has one more line.
 JOURNEY = (
-    "families", "levers/test_timestep.py", "encoding/test_cache.py", "drawing/test_predict.py", "test_contract.py",
-    "training/test_train.py", "training/test_validate.py", "training/test_data_parallel_wrap.py",
-    "judging/test_evaluate.py",
+    "families/test_conditioning.py", "families/test_lora_pictures.py", "levers/test_timestep.py",
+    "training/test_train.py",
+    "training/test_data_parallel_wrap.py::test_equals_backward_passes",
+    "test_contract.py::test_training_starts_from_a_lora_of_any_dialect",
+    "judging/test_evaluate.py::test_a_sweep_over_checkpoints_and_strengths",
+    "encoding/test_cache.py::test_only_what_decides_an_embedding_misses",
+    "drawing/test_predict.py::test_guidance_scale_is_obeyed", "families/test_made_up.py",
 )  # fmt: skip
 
 
 @pytest.mark.skipif(REGISTERED, reason="it is the process that this test starts")
 @pytest.mark.timeout(1200)
-def test_the_registrys_tests_pass() -> None:
-    files = [f"tests/{place}" for place in JOURNEY]
+def test_the_registrys_tests_pass(warm: Path) -> None:
+    places = [f"tests/{place}" for place in JOURNEY]
     # Learning one pair by heart says nothing of a family that its resumed runs do not.
     chosen = ["-p", "tests.families.made_up", "-k", "(MadeUp or made_up) and not overfitted", "-p", "no:cacheprovider"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    command = [sys.executable, "-m", "pytest", *chosen, *files]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout[-6000:]
+    command = [warm / "python", "-m", "pytest", *chosen, "-p", "no:xdist", *places]
+    run = subprocess.run(
+        command, cwd=ROOT, env={**environment, "WARM": str(warm)}, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-6000:]
+    assert " 0 passed" not in run.stdout and "passed" in run.stdout
 
 
 registered = pytest.mark.skipif(not REGISTERED, reason="runs in the process of the first test")
@@ -69,7 +75,7 @@ def test_made_up_is_checked(configure: Callable[..., Config]) -> None:
 
 
 @registered
-def test_made_up_is_shared_by_two_processes(configure: Callable[..., Config], tmp_path: Path) -> None:
+def test_made_up_is_shared_by_two_processes(configure: Callable[..., Config], warm: Path, tmp_path: Path) -> None:
     """FSDP2 learns what the whole model learns; the processes are those of tests/distributed."""
     from qwen_image_finetune.disk.history import read_metrics
     from qwen_image_finetune.training.train import train
@@ -80,8 +86,7 @@ def test_made_up_is_shared_by_two_processes(configure: Callable[..., Config], tm
     tasks = tmp_path / "tasks.json"
     job = {"config": str(tmp_path / "config.yaml"), "overrides": [*options, "logging.tracker_project_name=shared"]}
     tasks.write_text(json.dumps([{**job, "shared": True, "family": "tests.families.made_up"}]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-               "tests/distributed/runs.py", str(tasks)]  # fmt: skip
+    command = [warm / "torchrun", "--standalone", "--nproc_per_node", "2", "tests/distributed/runs.py", str(tasks)]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-4000:]

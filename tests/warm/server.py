@@ -1,10 +1,10 @@
-"""torchrun and accelerate launch, whose processes are forked from this one, which has imported everything.
+"""python, torchrun and accelerate launch, whose processes are forked from this one, which has imported everything.
 
-    python torchrun_server.py SOCKET       ends with its standard input
+    python server.py SOCKET PROCESS       ends with the process of that number
 
 Rendezvous, agents, environments and restarts are those of the real commands; only the dozen seconds that each process
-spends on imports are saved. A client (torchrun_client.py) sends its command line, and its output streams with it; it is
-told the exit code. A client that goes away takes what it started with it.
+spends on imports are saved. A client (client.py) sends its command line, and its output streams with it; it is told the
+exit code. A client that goes away takes what it started with it.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ import json
 import os
 import runpy
 import select
+import shutil
 import signal
 import socket
 import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed.run
 from accelerate.commands import launch as accelerate_launch
@@ -32,11 +34,12 @@ import qwen_image_finetune.training.train  # noqa: F401  (each launch would impo
 
 
 def worker(*command: str) -> None:
-    """What the agent would start as `python -u [-m] NAME ...`."""
+    """What `python [-u] [-m] NAME ...` would do."""
     arguments = [argument for argument in command if argument != "-u"]
     is_module = arguments[0] == "-m"
     torch.set_num_threads(1)  # makes torch's pool of threads, which a fork leaves behind, before threads of a run do
     sys.argv = arguments[is_module:]
+    sys.path[:0] = [place for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place]
     try:
         if is_module:
             sys.path.insert(0, os.getcwd())
@@ -60,10 +63,12 @@ def forking(config: LaunchConfig, entrypoint: str) -> Any:
 
 def command(tool: str, arguments: list[str]) -> None:
     torch.distributed.run.elastic_launch = forking  # type: ignore[assignment]
-    if tool == "torchrun":
+    if tool == "python":
+        worker(*arguments)
+    elif tool == "torchrun":
         torch.distributed.run.main(arguments)
-    else:
-        accelerate_launch.launch_command(accelerate_launch.launch_command_parser().parse_args(arguments))
+    else:  # accelerate launch ...
+        accelerate_launch.launch_command(accelerate_launch.launch_command_parser().parse_args(arguments[1:]))
 
 
 def child(request: dict[str, Any], streams: list[int]) -> None:
@@ -104,10 +109,8 @@ def main() -> None:
     listening.bind(sys.argv[1])
     listening.listen()
     running: dict[socket.socket, int] = {}
-    while True:
-        ready, _, _ = select.select([0, listening, *running], [], [], 0.02)
-        if 0 in ready:  # whoever started this one has gone
-            break
+    while psutil.pid_exists(int(sys.argv[2])):
+        ready, _, _ = select.select([listening, *running], [], [], 0.02)
         if listening in ready:
             client, _ = listening.accept()
             request, streams = receive(client)
@@ -127,6 +130,7 @@ def main() -> None:
                 del running[client]
     for process in running.values():
         os.killpg(process, signal.SIGKILL)
+    shutil.rmtree(Path(sys.argv[1]).parent, ignore_errors=True)
     os._exit(0)  # taking leave of all that was imported takes seconds
 
 

@@ -1,6 +1,6 @@
-"""Runs torchrun or accelerate launch in the process that listens at a socket; exits with its code.
+"""Runs a command in the process that listens at a socket (server.py); exits with its code.
 
-python torchrun_client.py SOCKET torchrun|accelerate ARGUMENT...
+python client.py SOCKET python|torchrun|accelerate ARGUMENT...
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The loop, processes, validation and prediction see a family through its interface alone. What is a family's own
 (conditioning, pictures, LoRA files, cache) is tested for every family; what a room does with it is tested for those
-that are unlike. EVERY_FAMILY=1 tests all.
+that are unlike, or for two. EVERY_FAMILY=1 tests all.
 """
 
 from __future__ import annotations
@@ -21,4 +21,8 @@ WORDS_ALONE = sorted(FAMILIES.keys() - set(EDITING))
 
 assert KIN.keys() <= set(EDITING) and set(KIN.values()) <= set(EDITING) - KIN.keys()
 
-UNLIKE = EDITING if os.environ.get("EVERY_FAMILY") else sorted(set(EDITING) - KIN.keys())
+EVERY = bool(os.environ.get("EVERY_FAMILY"))
+UNLIKE = EDITING if EVERY else sorted(set(EDITING) - KIN.keys())
+
+# For what no family has a line of its own in: two that differ in everything, and the one of families/test_made_up.py.
+TWO = EDITING if EVERY else [name for name in ("FluxKontext", "QwenImageEdit", "MadeUp") if name in FAMILIES]

@@ -20,7 +20,7 @@ from qwen_image_finetune.data.images import DataError
 from qwen_image_finetune.families import FAMILIES, get_family, with_targets
 from qwen_image_finetune.trainer import Trainer
 from qwen_image_finetune.training.train import train
-from tests.kin import EDITING, UNLIKE
+from tests.kin import EDITING, TWO, UNLIKE
 
 TESTS = Path(__file__).parent
 Configure = Callable[..., Config]
@@ -283,7 +283,7 @@ def test_the_oldest_checkpoints_go(configure: Configure) -> None:
 
 
 @pytest.mark.parametrize("cached", [True, False])
-@pytest.mark.parametrize("name", UNLIKE)
+@pytest.mark.parametrize("name", TWO)
 def test_low_memory_changes_nothing_but_memory(name: str, cached: bool, configure: Configure) -> None:
     options = ("train.max_train_steps=3", f"cache.use_cache={cached}")
     frugal, plain = learn(configure(name, *options, "train.low_memory=true")), learn(configure(name, *options))
@@ -307,7 +307,7 @@ def test_an_incomplete_cache_is_completed_and_said(configure: Configure, capsys:
 
 
 @pytest.mark.parametrize(
-    ("name", "cached"), [*((name, cached) for name in UNLIKE for cached in (True, False)), ("QwenImage", True)]
+    ("name", "cached"), [*((name, True) for name in (*UNLIKE, "QwenImage")), *((name, False) for name in TWO)]
 )
 def test_validation_draws_samples_and_changes_nothing(name: str, cached: bool, configure: Configure) -> None:
     options = ("train.max_train_steps=4", "model.lora.lora_dropout=0.2", f"cache.use_cache={cached}")

@@ -18,7 +18,7 @@ from qwen_image_finetune.families import get_family
 from qwen_image_finetune.lora.header import LoraFileError
 from qwen_image_finetune.trainer import Trainer
 from qwen_image_finetune.training.train import train
-from tests.kin import UNLIKE
+from tests.kin import TWO, UNLIKE
 
 Configure = Callable[..., Config]
 
@@ -37,7 +37,7 @@ def difference(first: Image.Image, second: Image.Image) -> int:
     return int(np.abs(np.asarray(first).astype(int) - np.asarray(second)).max())
 
 
-@pytest.fixture(params=UNLIKE)
+@pytest.fixture(params=TWO)
 def trainer(request: pytest.FixtureRequest, configure: Configure) -> Trainer:
     return Trainer(configure(request.param))
 

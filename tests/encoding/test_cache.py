@@ -22,7 +22,7 @@ from qwen_image_finetune.fitting.estimate import BYTES, Estimator
 from qwen_image_finetune.levers.quantize import relative_error
 from qwen_image_finetune.levers.quantized_linear import QuantizedLinear
 from qwen_image_finetune.records import collate
-from tests.kin import EDITING
+from tests.kin import EDITING, TWO
 
 Configure = Callable[..., Config]
 CPU = {"default": torch.device("cpu")}
@@ -143,7 +143,7 @@ def test_the_order_of_references_counts(configure: Configure, write_pairs: Calla
     assert torch.equal(swapped.read(0).references[1], first)
 
 
-@pytest.mark.parametrize("name", EDITING)
+@pytest.mark.parametrize("name", TWO)
 def test_an_interrupted_caching_run_continues_where_it_was(name: str, configure: Configure) -> None:
     config = configure(name)
     rows = open_rows(config, name)
@@ -164,7 +164,7 @@ def test_an_interrupted_caching_run_continues_where_it_was(name: str, configure:
     assert lacking(config, name) == (0, 14 - 5)
 
 
-@pytest.mark.parametrize("name", EDITING)
+@pytest.mark.parametrize("name", TWO)
 def test_every_row_keeps_its_own_caption(name: str, configure: Configure, tiny_checkpoints: dict[str, Path]) -> None:
     """Whatever the order of filling and reading: each cached text is the embedding of that row's own file."""
     config = configure(name, "data.init_args.caption_dropout_rate=0.5", "data.init_args.prompt_image_dropout_rate=0.5")
@@ -188,7 +188,7 @@ def test_every_row_keeps_its_own_caption(name: str, configure: Configure, tiny_c
             assert with_caption.shape != dropped.shape or not torch.equal(with_caption, dropped)
 
 
-@pytest.mark.parametrize("name", EDITING)
+@pytest.mark.parametrize("name", TWO)
 def test_visits_take_turns_at_the_stored_crops_and_flips(
     name: str, configure: Configure, tiny_checkpoints: dict[str, Path]
 ) -> None:

@@ -45,10 +45,8 @@ def family(request: pytest.FixtureRequest) -> Family:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoints") / family.name
-    family.tiny(folder)
-    return folder
+def checkpoint(family: Family, tiny_checkpoints: dict[str, Path]) -> Path:
+    return tiny_checkpoints[family.name]
 
 
 @pytest.fixture(scope="module")

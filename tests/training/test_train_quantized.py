@@ -21,7 +21,7 @@ from qwen_image_finetune.levers.quantize import quantize
 from qwen_image_finetune.levers.quantized_linear import E4M3, QuantizedLinear
 from qwen_image_finetune.levers.recompute import blocks
 from qwen_image_finetune.training.train import train
-from tests.kin import UNLIKE
+from tests.kin import TWO, UNLIKE
 
 FORMATS = ("fp8", "int8", "nf4", "fp4")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -51,7 +51,9 @@ def test_losses_stay_near_those_of_full_precision(
     model = family.transformer.from_pretrained(configure(name).model.pretrained_model_name_or_path + "/transformer")
     layers = sum(isinstance(layer, torch.nn.Linear) for block in blocks(model) for layer in block.modules())
     exact = losses(train(configure(name, "train.max_train_steps=4")))
-    for format, tolerance in {"fp8": 0.05, "int8": 0.02, "nf4": 0.15, "fp4": 0.2}.items():
+    bounds = {"fp8": 0.05, "int8": 0.02, "nf4": 0.15, "fp4": 0.2}
+    # Which layers are exchanged is the family's; how they multiply is not.
+    for format, tolerance in bounds.items() if name in TWO else [("fp8", bounds["fp8"])]:
         found = losses(train(configure(name, "train.max_train_steps=4", f"model.quantize={format}")))
         assert found == pytest.approx(exact, rel=tolerance)
         assert found != exact

@@ -23,7 +23,7 @@ from qwen_image_finetune.training.state import State
 from qwen_image_finetune.training.train import train
 from qwen_image_finetune.training.trained import exact
 from qwen_image_finetune.training.verdict import Best, Measured
-from tests.kin import UNLIKE
+from tests.kin import TWO
 
 Configure = Callable[..., Config]
 
@@ -57,7 +57,7 @@ def rounds(folder: Path | None, **more: object) -> str:
     return f"validation={json.dumps(settings if folder is None else {**settings, 'dataset_path': str(folder)})}"
 
 
-MODES = [(name, "cached") for name in UNLIKE] + [("FluxKontext", mode) for mode in ("uncached", "workers", "full")]
+MODES = [(name, "cached") for name in TWO] + [("FluxKontext", mode) for mode in ("uncached", "workers", "full")]
 
 
 @pytest.mark.parametrize(("name", "mode"), MODES)

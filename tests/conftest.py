@@ -169,14 +169,19 @@ def captioned(build_once: Callable[[str, Callable[[Path], object]], Path], pairs
 
 
 @pytest.fixture
-def configure(
-    tmp_path: Path, pairs: Path, captioned: Path, tiny_checkpoints: dict[str, Path], shared_folder: Path
-) -> Callable[..., Config]:
-    """`configure(family, "section.key=value", ...)`: a small run of a tiny checkpoint, written below tmp_path.
+def cache_folder(shared_folder: Path) -> Path:
+    """All runs of a session share one cache, as a user's would: nearly half of a tiny run goes into encoding.
 
-    All runs of a session share one cache, as a user's would: nearly half of a tiny run goes into encoding. A test that
-    looks at what is encoded says `cache.cache_dir`.
+    A file whose tests look at what is encoded has a fixture of this name that gives each its own.
     """
+    return shared_folder / "cache"
+
+
+@pytest.fixture
+def configure(
+    tmp_path: Path, pairs: Path, captioned: Path, tiny_checkpoints: dict[str, Path], cache_folder: Path
+) -> Callable[..., Config]:
+    """`configure(family, "section.key=value", ...)`: a small run of a tiny checkpoint, written below tmp_path."""
 
     def build(family: str, *overrides: str) -> Config:
         from qwen_image_finetune.config import load_config
@@ -191,7 +196,7 @@ def configure(
             "data": {"init_args": {"dataset_path": str(data), "resolution": 64}},
             "train": {"max_train_steps": 6, "mixed_precision": "no", "checkpointing_steps": 100},
             "optimizer": {"init_args": {"lr": 1e-2}},
-            "cache": {"use_cache": True, "cache_dir": str(shared_folder / "cache")},
+            "cache": {"use_cache": True, "cache_dir": str(cache_folder)},
             "logging": {"output_dir": str(tmp_path / "output"), "report_to": "none", "tracker_project_name": "project"},
         }
         path = tmp_path / "config.yaml"

@@ -290,8 +290,10 @@ def test_low_memory_changes_nothing_but_memory(name: str, cached: bool, configur
     assert_equal(frugal.weights, plain.weights)
 
 
-def test_an_incomplete_cache_is_completed_and_said(configure: Configure, capsys: pytest.CaptureFixture[str]) -> None:
-    config = configure("FluxKontext", "train.max_train_steps=1")
+def test_an_incomplete_cache_is_completed_and_said(
+    configure: Configure, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = configure("FluxKontext", "train.max_train_steps=1", f"cache.cache_dir={tmp_path / 'cache'}")
     first = learn(config).losses
     assert "lacks 7 texts and 14 pictures of 21 entries" in capsys.readouterr().out
     entries = sorted(

@@ -31,6 +31,12 @@ Shell = Callable[[str], str]
 
 
 @pytest.fixture
+def cache_folder(tmp_path: Path) -> Path:
+    """Its own: what is encoded is looked at."""
+    return tmp_path / "cache"
+
+
+@pytest.fixture
 def shell(warm: Path) -> Shell:
     """Runs a line of the guide in a shell whose python and accelerate have everything loaded."""
     paths = {"PATH": f"{warm}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": ""}
@@ -63,7 +69,6 @@ def my_config(configure: Configure, tmp_path: Path) -> Callable[[str], Path]:
         values = yaml.safe_load(path.read_text())
         values["train"] |= {"trainer": family, "max_train_steps": 5, "checkpointing_steps": 5}
         values["logging"]["report_to"] = "tensorboard"
-        values["cache"]["cache_dir"] = str(tmp_path / "cache")
         path.write_text(yaml.safe_dump(values))
         return path
 

@@ -7,12 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from launching import HERE
 
 from qwen_image_finetune.config import load_config
 from qwen_image_finetune.encoding.embeddings import encode_dataset
 
 NAME = "QwenImageEdit"  # its texts see the references: three kinds of entries
+
+
+@pytest.fixture
+def cache_folder(tmp_path: Path) -> Path:
+    """Its own: what is encoded is looked at."""
+    return tmp_path / "cache"
 
 
 def entries(folder: Path) -> dict[str, bytes]:

@@ -28,6 +28,12 @@ Configure = Callable[..., Config]
 CPU = {"default": torch.device("cpu")}
 
 
+@pytest.fixture
+def cache_folder(tmp_path: Path) -> Path:
+    """Its own: what is encoded is looked at."""
+    return tmp_path / "cache"
+
+
 def open_rows(config: Config, name: str, dtype: torch.dtype = torch.float32) -> EncodedDataset:
     family = get_family(name)
     folder = Path(config.model.pretrained_model_name_or_path)

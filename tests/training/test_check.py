@@ -21,6 +21,12 @@ from qwen_image_finetune.training.train import train
 Configure = Callable[..., Config]
 
 
+@pytest.fixture
+def cache_folder(tmp_path: Path) -> Path:
+    """Its own: what is encoded is looked at."""
+    return tmp_path / "cache"
+
+
 def another_rank(configure: Configure, folder: Path) -> list[str]:
     run = train(configure("FluxKontext", "model.lora.r=2", "train.max_train_steps=5"))
     assert run is not None

@@ -28,6 +28,12 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 Configure = Callable[..., Config]
 
 
+@pytest.fixture
+def cache_folder(tmp_path: Path) -> Path:
+    """Its own: what is encoded is looked at."""
+    return tmp_path / "cache"
+
+
 def newest(run: Path | None) -> Path:
     assert run is not None
     return max(run.glob("checkpoint-*-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]))

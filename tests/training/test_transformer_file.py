@@ -42,6 +42,12 @@ FAMILIES = ("FluxKontext", "QwenImageEditPlus", "Flux2Klein", "QwenImage21")
 PREFIX = "model.diffusion_model."
 
 
+@pytest.fixture
+def cache_folder(tmp_path: Path) -> Path:
+    """Its own: what is encoded is looked at."""
+    return tmp_path / "cache"
+
+
 def base_of(folder: Path) -> dict[str, Tensor]:
     return {key: value for path in (folder / "transformer").glob("*.safetensors")
             for key, value in load_file(path).items()}  # fmt: skip

@@ -16,6 +16,7 @@ class Entry:
     class_name: str
     pipeline: str  # `_class_name` in the checkpoint's model_index.json
     example: str  # a hub id, for messages
+    loads_loras: bool = True  # the pipeline has a `load_lora_weights` in diffusers
 
 
 FAMILIES: dict[str, Entry] = {
@@ -37,10 +38,11 @@ FAMILIES: dict[str, Entry] = {
     "QwenImage21": Entry("qwen_image_21", "QwenImage21", "QwenImage21Pipeline", "Qwen/Qwen-Image-2.1"),
     "JoyImageEditPlus": Entry(
         "joy_image_edit_plus", "JoyImageEditPlus", "JoyImageEditPlusPipeline",
-        "jdopensource/JoyAI-Image-Edit-Plus-Diffusers"
+        "jdopensource/JoyAI-Image-Edit-Plus-Diffusers", loads_loras=False,
     ),
     "LongCatImageEdit": Entry(
-        "longcat_image_edit", "LongCatImageEdit", "LongCatImageEditPipeline", "meituan-longcat/LongCat-Image-Edit"
+        "longcat_image_edit", "LongCatImageEdit", "LongCatImageEditPipeline", "meituan-longcat/LongCat-Image-Edit",
+        loads_loras=False,
     ),
     "Flux": Entry("flux", "Flux", "FluxPipeline", "black-forest-labs/FLUX.1-dev"),
     "QwenImage": Entry("qwen_image", "QwenImage", "QwenImagePipeline", "Qwen/Qwen-Image"),

@@ -82,18 +82,20 @@ def card(version: Version, checkpoint: Path, repository: str, shown: list[Shown]
         parts += [f"![{_inline(one.prompt)}]({one.file})\n\n{_inline(one.prompt)}" for one in shown]
     if version.evaluation is not None:
         parts += ["## Measured on held-out pairs", _measured(version.evaluation)]
-    parts += ["## Use", _use(version, repository, is_lora), "## Trained with", _settings(version)]
+    parts += ["## Use", _use(version, checkpoint, repository, is_lora), "## Trained with", _settings(version)]
     return "\n\n".join(parts) + "\n"
 
 
 def head(version: Version, is_lora: bool, shown: list[Shown], prompts: list[str]) -> dict[str, Any]:
     """The fields that the hub reads; what is not known is left out."""
-    base = base_of(version)
-    found: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "image-to-image"}
+    base, family = base_of(version), version.settings.get("train.trainer")
+    edits = family not in FAMILIES or get_family(str(family)).max_references > 0
+    task = "image-to-image" if edits else "text-to-image"
+    found: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": task}
     if base is not None:
         found |= {"base_model": base, "base_model_relation": "adapter" if is_lora else "finetune"}
         found |= licence(version, base)
-    found["tags"] = [*(["lora"] if is_lora else []), "diffusers", "image-to-image", "qwen-image-finetune"]
+    found["tags"] = [*(["lora"] if is_lora else []), "diffusers", task, "qwen-image-finetune"]
     if prompts:
         found["instance_prompt"] = Counter(prompts).most_common(1)[0][0]
     if shown:
@@ -226,11 +228,11 @@ def _measured(found: Evaluation) -> str:
     return "\n".join([*lines, "", about, "", *meaning])
 
 
-def _use(version: Version, repository: str, is_lora: bool) -> str:
+def _use(version: Version, checkpoint: Path, repository: str, is_lora: bool) -> str:
     base = base_of(version) or "THE_BASE"
     if is_lora:
         load = f'pipe = DiffusionPipeline.from_pretrained("{base}", dtype=torch.bfloat16).to("cuda")\n'
-        load += loading_words(flat(told(version)), repository)
+        load += loading_words(flat(told(version)), repository, checkpoint / LORA_WEIGHTS)
         note = "`qif export` writes the same file under the names of ComfyUI or kohya's scripts."
     else:
         load = (

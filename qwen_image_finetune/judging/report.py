@@ -244,7 +244,8 @@ def usage(version: Version, chosen: Path) -> list[str]:
     ])  # fmt: skip
     python = (
         "pipe = diffusers.DiffusionPipeline.from_pretrained("
-        f"{version.settings['model.pretrained_model_name_or_path']!r})\n{loading_words(version.settings, str(chosen))}"
+        f"{version.settings['model.pretrained_model_name_or_path']!r})\n"
+        f"{loading_words(version.settings, str(chosen), chosen)}"
     )
     return [
         f"<h3>On the command line</h3><pre>{escape(command)}</pre>",

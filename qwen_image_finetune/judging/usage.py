@@ -3,21 +3,49 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from qwen_image_finetune.config.registry import FAMILIES
+from qwen_image_finetune.disk.versions import LORA_WEIGHTS
+from qwen_image_finetune.lora.header import read_metadata
 
-def loading_words(settings: Mapping[str, Any], weights: str) -> str:
+BY_PEFT = """\
+import json, peft
+from safetensors import safe_open
+
+for name, path in {files}:
+    with safe_open(path, "pt") as file:
+        about = json.loads(file.metadata()["lora_adapter_metadata"])
+        state = {{key.removeprefix("transformer."): file.get_tensor(key) for key in file.keys()}}
+    config = peft.LoraConfig(**{{key.removeprefix("transformer."): value for key, value in about.items()}})
+    peft.inject_adapter_in_model(config, pipe.transformer, name)
+    peft.set_peft_model_state_dict(pipe.transformer, state, name)"""
+TOGETHER = """\
+for layer in pipe.transformer.modules():  # it was trained on top of the first
+    if isinstance(layer, peft.tuners.lora.LoraLayer):
+        layer.set_adapter({names})
+        for name, strength in zip({names}, {strengths}):
+            if name in layer.scaling:
+                layer.set_scale(name, strength)"""
+
+
+def loading_words(settings: Mapping[str, Any], weights: str, file: Path) -> str:
     """Python that gives a diffusers pipeline `pipe` a LoRA, and those that were under its training.
 
     Args:
         settings: of the run, by dotted key.
-        weights: what `load_lora_weights` takes.
+        weights: what `load_lora_weights` takes: the file, or a repository of the hub.
+        file: the LoRA, on this machine; it says whose it is. Where diffusers has no loader for it, peft loads it.
     """
     under = settings.get("model.base_loras") or []
     lines = []
-    if file := settings.get("model.transformer_file"):
-        lines.append(f"# trained on the transformer in {json.dumps(str(file))}, not on the pipeline's own")
+    if base := settings.get("model.transformer_file"):
+        lines.append(f"# trained on the transformer in {json.dumps(str(base))}, not on the pipeline's own")
+    entry = FAMILIES.get(read_metadata(file).get("qif.family", ""))
+    if entry is not None and not entry.loads_loras:
+        return "\n".join([*lines, *_by_peft(under, weights)])
     if not under:
         return "\n".join([*lines, f"pipe.load_lora_weights({json.dumps(weights)})"])
     names = [*(f"under_{place}" for place in range(len(under))), "trained"]
@@ -31,3 +59,18 @@ def loading_words(settings: Mapping[str, Any], weights: str) -> str:
         f"pipe.set_adapters({json.dumps(names)}, {json.dumps(strengths)})  # it was trained on top of the first"
     )
     return "\n".join(lines)
+
+
+def _by_peft(under: Sequence[Mapping[str, Any]], weights: str) -> list[str]:
+    """Lines for a pipeline without `load_lora_weights`; those under it are files in diffusers' names."""
+    names = json.dumps([*(f"under_{place}" for place in range(len(under))), "trained"])
+    lines, last = [], json.dumps(weights)
+    if not weights.endswith(".safetensors"):
+        lines.append("from huggingface_hub import hf_hub_download")
+        last = f"hf_hub_download({last}, {json.dumps(LORA_WEIGHTS)})"
+    files = f"zip({names}, [{', '.join([*(json.dumps(str(one['file'])) for one in under), last])}])"
+    lines.append(BY_PEFT.format(files=files))
+    if under:
+        strengths = json.dumps([*(float(one["strength"]) for one in under), 1.0])
+        lines.append(TOGETHER.format(names=names, strengths=strengths))
+    return lines

@@ -213,6 +213,9 @@ def test_what_the_hub_learns_of_the_base(made: Path, monkeypatch: pytest.MonkeyP
     found = head(version, True, [], ["turn day into night", "turn day into night", "x"])
     assert found["base_model_relation"] == "adapter" and found["license"] == "apache-2.0"
     assert found["instance_prompt"] == "turn day into night"
+    assert found["pipeline_tag"] == "image-to-image"
+    version.settings["train.trainer"] = "QwenImage"
+    assert head(version, True, [], [])["pipeline_tag"] == "text-to-image"
     other = licence(version, "black-forest-labs/FLUX.1-Kontext-dev")
     assert other == {"license": "other", "license_name": "flux.1-dev-non-commercial",
                      "license_link": "https://huggingface.co/black-forest-labs/FLUX.1-Kontext-dev"}  # fmt: skip

@@ -54,6 +54,8 @@ IDLE: tuple[tuple[str, Condition, str], ...] = (
      "train.gradient_checkpointing is false, or train.memory chooses"),
     *((f"train.{key}", lambda c: c.train.memory == "auto", "train.memory is 'auto', which chooses it")
       for key in ("gradient_checkpointing", "offload_activations", "blocks_to_swap")),
+    *((f"train.ema.{key}", lambda c: not c.train.ema.enabled, "train.ema.enabled is false")
+      for key in ("decay", "start_step", "every", "device")),
     ("lr_scheduler.warmup_steps", lambda c: c.lr_scheduler.scheduler_type == "constant",
      "lr_scheduler.scheduler_type is 'constant'; 'constant_with_warmup' warms up"),
     ("lr_scheduler.num_cycles", _schedule_is_not("cosine", "cosine_with_restarts"),

@@ -238,6 +238,18 @@ class DataConfig(Section):
         return self.class_path not in OUR_DATASETS or self.init_args.random_crop or self.init_args.random_flip
 
 
+class EmaConfig(Section):
+    """A moving average of the trained weights, validated and saved beside them."""
+
+    enabled: Switch = Field(False, description="keep one")
+    decay: Annotated[float, Field(ge=0.0, lt=1.0), Allowed("number from 0 to below 1")] = Field(
+        0.999, description="share of the average that stays in a step; less in the first updates"
+    )
+    start_step: Natural = Field(0, description="optimizer steps before the first weights are taken in")
+    every: Count = Field(1, description="optimizer steps between updates")
+    device: Literal["cpu"] | None = Field(None, description="cpu: it waits in host memory; default: beside the weights")
+
+
 class TrainConfig(Section):
     """The loop. A step is an optimizer step, everywhere."""
 
@@ -306,6 +318,7 @@ class TrainConfig(Section):
         description="seconds that processes wait for one that hangs, from the second step on, before the run ends; "
         "default: 20, or 1800 with train.compile or without the cache",
     )
+    ema: EmaConfig = Field(EmaConfig(), description="a moving average of what is trained")
     vae_encoder_device: Device | None = Field(None, description="where the VAE lives, training without the cache")
     text_encoder_device: Device | None = Field(None, description="the same for the (first) text encoder")
     text_encoder_2_device: Device | None = Field(None, description="the same for the second text encoder")

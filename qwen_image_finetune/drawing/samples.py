@@ -106,20 +106,26 @@ class Sampler:
         return [subject.rows.example(subject.index) for subject in self.subjects]
 
     def strips(
-        self, examples: Sequence[Example], drawn: Sequence[Image.Image], base: Sequence[Image.Image] | None
+        self,
+        examples: Sequence[Example],
+        drawn: Sequence[Image.Image],
+        base: Sequence[Image.Image] | None,
+        averaged: Sequence[Image.Image] | None = None,
     ) -> tuple[list[Image.Image], list[dict[str, Any]]]:
-        """(strips, their layout): references, base, what was drawn, and the truth where it is known, at the height of
-        the drawn picture.
+        """(strips, their layout): references, base, what was drawn, the same by the weights' average, and the truth
+        where it is known, at the height of the drawn picture.
 
         Args:
             base: what the base drew; None where that cannot be known any more.
+            averaged: what the average of the trained weights drew; None where there is none.
         """
         strips, layout = [], []
         subjects = zip(self.subjects, examples, drawn, strict=True)
         for place, (subject, example, picture) in enumerate(subjects):
             parts = [("reference", reference) for reference in example.references]
             parts += [] if base is None else [("base", base[place])]
-            parts += [("drawn", picture)] + [("truth", example.target)] * subject.has_truth
+            parts += [("drawn", picture)] + ([] if averaged is None else [("averaged", averaged[place])])
+            parts += [("truth", example.target)] * subject.has_truth
             strip, places = side_by_side(parts, picture.height)
             strips.append(strip)
             layout.append({"key": example.key, "prompt": example.prompt, "parts": places})

@@ -46,6 +46,7 @@ OUTSIDE = GIB
 # Of the host, of each process: libraries, the driver, what is read ahead.
 PROGRAM = 4 * GIB
 
+AVERAGE = "average of what is trained"
 ENCODER_PARTS = ("text_encoder", "text_encoder_2", "vae_encoder")
 
 
@@ -122,16 +123,20 @@ class Estimator:
         # Of int8, products are kept as they are summed, in 32 bits.
         twice = (format or self.format) == "int8" and keep not in (None, "none")
         kept = found.kept(keep) + twice * (found.kept(keep) - found.kept(0.0))
+        average = 4 * (found.weights if config.model.lora is None else found.adapter) * train.ema.enabled
+        average_waits = train.ema.device == "cpu"
         device = {
             "weights": outside + in_blocks - on_host + visiting,
             **self._trained(config),
+            AVERAGE: 0 if average_waits else average,
             "kept activations": 0 if offloads else kept,
             "the block at work": AT_WORK * largest.inputs + (largest.saved if keep is not None else 0),
         }
         # The two are page-locked in other ways: swapped blocks take what they need, torch's tensors powers of two.
         wide = twice * (found.kept_on_host(keep) - found.kept_on_host(0.0))
         activations = found.kept_on_host(keep) + wide if offloads else 0
-        host = {"swapped blocks": on_host, "activations": activations, "the program": PROGRAM}
+        host = {"swapped blocks": on_host, "activations": activations, AVERAGE: average if average_waits else 0}
+        host["the program"] = PROGRAM
         encoders = self.encoders(config)
         if not config.cache.use_cache:
             (host if train.low_memory else device)["encoders"] = encoders

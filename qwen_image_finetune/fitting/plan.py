@@ -18,7 +18,7 @@ from qwen_image_finetune.config.exclusions import contradictions
 from qwen_image_finetune.config.tree import find, shown
 from qwen_image_finetune.families.base import Family
 from qwen_image_finetune.fitting import speed
-from qwen_image_finetune.fitting.estimate import ENCODER_PARTS, GIB, OUTSIDE, Estimate, Estimator, Size
+from qwen_image_finetune.fitting.estimate import AVERAGE, ENCODER_PARTS, GIB, OUTSIDE, Estimate, Estimator, Size
 from qwen_image_finetune.fitting.host_memory import free_host_memory
 
 KEEPS: tuple[float | None, ...] = (None, 1.0, 0.8, 0.6, 0.4, 0.2, 0.0)
@@ -29,6 +29,7 @@ NOT_TUNED: dict[str, Any] = {"train.blocks_to_swap": 0, "train.keep_activations"
 HOST_REMEDIES = {
     "swapped blocks": "a base of fewer bits is smaller, and swaps less or nothing (docs/precision.md)",
     "activations": "train.offload_activations=false",
+    AVERAGE: "train.ema.device=null",
     "encoders": "cache.use_cache=true",
     "encoders, while they encode": "cache.text_encoder_device and the like without cpu",
     "the program": "close other programs",

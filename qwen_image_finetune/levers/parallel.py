@@ -253,6 +253,23 @@ def cut_like(value: Tensor, pattern: Tensor) -> Tensor:
     return _as_cut(value[begin : begin + rows].to(pattern.device, copy=True), pattern)
 
 
+def own_part(tensor: Tensor) -> Tensor:
+    """This process's part of a cut tensor, in the same memory; any other as it is."""
+    return cast(DTensor, tensor.detach()).to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def cut_as(part: Tensor, pattern: Tensor) -> Tensor:
+    """This process's part as a tensor that is cut like `pattern`, on its device; as it is where that is whole."""
+    return _as_cut(part.to(pattern.device), pattern) if isinstance(pattern, DTensor) else part
+
+
+def forget_gathered(transformer: nn.Module) -> None:
+    """Let the next forward pass gather weights anew: for whoever changes the parts other than by an optimizer."""
+    for module in transformer.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def cut_state(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The state_dict of an optimizer, its whole tensors cut like the parameters that they belong to; all are copies."""
     parameters = [tensor for group in optimizer.param_groups for tensor in group["params"]]

@@ -16,6 +16,7 @@ from qwen_image_finetune.levers.release import GradientRelease
 from qwen_image_finetune.lora import adapters
 from qwen_image_finetune.lora import files as lora_files
 from qwen_image_finetune.training import trained
+from qwen_image_finetune.training.average import Average
 from qwen_image_finetune.training.data_parallel import wrap
 from qwen_image_finetune.training.job import Job
 from qwen_image_finetune.training.optim import build_optimizer, build_scheduler
@@ -41,6 +42,7 @@ class Learner:
     optimizer: Any  # accelerate's wrapper, which holds back steps whose fp16 gradients overflowed
     schedule: LambdaLR
     max_norm: float | None = None  # of the change of a weight
+    average: Average | None = None  # in the processes that validate or save
     released: GradientRelease | None = None
     overflows: int = 0  # steps in a row whose fp16 gradients overflowed
     _compiled: int = -1  # graphs that were spoken of; none is worth a word too
@@ -126,6 +128,7 @@ def assemble(job: Job, resume: Path | None) -> Learner:
         wrapped=transformer if job.sharding else wrap(job.accelerator, transformer, job.family, config.model.lora),
         schedule=schedule,
         max_norm=None if lora is None else lora.max_norm,
+        average=Average(config, transformer) if config.train.ema.enabled and (job.team.main or job.sharding) else None,
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from qwen_image_finetune.config import ConfigError, LossConfig, ModelConfig
+from qwen_image_finetune.config import ConfigError, EmaConfig, LossConfig, ModelConfig
 from qwen_image_finetune.config.tree import ABSENT, find, shown
 from qwen_image_finetune.disk import checkpoint
 from qwen_image_finetune.disk.files import Staged
@@ -53,6 +53,7 @@ FREE = (
         "center_crop_ratio", "random_crop", "crop_size", "crop_scale", "random_flip")),
     *(f"train.{key}" for key in (
         "mixed_precision", "max_grad_norm", "sigma_distribution", "sigma_shift", "guidance_scale")),
+    *(f"train.ema.{key}" for key in EmaConfig.model_fields if key != "device"),
     *(f"loss.{key}" for key in LossConfig.model_fields),
 )  # fmt: skip
 NAMES = {  # of what is stored under a name that is no key
@@ -62,6 +63,8 @@ NAMES = {  # of what is stored under a name that is no key
     "pairs": "the number of pairs",
     "variations": "the number of crops and flips of each sample",
 }
+
+AVERAGED = "averaged"  # in a checkpoint with a moving average: its updates so far
 
 
 @dataclass
@@ -158,6 +161,7 @@ class State:
             keep: False where another process writes: this one only gives its part of a model that is shared.
         """
         learner, scaler = self.learner, self.job.accelerator.scaler
+        average = learner.average if learner.average is not None and learner.average.updates else None
         parts = {
             "optimizer": optimizer_state(learner.optimizer.optimizer),
             "schedule": learner.schedule.state_dict(),
@@ -165,6 +169,9 @@ class State:
             **({} if scaler is None else {"scaler": scaler.state_dict()}),
         }
         everything = {"parts": parts, "weights": trained.weights(learner.transformer, self.job.config.model)}
+        if average is not None:
+            parts["progress"][AVERAGED] = average.updates
+            everything["average"] = average.whole()
         copied: dict[str, Any] = checkpoint.snapshot(everything, partial(parallel.host_copy, keep=keep))
         return copied
 
@@ -172,6 +179,11 @@ class State:
         """Write a snapshot into a staged folder."""
         about = self.metadata(snapshot["parts"]["progress"]["step"])
         trained.save(folder, self.learner.transformer, snapshot["weights"], self.job.config, about)
+        if "average" in snapshot:
+            beside = Staged(folder / trained.AVERAGE)
+            beside.mkdir()
+            about["qif.ema_decay"] = str(self.job.config.train.ema.decay)
+            trained.save(beside, self.learner.transformer, snapshot["average"], self.job.config, about)
         checkpoint.save_state(folder, snapshot["parts"])
 
     def metadata(self, step: int) -> dict[str, str]:
@@ -215,6 +227,8 @@ class State:
         except SafetensorError as error:
             raise checkpoint.CheckpointError(f"{folder}: its weights cannot be read: {error}") from error
         progress = checkpoint.load_state(folder, "progress")
+        if learner.average is not None and AVERAGED in progress:
+            learner.average.restore(trained.exact(folder / trained.AVERAGE), progress[AVERAGED])
         shared = parallel.is_sharded(learner.transformer)
         saved = checkpoint.load_state(folder, "optimizer", mapped=shared)
         if shared:

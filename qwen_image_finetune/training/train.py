@@ -114,7 +114,7 @@ def _train(job: Job, book: Logbook, progress: Progress, stopping: StopSignals) -
         book.begin()
         constants = loading.load_scheduler(job.folder).config
         objective = Objective(config, job.family, learner.transformer, constants, job.accelerator)
-        validation = open_validation(job, book, learner.transformer, objective, pipe)
+        validation = open_validation(job, book, learner, objective, pipe)
         if validation is not None:
             validation.start(progress.step)
         job.team.meet("preparing to train")
@@ -156,6 +156,8 @@ def _loop(
             if not sound and config.train.release_gradients:
                 raise TrainingStopped(RELEASED_NOT_FINITE.format(progress.step + 1))
             progress.step += 1
+            if learner.average is not None:
+                learner.average.take(progress.step)
             progress.bad_steps = 0 if sound else progress.bad_steps + 1
             if progress.step == first_step + 1:  # kernels are built, connections made: now nobody should be late
                 processes.set_timeout(patience(config))

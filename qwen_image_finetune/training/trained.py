@@ -25,6 +25,8 @@ from qwen_image_finetune.lora.sources import TRANSFORMER, find_lora
 ADAPTER = "adapter.safetensors"  # for an exact resume; LORA_WEIGHTS beside it is the file for users
 REMAINDER = "remainder.safetensors"  # for an exact resume: what the float32 weights have beyond those in TRANSFORMER
 
+AVERAGE = "ema"  # folder, in a checkpoint, of the moving average: the same files as of the weights
+
 
 def weights(transformer: ModelMixin, config: ModelConfig) -> dict[str, Tensor]:
     """Everything that training changes; the tensors are the model's own."""
@@ -151,6 +153,14 @@ def restore(weights: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
     Raises:
         ConfigError: names or shapes differ.
     """
+    check_fit(weights, saved)
+    with torch.no_grad():
+        for name, weight in weights.items():
+            weight.copy_(parallel.cut_like(saved[name], weight))
+
+
+def check_fit(weights: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """Raises ConfigError where names or shapes differ."""
     missing, unknown = sorted(weights.keys() - saved.keys()), sorted(saved.keys() - weights.keys())
     if missing or unknown:
         raise ConfigError(
@@ -162,6 +172,3 @@ def restore(weights: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
             raise ConfigError(
                 f"the saved weights do not fit: {name} is {tuple(saved[name].shape)}, not {tuple(weight.shape)}"
             )
-    with torch.no_grad():
-        for name, weight in weights.items():
-            weight.copy_(parallel.cut_like(saved[name], weight))

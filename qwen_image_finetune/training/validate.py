@@ -30,16 +30,18 @@ from qwen_image_finetune.levers import parallel
 from qwen_image_finetune.lora import adapters
 from qwen_image_finetune.machine import console
 from qwen_image_finetune.records import Example
+from qwen_image_finetune.training.assembly import Learner
+from qwen_image_finetune.training.average import Average
 from qwen_image_finetune.training.held_out_loss import HeldOutLoss
 from qwen_image_finetune.training.job import Job
 from qwen_image_finetune.training.logbook import Logbook
 from qwen_image_finetune.training.objective import Objective
 from qwen_image_finetune.training.online import Table
 from qwen_image_finetune.training.trackers import Trackers
-from qwen_image_finetune.training.verdict import Best, Measured, constant, verdict
+from qwen_image_finetune.training.verdict import Best, Measured, beside, constant, verdict
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline, ModelMixin
+    from diffusers import DiffusionPipeline
 
 SAMPLED = ("psnr", "colour_drift", "displacement")  # of each round of samples
 BASE = "base"  # folder of what the base draws, and file of its losses
@@ -50,15 +52,15 @@ class _Cancelled(Exception):
 
 
 @dataclass(frozen=True)
-class Base:
-    """What the model did before anything was learnt."""
+class Seen:
+    """What a model does."""
 
     losses: list[float]  # of the held-out pairs
     pictures: list[Image.Image]
 
 
 def open_validation(
-    job: Job, book: Logbook, transformer: ModelMixin, objective: Objective, pipe: DiffusionPipeline | None
+    job: Job, book: Logbook, learner: Learner, objective: Objective, pipe: DiffusionPipeline | None
 ) -> Validation | None:
     """The validation of a run, in the processes that take part in it: the first one, or all that share the model."""
     settings = job.config.validation
@@ -66,8 +68,8 @@ def open_validation(
         return None
     loss = None if job.held_out is None else HeldOutLoss(objective, settings)
     shown = job.rows if job.held_out is None else job.held_out
-    sampler = samples.Sampler(job.config, shown, pipe, transformer, job.accelerator.device, job.asked)
-    return Validation(job.config, sampler, book.run, book.trackers, loss)
+    sampler = samples.Sampler(job.config, shown, pipe, learner.transformer, job.accelerator.device, job.asked)
+    return Validation(job.config, sampler, book.run, book.trackers, loss, learner.average)
 
 
 class Validation:
@@ -80,14 +82,17 @@ class Validation:
         run: runs.Run | None,
         trackers: Trackers | None,
         loss: HeldOutLoss | None,
+        average: Average | None,
     ) -> None:
         """
         Args:
             sampler: of the held-out pairs, or of the training's own where none are held out.
             run: the version; None keeps nothing, and works only because others need its part of the model.
             loss: None where no pairs are held out: on the training's own it would say nothing.
+            average: of the trained weights; it is measured and drawn beside them.
         """
         self.config, self.sampler, self.run, self.trackers = config, sampler, run, trackers
+        self.average = average
         self.rows, self.transformer = sampler.rows, sampler.transformer
         number = config.validation.num_loss_pairs if loss else 0
         self.loss, self.measured_rows = loss, spread(number, len(self.rows.dataset)) if number else []
@@ -96,7 +101,7 @@ class Validation:
             if killed.is_dir():
                 clean_leftovers(killed)
         self.best = Best(run) if run is not None and self.measured_rows else None
-        self.base: Base | None = None
+        self.base: Seen | None = None  # before anything was learnt
         self.last: Measured | None = None
 
     def start(self, step: int) -> None:
@@ -117,8 +122,8 @@ class Validation:
             return
         with self._at_rest(strength=0.0):
             losses = self._losses("held-out loss of the base", lambda: None)
-            pictures = self.sampler.draw("samples of the base", self.folder is not None, lambda: None)
-        self.base = Base(losses, pictures)
+            pictures = self.sampler.draw("samples of the base", self.shown, lambda: None)
+        self.base = Seen(losses, pictures)
         if self.folder is not None:
             samples.save(self.folder / BASE, pictures)
             kept = {"of": self._identity(), "losses": losses}
@@ -145,45 +150,67 @@ class Validation:
             if cancelled():
                 raise _Cancelled
 
-        drawn: list[Image.Image] = []
+        averaged = Seen([], [])
         try:
-            with self._at_rest():
-                losses = self._losses(f"held-out loss of step {step}", check)
-                if draw:
-                    drawn = self.sampler.draw(f"samples of step {step}", self.folder is not None, check)
+            now = self._look(f"step {step}", check, draw)
+            if self.average is not None and self.average.updates:
+                with self.average.in_place():
+                    averaged = self._look(f"the average at step {step}", check, draw)
         except _Cancelled:
             return False
         if self.run is None:
             return True
-        values = self._judge(Measured(step, losses), checkpoint) if losses else {}
-        if drawn:
-            values |= self._keep(step, drawn)
+        values = {}
+        if now.losses:
+            mean = Measured(step, averaged.losses) if averaged.losses else None
+            values = self._judge(Measured(step, now.losses), mean, checkpoint)
+        if now.pictures:
+            values |= self._keep(step, now.pictures, averaged.pictures)
         if self.trackers is not None:
             self.trackers.scalars(values, step)
         self.run.record(step, values)
         return True
 
+    def _look(self, title: str, check: Callable[[], None], draw: bool) -> Seen:
+        """What the transformer, as it is now, loses and draws."""
+        with self._at_rest():
+            losses = self._losses(f"held-out loss of {title}", check)
+            return Seen(losses, self.sampler.draw(f"samples of {title}", self.shown, check) if draw else [])
+
+    @property
+    def shown(self) -> bool:
+        """Whether progress is shown: by one process."""
+        return self.folder is not None
+
     def _losses(self, title: str, check: Callable[[], None]) -> list[float]:
         if self.loss is None or not self.measured_rows:
             return []
         losses = []
-        with console.progress(title, len(self.measured_rows), shown=self.folder is not None) as update:
+        with console.progress(title, len(self.measured_rows), shown=self.shown) as update:
             for done, index in enumerate(self.measured_rows, start=1):
                 losses.append(self.loss(self.sampler.row(index), check))
                 update(done)
         return losses
 
-    def _judge(self, now: Measured, checkpoint: Callable[[], Path | None] | None) -> dict[str, float]:
-        """Say what the losses mean, and point to the best checkpoint; returns numbers for the curves."""
+    def _judge(
+        self, now: Measured, averaged: Measured | None, checkpoint: Callable[[], Path | None] | None
+    ) -> dict[str, float]:
+        """Say what the losses mean, and point to the best checkpoint; returns numbers for the curves.
+
+        Args:
+            averaged: losses of the average of the weights, if there is one.
+        """
         assert self.best is not None
         base = None if self.base is None else Measured(0, self.base.losses)
         for line in verdict(now, base, self.last, self.best.measured):
             console.say(line)
+        if averaged is not None:
+            console.say(beside(now, averaged))
         if self.trackers is not None:
             self.trackers.table("held_out_pairs", self._held_out(now, base), now.step)
         self.best.offer(now, base, None if checkpoint is None else checkpoint())
         self.last = now
-        return now.values(base)
+        return now.values(base) | ({} if averaged is None else {"held_out_loss_average": averaged.mean})
 
     def _held_out(self, now: Measured, base: Measured | None) -> Table:
         """The losses of each pair, beside those of the base."""
@@ -193,11 +220,12 @@ class Validation:
         together = zip(keys, now.losses, base.losses, strict=True)
         return Table(("pair", "loss", "base", "difference"), [(*row, row[1] - row[2]) for row in together])
 
-    def _keep(self, step: int, drawn: list[Image.Image]) -> dict[str, float]:
-        """Save the samples; returns measures of them."""
+    def _keep(self, step: int, drawn: list[Image.Image], averaged: list[Image.Image]) -> dict[str, float]:
+        """Save the samples; returns measures of those of the weights themselves."""
         assert self.folder is not None
         examples = self.sampler.examples()
-        strips, layout = self.sampler.strips(examples, drawn, None if self.base is None else self.base.pictures)
+        base = None if self.base is None else self.base.pictures
+        strips, layout = self.sampler.strips(examples, drawn, base, averaged or None)
         samples.save(self.folder / f"step-{step}", strips)
         samples.save_layout(self.folder / f"step-{step}", layout)
         if self.trackers is not None:
@@ -215,7 +243,7 @@ class Validation:
             self.trackers.table("sample_measures", Table(("pair", "prompt", *SAMPLED), rows), step)
         return means(measured)
 
-    def _known_base(self) -> Base | None:
+    def _known_base(self) -> Seen | None:
         if self.folder is None:
             return None
         files = [self.folder / BASE / f"{place}.png" for place in range(len(self.sampler.subjects))]
@@ -223,7 +251,7 @@ class Validation:
             kept = read_json(self.folder / f"{BASE}.json")
             if kept["of"] != self._identity():
                 return None
-            return Base([float(loss) for loss in kept["losses"]], [open_upright(file) for file in files])
+            return Seen([float(loss) for loss in kept["losses"]], [open_upright(file) for file in files])
         except (Unreadable, OSError, KeyError, TypeError, ValueError):  # DataError is a ValueError
             return None  # it is found out again
 

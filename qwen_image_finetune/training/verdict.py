@@ -106,6 +106,11 @@ def verdict(now: Measured, base: Measured | None, last: Measured | None, best: M
         )
 
 
+def beside(now: Measured, averaged: Measured) -> str:
+    """The held-out loss of the average of the weights, beside that of the weights."""
+    return f"step {now.step}: loss {averaged.mean:.4f} of the average, {_difference(averaged.against(now))} from theirs"
+
+
 def constant(step: int, drawn: Sequence[Image], truths: Sequence[Image]) -> str | None:
     """A warning where samples are of nearly one colour although their truths are not."""
     flat = [

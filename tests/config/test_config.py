@@ -392,6 +392,10 @@ NOTED: dict[str, Any] = {
     "validation.num_inference_steps": (7, {}, {"validation.enabled": True}),
     "validation.guidance_scale": (7, {}, {"validation.enabled": True}),
     "validation.seed": (7, {}, {"validation.enabled": True}),
+    **{
+        f"train.ema.{key}": (value, {}, {"train.ema.enabled": True})
+        for key, value in {"decay": 0.9, "start_step": 2, "every": 2, "device": "cpu"}.items()
+    },
     "loss.huber_delta": (0.2, {}, {"loss.type": "huber"}),
     "loss.huber_schedule": ("exponential", {}, {"loss.type": "pseudo_huber"}),
     "loss.foreground_weight": (3, {}, {"loss.mask_loss": True, "data.init_args.use_edit_mask": True}),

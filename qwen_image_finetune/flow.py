@@ -187,6 +187,7 @@ def sample(
     mu: float,
     progress: Callable[[int], None] = lambda step: None,
     own_levels: bool = False,
+    rounds_levels: bool = False,
 ) -> Tensor:
     """Walk from noise (B, C, H, W) to latents of the same shape and dtype with the scheduler's Euler steps.
 
@@ -194,12 +195,15 @@ def sample(
 
     Args:
         own_levels: as in `set_timesteps`; these stay float32.
+        rounds_levels: a timestep is divided by 1000 before it is rounded, not after it.
     """
     latents = noise
     for step, time in enumerate(set_timesteps(scheduler, steps, mu, noise.device, own_levels)):
         timestep = time.expand(len(latents)).to(latents.dtype) / 1000
         if own_levels:
             timestep = scheduler.sigmas[step].expand(len(latents))
+        elif rounds_levels:
+            timestep = (time / 1000).expand(len(latents)).to(latents.dtype)
         predicted = velocity(latents, timestep)
         latents = scheduler.step(predicted, time, latents, return_dict=False)[0]
         progress(step + 1)

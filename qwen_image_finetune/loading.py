@@ -19,7 +19,10 @@ from torch import nn
 from transformers.utils.logging import disable_progress_bar as disable_transformers_bars
 
 from qwen_image_finetune.config import Config, ConfigError, ModelConfig
+from qwen_image_finetune.config.registry import INDEX_FILES, family_of_pipeline, index_of
+from qwen_image_finetune.families import get_family
 from qwen_image_finetune.families.base import Family
+from qwen_image_finetune.families.modular import OneFolder
 from qwen_image_finetune.levers import weights
 from qwen_image_finetune.levers.model_files import skeleton
 from qwen_image_finetune.levers.quantize import quantize_text_encoder
@@ -146,8 +149,9 @@ def readable(folder: Path) -> Iterator[None]:
 
 
 def pipeline_config(folder: Path) -> dict[str, Any]:
-    """model_index.json of a checkpoint."""
-    about: dict[str, Any] = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    """The index of a checkpoint."""
+    index = index_of(folder) or folder / INDEX_FILES[0]
+    about: dict[str, Any] = json.loads(index.read_text(encoding="utf-8"))
     return about
 
 
@@ -158,17 +162,25 @@ def transformer_config(folder: Path) -> dict[str, Any]:
 
 
 def check_components(folder: Path) -> None:
-    """Refuse a pipeline with parts of other packages: diffusers would import whatever module model_index.json names.
+    """Refuse a pipeline with parts of other packages: diffusers would import whatever module an index names.
 
     Raises:
         ConfigError: names the part.
     """
     for name, component in pipeline_config(folder).items():
-        if isinstance(component, list) and component and component[0] not in ("diffusers", "transformers", None):
-            raise ConfigError(
-                f"model.pretrained_model_name_or_path: {folder / 'model_index.json'} takes {name} from "
-                f"{component[0]!r}; parts of diffusers and transformers are loaded, no other code runs"
-            )
+        if not isinstance(component, list) or not component:
+            continue
+        named = [component[0]]
+        if isinstance(
+            component[-1], dict
+        ):  # of modular blocks: the class that is asked for, and the one that was saved
+            named += [(component[-1].get("type_hint") or [None])[0]]
+        for library in named:
+            if library not in ("diffusers", "transformers", None):
+                raise ConfigError(
+                    f"model.pretrained_model_name_or_path: {index_of(folder)} takes {name} from {library!r}; parts of "
+                    "diffusers and transformers are loaded, no other code runs"
+                )
 
 
 def load_transformer(
@@ -250,7 +262,7 @@ def check_base(family: Family, folder: Path, model: ModelConfig) -> ModelMixin:
 
 def check_known(family: Family, place: Path) -> None:
     """Refuse a transformer's folder whose configuration has keys that the installed diffusers does not know: ignoring
-    one would train another model than the one the checkpoint describes.
+    one would train another model than the one the checkpoint describes. So too one that the family cannot train.
 
     Raises:
         ConfigError: names them.
@@ -263,6 +275,8 @@ def check_known(family: Family, place: Path) -> None:
             f"{place / 'config.json'} has keys {unknown} that {family.transformer.__name__} of the "
             "installed diffusers does not know; upgrade diffusers"
         )
+    if fault := family.transformer_fault(config):
+        raise ConfigError(f"{place / 'config.json'}: {fault}")
 
 
 def empty_transformer(family: Family, folder: Path, dtype: torch.dtype) -> ModelMixin:
@@ -283,5 +297,9 @@ def empty_transformer(family: Family, folder: Path, dtype: torch.dtype) -> Model
 
 
 def load_scheduler(folder: Path) -> FlowMatchEulerDiscreteScheduler:
-    """The checkpoint's scheduler, whose constants decide the timestep shift."""
+    """The checkpoint's scheduler, whose constants decide the timestep shift; that of its blocks, where it has none."""
+    if not (folder / "scheduler").is_dir():
+        family = family_of_pipeline(str(pipeline_config(folder).get("_class_name")))
+        if family is not None and issubclass(get_family(family).pipeline, OneFolder):
+            return get_family(family).pipeline.empty().scheduler
     return FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler", local_files_only=True)

@@ -9,7 +9,14 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from qwen_image_finetune.config.registry import DEFAULT_FAMILY, FAMILIES, family_of_pipeline
+from qwen_image_finetune.config.registry import (
+    DEFAULT_FAMILY,
+    FAMILIES,
+    INDEX_FILES,
+    REFUSED,
+    family_of_pipeline,
+    index_of,
+)
 from qwen_image_finetune.config.root import Config
 from qwen_image_finetune.config.tree import shown
 from qwen_image_finetune.config.values import ConfigError
@@ -72,7 +79,7 @@ def file_problems(name: Any) -> list[str]:
 
 
 def _folder_problems(name: str, folder: Path) -> list[str]:
-    if (folder / "model_index.json").is_file():
+    if index_of(folder) is not None:
         return []
     if (folder / "config.json").is_file():
         kind = _read_json(folder / "config.json").get("model_type", "of unknown type")
@@ -108,6 +115,8 @@ def resolve_family(config: Config, download: bool = False) -> tuple[str, str]:
     pipeline = _read_json(index).get("_class_name")
     family = family_of_pipeline(pipeline) if isinstance(pipeline, str) else None
     name = config.model.pretrained_model_name_or_path
+    if isinstance(pipeline, str) and pipeline in REFUSED:
+        raise ConfigError(f"{MODEL}={name!r} is a {pipeline}, which cannot be trained here: {REFUSED[pipeline]}")
     if family is None:
         supported = ", ".join(f"{entry.pipeline} (such as {entry.example})" for entry in FAMILIES.values())
         raise ConfigError(f"{MODEL}={name!r} is a {pipeline}, which cannot be trained here; supported are {supported}")
@@ -120,10 +129,11 @@ def resolve_family(config: Config, download: bool = False) -> tuple[str, str]:
 
 
 def _find_model_index(config: Config, download: bool) -> tuple[Path | None, str]:
-    """Path of the checkpoint's model_index.json, None where it cannot be reached, and where it is from."""
+    """Path of the checkpoint's index, None where it cannot be reached, and where it is from."""
     name, revision = config.model.pretrained_model_name_or_path, config.model.revision
     if (folder := Path(name).expanduser()).is_dir():
-        return folder / "model_index.json", f"model_index.json of {name}"
+        index = index_of(folder) or folder / INDEX_FILES[0]
+        return index, f"{index.name} of {name}"
 
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import (
@@ -134,13 +144,23 @@ def _find_model_index(config: Config, download: bool) -> tuple[Path | None, str]
         RevisionNotFoundError,
     )
 
-    cached = try_to_load_from_cache(name, "model_index.json", revision=revision)
-    if isinstance(cached, str):
-        return Path(cached), "hub cache"
+    for file in INDEX_FILES:
+        cached = try_to_load_from_cache(name, file, revision=revision)
+        if isinstance(cached, str):
+            return Path(cached), "hub cache"
     if not download:
         return None, ""
+
+    def fetched(file: str) -> tuple[Path, str]:
+        return Path(hf_hub_download(name, file, revision=revision)), "hub"
+
     try:
-        return Path(hf_hub_download(name, "model_index.json", revision=revision)), "hub"
+        try:
+            return fetched(INDEX_FILES[0])
+        except LocalEntryNotFoundError:
+            raise
+        except EntryNotFoundError:  # a pipeline of modular blocks, if any
+            return fetched(INDEX_FILES[1])
     except LocalEntryNotFoundError:  # no network, or HF_HUB_OFFLINE
         return None, ""
     except GatedRepoError as error:

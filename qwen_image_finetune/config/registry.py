@@ -6,6 +6,9 @@ It is a plain table on the ground floor, because configurations are checked agai
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+
+INDEX_FILES = ("model_index.json", "modular_model_index.json")  # of a checkpoint's folder; one of them is there
 
 
 @dataclass(frozen=True)
@@ -14,7 +17,7 @@ class Entry:
 
     module: str  # file in qwen_image_finetune/families
     class_name: str
-    pipeline: str  # `_class_name` in the checkpoint's model_index.json
+    pipeline: str  # `_class_name` in the checkpoint's index
     example: str  # a hub id, for messages
     loads_loras: bool = True  # the pipeline has a `load_lora_weights` in diffusers
 
@@ -46,9 +49,23 @@ FAMILIES: dict[str, Entry] = {
     ),
     "Flux": Entry("flux", "Flux", "FluxPipeline", "black-forest-labs/FLUX.1-dev"),
     "QwenImage": Entry("qwen_image", "QwenImage", "QwenImagePipeline", "Qwen/Qwen-Image"),
+    "Flux3Klein": Entry(
+        "flux3_klein", "Flux3Klein", "Flux3ModularPipeline", "black-forest-labs/flux-3-image-klein-base"
+    ),
 }  # fmt: skip
 
+# Pipelines of checkpoints that are near to one of a family and cannot be trained, with the reason.
+REFUSED: dict[str, str] = {
+    "Flux3DistilledModularPipeline": "it is distilled to 16 steps, each of which it is told the end of; train on its "
+    "base, black-forest-labs/flux-3-image-klein-base",
+}
+
 DEFAULT_FAMILY = "QwenImageEdit"
+
+
+def index_of(folder: Path) -> Path | None:
+    """The index of a checkpoint's folder, which names its pipeline; None where there is none."""
+    return next((folder / name for name in INDEX_FILES if (folder / name).is_file()), None)
 
 
 def family_of_pipeline(pipeline: str) -> str | None:

@@ -164,13 +164,13 @@ class ImageDataset:
         plan = self.plan(index)
         return (plan.target.size, *(picture.size for picture in plan.references))
 
-    def scaled(self, picture: Extent, size: Extent) -> Extent:
-        """Size to which a picture is resized before `size` is cut out of its middle."""
-        return self._scaled(picture, size, self._area)
+    def scaled(self, picture: Extent, size: Extent, references: int) -> Extent:
+        """Size to which a picture of a row with so many references is resized before it is brought to `size`."""
+        return self._scaled(picture, size, self._area, references)
 
-    def fitted(self, image: Image, size: Extent) -> Image:
+    def fitted(self, image: Image, size: Extent, references: int) -> Image:
         """A picture at its final size, as the family's pipeline brings it there."""
-        return fitted(image, self.scaled(image.size, size), size, self.resampling)
+        return fitted(image, self.scaled(image.size, size, references), size, self.resampling)
 
     def prompt(self, index: int) -> str:
         """The caption of a row, without byte order mark and surrounding white space, lines ended by a line feed.
@@ -201,11 +201,11 @@ class ImageDataset:
         """
         plan = self.plan(index, visit)
         extents = self._read_extents(index)
-        target = self.fitted(cropped(plan.target, extent=extents[0]), plan.target.size)
+        target = self.fitted(cropped(plan.target, extent=extents[0]), plan.target.size, len(plan.references))
         mask = None
         if plan.mask is not None:
             whole = cropped(plan.mask, True, extents[-1]).convert("L")
-            mask = self.fitted(whole, plan.mask.size)
+            mask = self.fitted(whole, plan.mask.size, len(plan.references))
         return Example(
             key=self.rows[index].key,
             prompt=self.prompt(index),

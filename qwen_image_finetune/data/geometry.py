@@ -17,8 +17,12 @@ from qwen_image_finetune.data.images import DataError
 
 Extent = tuple[int, int]  # (width, height) in pixels
 Box = tuple[int, int, int, int]  # (left, upper, right, lower) in pixels, as in Pillow
-Size = Callable[[int, int, int | None], Extent]  # Family.size: (width, height, area) -> (width, height)
-Scaled = Callable[[Extent, Extent, int | None], Extent]  # Family.scaled: (picture, size, area) -> (width, height)
+Size = Callable[
+    [int, int, int | None, int], Extent
+]  # Family.size: (width, height, area, references) -> (width, height)
+Scaled = Callable[
+    [Extent, Extent, int | None, int], Extent
+]  # Family.scaled: (picture, size, area, references) -> the same
 
 SAME_ASPECT = 0.01  # relative difference up to which two pictures count as the same frame
 
@@ -115,7 +119,7 @@ def _transfer(start: int, end: int, source: int, target: int) -> Extent:
     return first, last
 
 
-def stretched(picture: Extent, size: Extent, area: int | None) -> Extent:
+def stretched(picture: Extent, size: Extent, area: int | None, references: int) -> Extent:
     """As most families have it (`Scaled`): pictures are resized to their final size, and nothing is cut off."""
     return size
 
@@ -148,7 +152,8 @@ def fit(
     """
     target, first = extents[0], extents[1:2]
     kept = box if image_size is None else cover(box, image_size)
-    parts = [(kept, final_size(size, nominal, area) if image_size is None else image_size)]
+    references = len(extents) - 1
+    parts = [(kept, final_size(size, nominal, area, references) if image_size is None else image_size)]
     for extent in extents[1:]:
         own = transfer(box, target, extent)
         if image_size is not None and len(parts) == 1:
@@ -158,17 +163,17 @@ def fit(
             parts.append((own, parts[0][1]))
         else:
             share = transfer((0, 0, *nominal), target, extent)
-            parts.append((own, final_size(size, (share[2], share[3]), area)))
+            parts.append((own, final_size(size, (share[2], share[3]), area, references)))
     return parts
 
 
-def final_size(size: Size, extent: Extent, area: int | None) -> Extent:
+def final_size(size: Size, extent: Extent, area: int | None, references: int) -> Extent:
     """The family's size of a picture.
 
     Raises:
         DataError: a side vanishes, the picture is too long and narrow.
     """
-    final = size(*extent, area)
+    final = size(*extent, area, references)
     if min(final) < 1:
         raise DataError(
             f"{extent[0]} x {extent[1]} pixels become {final[0]} x {final[1]}: too long and narrow; crop it"

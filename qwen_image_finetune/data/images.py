@@ -9,7 +9,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -21,6 +21,7 @@ from qwen_image_finetune.data.kinds import kind_of
 # What a file may contain, whatever its name says.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
+NARROW = 16  # pixels of a side up to which a reflection repeats the edge
 LARGEST_FILE = 1 << 30  # bytes of a picture; as many pixels as are safe to open have less, even 16 bits deep
 READING = 2  # part of what names an encoded picture: raise it when the same bytes are read as other pixels
 
@@ -131,11 +132,29 @@ def fitted(
     size: tuple[int, int],
     resampling: Image.Resampling = Image.Resampling.LANCZOS,
 ) -> Image.Image:
-    """A picture resized to `scaled`, of which the middle, `size` large, is cut out; both are (width, height)."""
-    (width, height), (scaled_width, scaled_height) = size, scaled
-    left, upper = (scaled_width - width) // 2, (scaled_height - height) // 2
-    whole = resize(image, scaled, resampling)
-    return whole if scaled == size else whole.crop((left, upper, left + width, upper + height))
+    """A picture resized to `scaled`; of what stands over `size` the middle is kept, what is missing is its reflection.
+
+    Args:
+        scaled, size: (width, height).
+    """
+    kept = middle(resize(image, scaled, resampling), size)
+    return kept if kept.size == size else _reflected(kept, size)
+
+
+def middle(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The middle of a picture, `size` (width, height) large, or less where the picture is smaller."""
+    width, height = min(image.width, size[0]), min(image.height, size[1])
+    left, upper = (image.width - width) // 2, (image.height - height) // 2
+    return image if (width, height) == image.size else image.crop((left, upper, left + width, upper + height))
+
+
+def _reflected(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """A picture in the middle of `size`, the rest filled with its reflection: diffusers' `Flux3ImageProcessor`."""
+    sides = [(size[axis] - image.size[axis], (size[axis] - image.size[axis]) // 2) for axis in (1, 0)]
+    padding = [(before, missing - before) for missing, before in sides]
+    pixels = np.asarray(image)
+    mode: Literal["reflect", "symmetric"] = "reflect" if min(image.size) > NARROW else "symmetric"
+    return Image.fromarray(np.pad(pixels, [*padding, *[(0, 0)] * (pixels.ndim - 2)], mode=mode))
 
 
 def to_rgb(image: Image.Image, mask: bool = False, remarks: list[str] | None = None) -> Image.Image:

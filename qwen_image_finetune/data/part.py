@@ -36,8 +36,8 @@ class Part(ImageDataset):
     def geometry(self, index: int) -> tuple[Extent, ...]:
         return self.whole.geometry(self.indices[index])
 
-    def scaled(self, picture: Extent, size: Extent) -> Extent:
-        return self.whole.scaled(picture, size)
+    def scaled(self, picture: Extent, size: Extent, references: int) -> Extent:
+        return self.whole.scaled(picture, size, references)
 
     def prompt(self, index: int) -> str:
         return self.whole.prompt(self.indices[index])

@@ -123,7 +123,7 @@ def _check_prompts(config: Config, family: Family, request: Request, drawings: S
             size = request.width, request.height
         else:
             size = usual_size(family, own, area)
-        seen = [family.reference_size(each, size, area) for each in own]
+        seen = [family.reference_size(each, size, area, len(own)) for each in own]
         try:
             for prompt in (request.prompt, request.negative_prompt or ""):
                 check_prompt(family, pipe, prompt, size, list(zip(own, seen, strict=True)))

@@ -13,7 +13,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from qwen_image_finetune import flow
-from qwen_image_finetune.data.images import fitted, upright
+from qwen_image_finetune.data.images import fitted, middle, upright
 from qwen_image_finetune.encoding.limits import References, prompt_faults, reference_faults
 from qwen_image_finetune.families.base import Family, Reference
 from qwen_image_finetune.machine import console
@@ -134,23 +134,27 @@ class Predictor:
                 encoder.to("cpu")
             self.transformer.to(device)
 
-    def size(self, image: Image) -> tuple[int, int]:
-        """(width, height) of a picture that takes its size from a reference."""
-        return self.family.size(*image.size, self.area)
+    def size(self, image: Image, references: int = 1) -> tuple[int, int]:
+        """(width, height) of a picture that takes its size from a reference, one of so many."""
+        return self.family.size(*image.size, self.area, references)
 
-    def seen(self, image: Image, size: tuple[int, int]) -> tuple[int, int]:
-        """(width, height) at which the model sees a reference of a picture of `size`."""
-        return self.family.reference_size(image.size, size, self.area)
+    def seen(self, image: Image, size: tuple[int, int], references: int = 1) -> tuple[int, int]:
+        """(width, height) at which the model sees a reference of a picture of `size`, one of so many."""
+        return self.family.reference_size(image.size, size, self.area, references)
 
-    def fitted(self, image: Image, size: tuple[int, int]) -> Image:
+    def scaled(self, image: Image, size: tuple[int, int], references: int = 1) -> tuple[int, int]:
+        """`Family.scaled` of a reference."""
+        return self.family.scaled(image.size, size, self.area, references)
+
+    def fitted(self, image: Image, size: tuple[int, int], references: int = 1) -> Image:
         """A reference as the VAE sees it."""
-        return fitted(image, self.family.scaled(image.size, size, self.area), size, self.family.resampling)
+        return fitted(image, self.scaled(image, size, references), size, self.family.resampling)
 
     def encode(self, prompt: str, images: Sequence[Image], size: tuple[int, int]) -> Encoded:
         """Conditions of one picture of `size`; the target latent only carries the shape of what is to be drawn."""
         vae = self.pipe.vae
-        seen = [Reference(image, self.seen(image, size)) for image in images]
-        references = [self.family.encode_image(self.pipe, self.fitted(*one)) for one in seen]
+        seen = [Reference(image, self.seen(image, size, len(images))) for image in images]
+        references = [self.family.encode_image(self.pipe, self.fitted(*one, len(images))) for one in seen]
         shape = self.family.latent_shape(*size, self.transformer.config, getattr(self.pipe, "vae_scale_factor", None))
         return Encoded(
             key=prompt,
@@ -183,8 +187,8 @@ class Predictor:
             true_cfg_scale: classifier-free guidance on top, for models with a guidance embedding; default 1 (none).
             image_guidance_scale: guidance towards the references, for models trained with prompt_image_dropout_rate.
             width, height: of the picture; default: the size at which the model sees the reference, or that one of
-                several from which the family takes it (`Family.sizing_reference`); a square of the model's own area
-                where the family takes no references.
+                several from which the family takes it (`Family.sizing_reference`), without what was filled around it; a
+                square of the model's own area where the family takes no references.
             seed: one picture is drawn for each seed.
 
         Raises:
@@ -198,7 +202,7 @@ class Predictor:
         images = [upright(image) for image in images]
         check_request(family, images, width, height, num_inference_steps)
         size = self._picture_size(images, width, height)
-        shown = [(image.size, self.seen(image, size)) for image in images]
+        shown = [(image.size, self.seen(image, size, len(images))) for image in images]
         for words in (prompt, negative_prompt or ""):
             if read := check_prompt(family, self.pipe, words, size, shown):
                 console.note(f"the prompt is longer than the model reads: {read}")
@@ -218,8 +222,11 @@ class Predictor:
                 negative=batch(negative, images) if guided_twice else None,
                 blind=batch(negative, []) if guidance.image != 1.0 and images else None,
             )
-        latents = self.sample(conditions, guidance, seeds, num_inference_steps, progress)
-        return family.decode(self.pipe, latents)
+        pictures = family.decode(self.pipe, self.sample(conditions, guidance, seeds, num_inference_steps, progress))
+        if width is None or height is None:
+            own = self.scaled(images[family.sizing_reference], size, len(images))
+            pictures = [middle(picture, own) for picture in pictures]
+        return pictures
 
     def sample(
         self,
@@ -231,11 +238,15 @@ class Predictor:
     ) -> Tensor:
         """Latents (B, C, H, W) of the wanted pictures, in the precision of the VAE."""
         device, shape = self.transformer.device, conditions.wanted.target.shape[1:]
-        noise = draw_noise(shape, seeds, self.pipe.vae.dtype, device)
+        drawn_in = torch.float32 if self.family.noise_in_float32 else self.pipe.vae.dtype
+        noise = draw_noise(shape, seeds, drawn_in, device).to(self.pipe.vae.dtype)
         velocity = guided(self.family, self.transformer, conditions.to(device, self.dtype), guidance, self.dtype)
         steps = steps or self.defaults.num_inference_steps
         mu = self.family.mu(self.family.tokens(shape), self.scheduler.config, steps)
-        return flow.sample(velocity, noise, self.scheduler, steps, mu, progress, self.family.scheduler_levels)
+        family = self.family
+        return flow.sample(
+            velocity, noise, self.scheduler, steps, mu, progress, family.scheduler_levels, family.rounds_levels
+        )
 
     @property
     def ignores_guidance(self) -> bool:
@@ -265,7 +276,8 @@ def usual_size(family: Family, references: Sequence[tuple[int, int]], area: int 
         references: (width, height) of each as it is.
         area: as in `Family.size`.
     """
-    return family.size(*(references[family.sizing_reference] if references else (1, 1)), area)
+    own = references[family.sizing_reference] if references else (1, 1)
+    return family.size(*own, area, len(references))
 
 
 def check_prompt(

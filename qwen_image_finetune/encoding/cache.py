@@ -58,6 +58,7 @@ class PictureSource(NamedTuple):
     """What an image entry is made of."""
 
     picture: Picture
+    references: int  # of its row
     mask: Picture | None
 
 
@@ -190,15 +191,15 @@ class EncodedDataset:
 
         def identity(picture: Picture) -> list[Any]:
             left, upper, right, lower = picture.box
-            scaled = self.dataset.scaled((right - left, lower - upper), picture.size)
+            scaled = self.dataset.scaled((right - left, lower - upper), picture.size, len(plan.references))
             extra = ["mirrored"] if picture.mirrored else []
-            extra += [f"cut out of {scaled}"] if scaled != picture.size else []
+            extra += [f"cut out of {scaled}"] if scaled != picture.size else []  # or filled around it
             return [self.fingerprints.file(picture.path), READING, list(picture.box), list(picture.size), *extra]
 
         def image(picture: Picture, mask: Picture | None = None) -> str:
             extra = {} if mask is None else {"mask": identity(mask)}
             key = entry_key(image=identity(picture), vae=encoders["vae"], dtype=self.dtype, **extra)
-            images.setdefault(key, PictureSource(picture, mask))
+            images.setdefault(key, PictureSource(picture, len(plan.references), mask))
             return key
 
         def text(variant: TextVariant) -> str:
@@ -248,13 +249,14 @@ class EncodedDataset:
         """Encode and store pictures; yields each key when its entry is written."""
 
         def load(item: tuple[str, PictureSource]) -> Image:
-            return self.dataset.fitted(cropped(item[1].picture), item[1].picture.size)
+            source = item[1]
+            return self.dataset.fitted(cropped(source.picture), source.picture.size, source.references)
 
         for (key, source), picture in ahead(images.items(), load):
             entry = {"latent": self.family.encode_image(pipe, picture)}
             if source.mask is not None:
                 whole = cropped(source.mask, mask=True).convert("L")
-                mask = self.dataset.fitted(whole, source.mask.size)
+                mask = self.dataset.fitted(whole, source.mask.size, source.references)
                 entry["mask"] = latent_mask(mask, entry["latent"])
             self.store.write(key, entry)
             yield key
@@ -316,10 +318,11 @@ class EncodedDataset:
             return {name: tensor.cpu() for name, tensor in text.items()}
 
         target = self.family.encode_image(pipe, example.target).cpu()
+        fitted = [self.dataset.fitted(*one, len(example.references)) for one in references]
         return Encoded(
             key=example.key,
             target=target,
-            references=tuple(self.family.encode_image(pipe, self.dataset.fitted(*one)).cpu() for one in references),
+            references=tuple(self.family.encode_image(pipe, picture).cpu() for picture in fitted),
             text=self._text(variant, embed),
             mask=None if example.mask is None else latent_mask(example.mask, target),
         )

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -75,8 +74,11 @@ class Family(ABC):
     guidance_scale: ClassVar[float]
     resampling: ClassVar[Resampling] = Resampling.LANCZOS  # with which the pipeline resizes pictures
     scheduler_levels: ClassVar[bool] = False  # the pipeline leaves noise levels to the scheduler, and tells float32
+    rounds_levels: ClassVar[bool] = False  # it rounds noise levels, not timesteps, to the precision of the latents
+    noise_in_float32: ClassVar[bool] = False  # it draws noise in float32, not in the precision of the latents
     guides_in_one_pass: ClassVar[bool] = False  # classifier-free guidance is one batch: negative prompts, then prompts
     negative_prompt: ClassVar[str] = " "  # the pipelines' own word for "no prompt" in classifier-free guidance
+    references_apart: ClassVar[bool] = False  # some weights are reached by references alone
     adapter_targets: ClassVar[tuple[str, ...] | str] = USUAL_TARGETS  # of a LoRA, unless configured
     lora_names: ClassVar[Mapping[str, Native]] = {}  # modules that their authors call otherwise
     lora_readers: ClassVar[tuple[Reader, ...]] = USUAL_READERS  # programs that read its LoRA files
@@ -99,35 +101,39 @@ class Family(ABC):
                 yield self.transformer(**one.transformer)
 
     @abstractmethod
-    def size(self, width: int, height: int, area: int | None = None) -> tuple[int, int]:
+    def size(self, width: int, height: int, area: int | None = None, references: int = 1) -> tuple[int, int]:
         """Size, in pixels, at which the pipeline sees a picture of `width` x `height`.
 
         Args:
             area: pixel area to scale to; None is the model's own.
+            references: how many the model is shown at once, of which this may be one, or the picture that is drawn.
         """
 
-    def scaled(self, picture: tuple[int, int], size: tuple[int, int], area: int | None = None) -> tuple[int, int]:
-        """Size to which a picture is resized before the middle of it, `size` large, is cut out.
+    def scaled(
+        self, picture: tuple[int, int], size: tuple[int, int], area: int | None = None, references: int = 1
+    ) -> tuple[int, int]:
+        """Size to which a picture is resized before it is brought to `size`: what stands over is cut off on both sides,
+        what is missing is filled with its reflection.
 
-        Most pipelines cut nothing off: they resize to `size` itself.
+        Most pipelines do neither: they resize to `size` itself.
 
         Args:
             picture: (width, height) as it is.
             size: at which the VAE sees it, such as `size` of the same area.
-            area: as in `size`.
+            area, references: as in `size`.
         """
         return size
 
     def reference_size(
-        self, picture: tuple[int, int], target: tuple[int, int], area: int | None = None
+        self, picture: tuple[int, int], target: tuple[int, int], area: int | None = None, references: int = 1
     ) -> tuple[int, int]:
         """(width, height) at which the VAE sees a reference beside a target of a size.
 
         Args:
             picture: (width, height) of the reference as it is.
-            area: as in `size`.
+            area, references: as in `size`.
         """
-        return target if self.references_follow else self.size(*picture, area)
+        return target if self.references_follow else self.size(*picture, area, references)
 
     def pixels(self, pipe: DiffusionPipeline, image: Image) -> Tensor:
         """What the VAE is given of an RGB picture: (1, channels, H, W) in [-1, 1]; with a frame axis for films."""
@@ -238,6 +244,10 @@ class Family(ABC):
             transformer_config: config.json of its transformer.
         """
         return Defaults(self.num_inference_steps, self.guidance_scale)
+
+    def transformer_fault(self, transformer_config: Mapping[str, Any]) -> str | None:
+        """Why a transformer of this configuration cannot be trained or drawn with here; None where it can."""
+        return None
 
     def distilled(self, pipeline_config: Mapping[str, Any], transformer_config: Mapping[str, Any]) -> str | None:
         """What to say before a checkpoint is trained that was distilled to few steps; None where it was not."""
@@ -369,11 +379,11 @@ def quiet(*loggers: str) -> Iterator[None]:
 
 
 @contextmanager
-def replaced(module: ModuleType, name: str, value: object) -> Iterator[None]:
-    """A name of a module, such as a size that a pipeline has in its code, with another value for a while."""
-    before = getattr(module, name)
-    setattr(module, name, value)
+def replaced(owner: object, name: str, value: object) -> Iterator[None]:
+    """A name of a module or object, such as a size that a pipeline has in its code, with another value for a while."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        setattr(module, name, before)
+        setattr(owner, name, before)

@@ -30,7 +30,7 @@ class Flux(FluxKontext):
         Published("black-forest-labs/FLUX.1-schnell", 4.97e9, "Apache 2.0", {"guidance_embeds": False}),
     )
 
-    def size(self, width: int, height: int, area: int | None = None) -> tuple[int, int]:
+    def size(self, width: int, height: int, area: int | None = None, references: int = 1) -> tuple[int, int]:
         """The aspect ratio kept at `area` (the pipeline's: 1024 x 1024), in multiples of 16."""
         return super().size(width, height, area or MODEL_AREA)
 

@@ -140,12 +140,14 @@ class Flux2Klein(Family):
         klein("FLUX.2-klein-9B", (8.27e9, 6.95e9), "FLUX non-commercial", (8, 24), 32, 12288),
     )
 
-    def size(self, width: int, height: int, area: int | None = None) -> tuple[int, int]:
+    def size(self, width: int, height: int, area: int | None = None, references: int = 1) -> tuple[int, int]:
         """Its own size, scaled down to a megapixel if it is larger; both sides then cut to multiples of 16."""
         width, height = whole(width, height, area)
         return max(width // 16, 1) * 16, max(height // 16, 1) * 16
 
-    def scaled(self, picture: tuple[int, int], size: tuple[int, int], area: int | None = None) -> tuple[int, int]:
+    def scaled(
+        self, picture: tuple[int, int], size: tuple[int, int], area: int | None = None, references: int = 1
+    ) -> tuple[int, int]:
         """What stands over the multiples of 16 is cut off, and what stands over another size where one was set."""
         width, height = whole(*picture, area)
         return (width, height) if (width // 16 * 16, height // 16 * 16) == size else covering(picture, size)
@@ -307,11 +309,7 @@ def tiny_parts(guidance_embeds: bool) -> dict[str, Any]:
     """Scheduler, VAE and transformer of the checkpoints that `tiny` writes."""
     from qwen_image_finetune.families import tiny
 
-    vae = AutoencoderKLFlux2(block_out_channels=(8, 16, 32, 32), layers_per_block=1, norm_num_groups=8)
-    tiny.amplify(tiny.randomise(vae, seed=1).encoder.conv_out, rows=vae.config.latent_channels, factor=2.5)
-    generator = torch.Generator().manual_seed(5)
-    vae.bn.running_mean.normal_(0, 0.3, generator=generator)
-    vae.bn.running_var.uniform_(0.5, 2.0, generator=generator)
+    vae = tiny_vae()
     transformer = Flux2Transformer2DModel(
         num_layers=2,
         num_single_layers=2,
@@ -334,6 +332,18 @@ def tiny_parts(guidance_embeds: bool) -> dict[str, Any]:
     for block in transformer.transformer_blocks:  # or little of the text, most of it padding, would reach the picture
         tiny.amplify(block.attn.to_out[0], rows=transformer.inner_dim, factor=3.0)
     return {"scheduler": scheduler, "vae": vae, "transformer": transformer}
+
+
+def tiny_vae() -> AutoencoderKLFlux2:
+    """The VAE of the checkpoints that `tiny` writes."""
+    from qwen_image_finetune.families import tiny
+
+    vae = AutoencoderKLFlux2(block_out_channels=(8, 16, 32, 32), layers_per_block=1, norm_num_groups=8)
+    tiny.amplify(tiny.randomise(vae, seed=1).encoder.conv_out, rows=vae.config.latent_channels, factor=2.5)
+    generator = torch.Generator().manual_seed(5)
+    vae.bn.running_mean.normal_(0, 0.3, generator=generator)
+    vae.bn.running_var.uniform_(0.5, 2.0, generator=generator)
+    return vae
 
 
 def tiny_qwen3() -> dict[str, Any]:

@@ -109,7 +109,7 @@ class FluxKontext(Family):
         ),
     )
 
-    def size(self, width: int, height: int, area: int | None = None) -> tuple[int, int]:
+    def size(self, width: int, height: int, area: int | None = None, references: int = 1) -> tuple[int, int]:
         """The nearest of the 17 preferred resolutions; at another area, the aspect ratio in multiples of 16."""
         ratio = width / height
         if area is None:

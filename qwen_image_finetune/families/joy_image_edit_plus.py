@@ -65,7 +65,7 @@ class JoyImageEditPlus(Family):
         Published("jdopensource/JoyAI-Image-Edit-Plus-Diffusers", 8.9e9, "Apache 2.0", PUBLISHED, 7.48e9),
     )
 
-    def size(self, width: int, height: int, area: int | None = None) -> tuple[int, int]:
+    def size(self, width: int, height: int, area: int | None = None, references: int = 1) -> tuple[int, int]:
         """The size nearest in ratio of those near a megapixel that the model was trained at.
 
         At another `area` they are scaled to it, sides rounded to 32.
@@ -73,7 +73,9 @@ class JoyImageEditPlus(Family):
         ratio = height / width
         return min(_sizes(area), key=lambda size: abs(size[1] / size[0] - ratio))
 
-    def scaled(self, picture: tuple[int, int], size: tuple[int, int], area: int | None = None) -> tuple[int, int]:
+    def scaled(
+        self, picture: tuple[int, int], size: tuple[int, int], area: int | None = None, references: int = 1
+    ) -> tuple[int, int]:
         """`JoyImageEditImageProcessor.resize_center_crop`: scaled to cover `size`."""
         scale = max(size[1] / picture[1], size[0] / picture[0])
         return math.ceil(picture[0] * scale), math.ceil(picture[1] * scale)

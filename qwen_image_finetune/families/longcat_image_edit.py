@@ -84,12 +84,14 @@ class LongCatImageEdit(FluxKontext):
         ),
     )
 
-    def size(self, width: int, height: int, area: int | None = None) -> tuple[int, int]:
+    def size(self, width: int, height: int, area: int | None = None, references: int = 1) -> tuple[int, int]:
         """The aspect ratio kept at `area` (the model's: 1024 x 1024), sides up to multiples of 16."""
         width, height = editing.calculate_dimensions(area or MODEL_AREA, width / height)
         return width, height
 
-    def scaled(self, picture: tuple[int, int], size: tuple[int, int], area: int | None = None) -> tuple[int, int]:
+    def scaled(
+        self, picture: tuple[int, int], size: tuple[int, int], area: int | None = None, references: int = 1
+    ) -> tuple[int, int]:
         """As the pipeline does, to `size` itself where rounding alone makes it of another ratio than the picture.
 
         Else the picture covers `size`; the pipeline draws no such sizes.

@@ -64,7 +64,7 @@ class QwenImage21(Family):
         block = "transformer_blocks.{}.img_mlp"
         return {f"{block}.gate_up": Native((f"{block}.gate_layer", f"{block}.proj"), rows=(1, 1))}
 
-    def size(self, width: int, height: int, area: int | None = None) -> tuple[int, int]:
+    def size(self, width: int, height: int, area: int | None = None, references: int = 1) -> tuple[int, int]:
         """The aspect ratio kept at `area` (the model's: 1024 x 1024), sides rounded to 32."""
         width, height, _ = calculate_dimensions(area or MODEL_AREA, width / height)
         return max(width, SLOT_SIDE), max(height, SLOT_SIDE)

@@ -60,7 +60,7 @@ class QwenImageEdit(Family):
     guidance_scale = 4.0
     published: ClassVar[tuple[Published, ...]] = (Published("Qwen/Qwen-Image-Edit", 8.42e9, "Apache 2.0", {}, 7.15e9),)
 
-    def size(self, width: int, height: int, area: int | None = None) -> tuple[int, int]:
+    def size(self, width: int, height: int, area: int | None = None, references: int = 1) -> tuple[int, int]:
         """The aspect ratio kept at `area` (the model's: 1024 x 1024), sides rounded to 32."""
         width, height, _ = calculate_dimensions(area or MODEL_AREA, width / height)
         return max(width, 32), max(height, 32)

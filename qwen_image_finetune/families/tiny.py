@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -145,20 +145,26 @@ def _qwen_vl_processor(tokenizer: Qwen2Tokenizer) -> Qwen2VLProcessor:
     return Qwen2VLProcessor(image_processor=images, tokenizer=tokenizer, video_processor=Qwen2VLVideoProcessor())
 
 
-def qwen3_text(sentences: Sequence[str] = SENTENCES) -> dict[str, Any]:
-    """The same with Qwen3-VL, whose tokens of a picture are 32 x 32 pixels, and whose processor has the tokenizer."""
+def qwen3_text(
+    sentences: Sequence[str] = SENTENCES, chat_template: str = CHAT_TEMPLATE, **language: Any
+) -> dict[str, Any]:
+    """The same with Qwen3-VL, whose tokens of a picture are 32 x 32 pixels, and whose processor has the tokenizer.
+
+    Args:
+        language: of its language model's configuration.
+    """
     tokenizer = qwen_tokenizer(sentences)
     images = Qwen2VLImageProcessor(patch_size=16, min_pixels=32 * 32, max_pixels=128 * 32 * 32)
     processor = Qwen3VLProcessor(
         image_processor=images,
         tokenizer=tokenizer,
         video_processor=Qwen3VLVideoProcessor(),
-        chat_template=CHAT_TEMPLATE,
+        chat_template=chat_template,
     )
-    return {"text_encoder": randomise(_qwen3_vl(tokenizer), seed=2), "processor": processor}
+    return {"text_encoder": randomise(_qwen3_vl(tokenizer, language), seed=2), "processor": processor}
 
 
-def _qwen3_vl(tokenizer: Qwen2Tokenizer) -> Qwen3VLForConditionalGeneration:
+def _qwen3_vl(tokenizer: Qwen2Tokenizer, language: Mapping[str, Any]) -> Qwen3VLForConditionalGeneration:
     """2 language and 2 vision layers, the first of which reaches into the language model."""
     ids = tokenizer.convert_tokens_to_ids
     config = Qwen3VLConfig(
@@ -174,13 +180,14 @@ def _qwen3_vl(tokenizer: Qwen2Tokenizer) -> Qwen3VLForConditionalGeneration:
             "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [6, 5, 5]},
             "bos_token_id": ids("<|endoftext|>"),
             "eos_token_id": ids("<|im_end|>"),
+            **language,
         },
         vision_config={
             "depth": 2,
             "hidden_size": 32,
             "intermediate_size": 64,
             "num_heads": 2,
-            "out_hidden_size": WIDTH,
+            "out_hidden_size": language.get("hidden_size", WIDTH),
             "num_position_embeddings": 64,
             "deepstack_visual_indexes": [0],
         },

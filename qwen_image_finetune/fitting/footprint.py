@@ -207,11 +207,10 @@ def footprint(
     """
     with init_empty_weights():
         model: Any = cast(Any, family.transformer).from_config(transformer_config)
-    chain = blocks(model)
     kinds: dict[str, BlockFootprint] = {}
-    for block in chain:
+    for block, place in places(model).items():
         linear = sum(layer.weight.numel() for layer in block.modules() if isinstance(layer, nn.Linear))
-        kind = kinds.setdefault(type(block).__name__, BlockFootprint(weights=_numbers(block), linear=linear))
+        kind = kinds.setdefault(place, BlockFootprint(weights=_numbers(block), linear=linear))
         kind.count += 1
     outside = _numbers(model) - sum(kind.count * kind.weights for kind in kinds.values())
     _shorten(model)
@@ -220,9 +219,9 @@ def footprint(
         model.requires_grad_(True)
     else:
         add_adapter(model, lora.model_copy(update={"init_lora_weights": True}), seed=0)
-        for block in blocks(model):
+        for block, place in places(model).items():
             added = sum(p.numel() for p in block.parameters() if p.requires_grad)
-            adapter += kinds[type(block).__name__].count * added
+            adapter += kinds[place].count * added
     with without_memory(), warnings.catch_warnings():
         # Norms of a model that is trained itself are in float32; that no fused kernel takes them is of no use here.
         warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
@@ -236,7 +235,7 @@ def _run(
     family: Family, model: Any, batch: Batch, kinds: dict[str, BlockFootprint], dtype: torch.dtype, mixed: bool
 ) -> None:
     """Fill in what the run of one block of each kind takes."""
-    watch = _Watch()
+    watch, kind_of = _Watch(), places(model)
     own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     seen: set[int] = set()
     alive = []
@@ -244,8 +243,8 @@ def _run(
     def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         # The input of the very first block may need no gradient; it stands for all of its kind here.
         kwargs = {name: _with_gradient(item) if "hidden_states" in name else item for name, item in kwargs.items()}
-        watch.running = kinds[type(module).__name__]
-        watch.running.input_sizes = [_size(item) for item in kwargs.values() if isinstance(item, Tensor)]
+        watch.running = kinds[kind_of[module]]  # once for each row, where a model takes one after the other
+        watch.running.input_sizes += [_size(item) for item in kwargs.values() if isinstance(item, Tensor)]
         return args, kwargs
 
     def end(*arguments: Any) -> None:
@@ -259,7 +258,7 @@ def _run(
         alive.append(tensor)  # or its storage would be given to another
         return tensor
 
-    for block in blocks(model):
+    for block in kind_of:
         block.register_forward_pre_hook(begin, with_kwargs=True)
         block.register_forward_hook(end)
     guidance = 1.0 if family.distilled_guidance(model.config) else None
@@ -272,6 +271,12 @@ def _run(
 def usual_sizes(family: Family, size: tuple[int, int]) -> tuple[tuple[int, int], ...]:
     """(width, height) of a target and, where the family takes any, of one reference like it."""
     return (size,) * (1 + bool(family.max_references))
+
+
+def places(model: Any) -> dict[nn.Module, str]:
+    """The name of the list that each repeated block is in. Blocks of a list are of one kind: they see equal tokens."""
+    names = {module: name for name, module in model.named_modules()}
+    return {block: names[block].rpartition(".")[0] for block in blocks(model)}
 
 
 def stand_in(

@@ -98,8 +98,8 @@ def split_key(key: str) -> tuple[str, str] | None:
 
 def numbered(module: str) -> tuple[str, str]:
     """'single_blocks.7.linear1' -> 'single_blocks.{}.linear1', '7'."""
-    match = re.search(r"(?<=blocks\.)\d+", module)
-    return (module, "") if match is None else (module[: match.start()] + "{}" + module[match.end() :], match[0])
+    match = re.search(r"blocks\.(?:[a-z_]+\.)?(\d+)", module)  # or 'mode_blocks.image.7.attn.to_q'
+    return (module, "") if match is None else (module[: match.start(1)] + "{}" + module[match.end() :], match[1])
 
 
 def exactly(modules: Iterable[str]) -> str:

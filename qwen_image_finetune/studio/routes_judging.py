@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from qwen_image_finetune.config.registry import FAMILIES
+from qwen_image_finetune.config.registry import FAMILIES, index_of
 from qwen_image_finetune.disk import versions
 from qwen_image_finetune.judging.pages.reading import said
 from qwen_image_finetune.studio import form, pushing, running, uploads, verbs
@@ -245,8 +245,8 @@ def family(studio: Studio, run: str) -> str:
     if isinstance(trainer, str) and trainer in FAMILIES:
         return trainer
     model = studio.shelf.inside(str(settings.get("model.pretrained_model_name_or_path", "-")))
-    index = model / "model_index.json"
-    pipeline = json.loads(index.read_text(encoding="utf-8")).get("_class_name") if index.is_file() else None
+    index = index_of(model)
+    pipeline = None if index is None else json.loads(index.read_text(encoding="utf-8")).get("_class_name")
     for name, entry in FAMILIES.items():
         if entry.pipeline == pipeline or entry.example == settings.get("model.pretrained_model_name_or_path"):
             return name

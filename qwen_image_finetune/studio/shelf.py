@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from qwen_image_finetune.config.registry import INDEX_FILES
 from qwen_image_finetune.data.listing import PICTURES
 from qwen_image_finetune.data.metadata import METADATA
 from qwen_image_finetune.data.sources import TARGETS
@@ -119,7 +120,7 @@ class Shelf:
                 found.data_sets.append(name)
             elif VERSION.match(name.rpartition("/")[2]) and not {LOCK, STATE, "config.yaml"}.isdisjoint(files):
                 found.runs.append(name)
-            elif "model_index.json" in files:
+            elif not files.isdisjoint(INDEX_FILES):
                 found.models.append(name)
             else:
                 found.configurations.extend(self._configurations(name, files))
@@ -141,7 +142,7 @@ class Shelf:
                 continue
             seen += 1
             yield name, folders, files
-            whole = TARGETS in folders or "model_index.json" in files or VERSION.match(name.rpartition("/")[2])
+            whole = TARGETS in folders or not files.isdisjoint(INDEX_FILES) or VERSION.match(name.rpartition("/")[2])
             if depth < DEEPEST and not whole:
                 inner = folders - {"node_modules", "__pycache__", "site-packages"}
                 waiting += [(f"{name}/{each}" if name else each, depth + 1) for each in sorted(inner, reverse=True)]

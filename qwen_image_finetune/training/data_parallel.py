@@ -45,7 +45,8 @@ def wrap(accelerator: Accelerator, transformer: ModelMixin, family: Family, lora
 def unreached(family: Family, transformer_config: dict[str, Any], lora: LoraConfig | None) -> list[str]:
     """Names of trained weights that the prediction does not depend on, such as the last block's output for the text.
 
-    Learnt from a run of the whole model on tensors without memory: a few seconds for the largest, on any machine.
+    Where some are reached by references alone, it is that of a pair without them. Learnt from a run of the whole model
+    on tensors without memory: a few seconds for the largest, on any machine.
     """
     with init_empty_weights():
         model: Any = cast(Any, family.transformer).from_config(transformer_config)
@@ -54,7 +55,8 @@ def unreached(family: Family, transformer_config: dict[str, Any], lora: LoraConf
     else:
         adapters.add_adapter(model, lora.model_copy(update={"init_lora_weights": True}), seed=0)
     side = 4 * family.side_multiple
-    batch = stand_in(family, transformer_config, usual_sizes(family, (side, side)), rows=1, text_tokens=8)
+    sizes = usual_sizes(family, (side, side))[: 1 if family.references_apart else None]
+    batch = stand_in(family, transformer_config, sizes, rows=1, text_tokens=8)
     guidance = 1.0 if family.distilled_guidance(transformer_config) else None
     with without_memory():
         replace_parameters(model, lambda parameter: torch.bfloat16)

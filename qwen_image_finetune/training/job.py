@@ -98,6 +98,8 @@ def open_job(config: Config) -> Job:
 
     fill_by_shard(config, family, accelerator, console.say if team.main else lambda message: None)
     pairs = open_pairs(config, family)
+    if sharding is not None and family.references_apart:
+        check_references(config, pairs)
     folder = loading.checkpoint_folder(config, family)
     place = folder / "transformer"
     for line in model_notes(config):
@@ -153,6 +155,24 @@ def largest_sample(dataset: ImageDataset) -> list[tuple[int, int]]:
     """Sizes (width, height) of target and references of the sample with the most pixels."""
     samples = {dataset.geometry(index) for index in range(len(dataset))}
     return list(max(samples, key=lambda sizes: sum(width * height for width, height in sizes)))
+
+
+def check_references(config: Config, pairs: Pairs) -> None:
+    """Raise ConfigError where processes that share a model would not all run the blocks of references in one step.
+
+    Those that do would wait for the others for ever.
+    """
+    datasets = [dataset for dataset in pairs if dataset is not None]
+    seen = {bool(row.reference_names) for dataset in datasets for row in dataset.rows}
+    dropped = config.data.init_args.prompt_image_dropout_rate > 0 and True in seen
+    if dropped or len(seen) > 1:
+        cause = "some pairs have references, others none"
+        if dropped:
+            cause = "data.init_args.prompt_image_dropout_rate drops the references of some samples"
+        raise ConfigError(
+            f"{cause}, with FSDP: this model has blocks for references alone, which all processes must run together. "
+            "Let every sample have references, or none, or do not share the model (configs/accelerate/ddp.yaml)"
+        )
 
 
 def check_sharing(config: Config, processes: int, shared: bool) -> None:

@@ -20,7 +20,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def open_folder(folder: Path) -> ImageDataset:
-    return ImageDataset(DatasetArguments(dataset_path=str(folder)), lambda width, height, area: (64, 64), 16, 4)
+    return ImageDataset(
+        DatasetArguments(dataset_path=str(folder)), lambda width, height, area, references: (64, 64), 16, 4
+    )
 
 
 def photograph(seed: int) -> Image.Image:

@@ -19,7 +19,7 @@ from qwen_image_finetune.data.images import DataError, resize
 MULTIPLE = 16
 
 
-def size(width: int, height: int, area: int | None = None) -> tuple[int, int]:
+def size(width: int, height: int, area: int | None = None, references: int = 1) -> tuple[int, int]:
     """A family's rule: the aspect ratio kept, sides in multiples of 16, model's own area 64 x 64."""
     scale = math.sqrt((area or 64 * 64) / (width * height))
     return round(width * scale / MULTIPLE) * MULTIPLE, round(height * scale / MULTIPLE) * MULTIPLE

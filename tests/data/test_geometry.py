@@ -16,7 +16,7 @@ quick = settings(max_examples=100, deadline=None)
 extents = st.tuples(st.integers(1, 3000), st.integers(1, 3000))
 
 
-def size(width: int, height: int, area: int | None) -> Extent:
+def size(width: int, height: int, area: int | None, references: int = 1) -> Extent:
     """A family's rule: the aspect ratio kept, sides in multiples of 16, model's own area 256 x 256."""
     scale = math.sqrt((area or 256 * 256) / (width * height))
     return round(width * scale / 16) * 16, round(height * scale / 16) * 16
@@ -138,7 +138,9 @@ def test_crops_cut_the_same_share_out_of_every_picture(
     crop = Crop(center_ratio=0.6)
     nominal = crop.nominal(target, image_size)
     box = crop.box(target, nominal, None)
-    parts = fit([target, *references], box, nominal, lambda width, height, area: (width, height), image_size, None)
+    parts = fit(
+        [target, *references], box, nominal, lambda width, height, area, references: (width, height), image_size, None
+    )
     for extent, (part, final) in zip([target, *references], parts, strict=True):
         own = transfer(box, target, extent)
         assert inside(part, extent)

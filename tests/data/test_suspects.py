@@ -21,7 +21,7 @@ Extent = tuple[int, int]
 def dataset(folder: Path, **arguments: Any) -> ImageDataset:
     """Pictures of the family's own area are 128 x 128."""
 
-    def size(width: int, height: int, area: int | None) -> Extent:
+    def size(width: int, height: int, area: int | None, references: int = 1) -> Extent:
         scale = ((area or 128 * 128) / (width * height)) ** 0.5
         return round(width * scale), round(height * scale)
 

@@ -131,11 +131,13 @@ class MadeUp(Family):
     }
     published = (Published("nobody/made-up", 1e6, "none", {"num_layers": 4, "joint_attention_dim": 64}),)
 
-    def size(self, width: int, height: int, area: int | None = None) -> tuple[int, int]:
+    def size(self, width: int, height: int, area: int | None = None, references: int = 1) -> tuple[int, int]:
         scale = ((area or 128 * 128) / (width * height)) ** 0.5
         return max(int(width * scale) // 8 * 8, 8), max(int(height * scale) // 8 * 8, 8)
 
-    def scaled(self, picture: tuple[int, int], size: tuple[int, int], area: int | None = None) -> tuple[int, int]:
+    def scaled(
+        self, picture: tuple[int, int], size: tuple[int, int], area: int | None = None, references: int = 1
+    ) -> tuple[int, int]:
         return covering(picture, size)
 
     @torch.no_grad()

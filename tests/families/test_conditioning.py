@@ -131,10 +131,14 @@ def test_training_feeds_what_the_pipeline_feeds(
     )
     # An area that no side of resolution**2 gives: the pipeline of the test is set to it.
     dataset = ImageDataset(
-        config.data.init_args, lambda w, h, area: family.size(w, h, AREA), family.side_multiple, family.max_references,
-        scaled=lambda picture, size, area: family.scaled(picture, size, AREA), resampling=family.resampling,
+        config.data.init_args,
+        lambda width, height, area, references: family.size(width, height, AREA, references),
+        family.side_multiple,
+        family.max_references,
+        scaled=lambda picture, size, area, references: family.scaled(picture, size, AREA, references),
+        resampling=family.resampling,
         follow=family.references_follow,
-    )  # fmt: skip
+    )
     rows = EncodedDataset(config, family, dataset, Path(pipe.config._name_or_path), torch.float32)
     fill(rows, rows.missing(), {"default": torch.device("cpu")}, shown=False)
     batch = collate([rows.read(0)])
@@ -150,13 +154,13 @@ def test_training_feeds_what_the_pipeline_feeds(
         family.velocity(pipe.transformer, noise, torch.ones(1), batch, guidance)
     assert_same_calls(ours, theirs[:1])
 
-    own_latent = family.encode_image(pipe, dataset.fitted(picture(*image_size, seed=2), (width, height)))
+    own_latent = family.encode_image(pipe, dataset.fitted(picture(*image_size, seed=2), (width, height), 1))
     assert torch.equal(batch.target[0], own_latent)
     shape = family.latent_shape(width, height, pipe.transformer.config)
     assert batch.target.shape[1:] == shape
-    assert ours[0]["hidden_states"].shape[1] == (1 + len(references)) * family.tokens(
-        shape
-    )  # of one size with the target
+    names = ("hidden_states", "image_cond_hidden_states")  # references may have a stream of their own
+    tokens = sum(value.shape[1] for name, value in ours[0].items() if name in names)
+    assert tokens == (1 + len(references)) * family.tokens(shape)  # of one size with the target
     for name, tensor in batch.text.items():
         assert tensor.shape[1:] == family.text_shape(name, tensor.shape[1], pipe.transformer.config)
 

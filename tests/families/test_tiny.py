@@ -32,6 +32,7 @@ from qwen_image_finetune.families.tiny_tokenizers import (
     qwen_tokenizer,
     t5_tokenizer,
 )
+from qwen_image_finetune.loading import pipeline_config
 from qwen_image_finetune.records import Batch, collate
 from tests.kin import EDITING
 
@@ -161,11 +162,11 @@ def test_size(checkpoint: Path, pipe: DiffusionPipeline) -> None:
 
 def test_every_weight_is_loaded(checkpoint: Path) -> None:
     """Nothing missing, nothing left over, and what comes out is what lies in the files."""
-    index = json.loads((checkpoint / "model_index.json").read_text())
+    index = pipeline_config(checkpoint)
     for name in ("transformer", "vae", "text_encoder", "text_encoder_2"):
         if name not in index:
             continue
-        library, class_name = index[name]
+        library, class_name = index[name][:2]
         _, report = getattr(sys.modules[library], class_name).from_pretrained(
             checkpoint / name, output_loading_info=True
         )

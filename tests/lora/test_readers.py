@@ -50,6 +50,8 @@ def modules_read(program: str, dialect: str, name: str) -> set[str]:
         except ValueError:  # FLUX.2: an alpha beside the weights is no key that it knows
             return set()
         read = read[0] if isinstance(read, tuple) else read
+        if not all("lora" in key for key in read):  # load_lora_weights refuses the file
+            return set()
         keys = [key for key in read if key.startswith("transformer.") or not family.lora_names]
         return {re.sub(r"^transformer\.|\.lora_[AB]\.weight$", "", key) for key in keys} & layers.keys()
     stems = {re.sub(r"\.(lora_[AB]\.weight|lora_(down|up)\.weight|alpha)$", "", key) for key in state}

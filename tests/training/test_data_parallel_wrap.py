@@ -58,11 +58,14 @@ def test_equals_backward_passes(name: str, kind: str, tiny_checkpoints: dict[str
         model.zero_grad()
         family.velocity(model, torch.randn_like(batch.target), torch.tensor([0.5]), batch, guidance).sum().backward()
         without = [key for key, weight in model.named_parameters() if weight.requires_grad and weight.grad is None]
-        assert without == expected, num_references
+        if num_references and family.references_apart:  # the pair that reaches the least counts
+            assert set(without) <= set(expected), num_references
+        else:
+            assert without == expected, num_references
     if of_its_own:
         return
     if kind in ("usual", "timestep"):
-        assert expected == []
+        assert expected == [] or family.references_apart
     elif any(key.startswith(f"transformer_blocks.{last}.attn.add_k_proj") for key in model.state_dict()) and (
         "num_single_layers" not in model.config
     ):  # text has a stream of its own up to the last block

@@ -85,7 +85,7 @@ def authors_names() -> dict[str, Native]:
     return names
 
 
-class Flux3ModularPipeline(OneFolder, diffusers.Flux3ModularPipeline):  # type: ignore[misc]
+class Flux3ModularPipeline(OneFolder, diffusers.Flux3ModularPipeline):
     """diffusers' pipeline of the same name, from one folder. Prompts are read as they are written."""
 
     left_out = ("prompt_upsampler",)
@@ -192,22 +192,22 @@ class Flux3Klein(Family):
         return torch.cat(rows)
 
     def _row(self, transformer: ModelMixin, noisy: Tensor, timestep: Tensor, batch: Batch, row: int) -> Tensor:
-        one, device = slice(row, row + 1), noisy.device
+        one = slice(row, row + 1)
         text, mask = batch.text["prompt_embeds"][one], batch.text_masks.get("prompt_embeds")
         if mask is not None:
             text = text[:, : int(mask[row].sum())]
         references = [reference[one].to(noisy.dtype) for reference in batch.references]
         shown: dict[str, Any] = {}
         if references:
-            places = [grid(*each.shape[-2:], -(1 + number), device) for number, each in enumerate(references)]
+            places = [grid(each, -(1 + number)) for number, each in enumerate(references)]
             tokens = torch.cat([each.flatten(2).transpose(1, 2) for each in references], dim=1)
             shown = {"image_cond_hidden_states": tokens, "image_cond_ids": torch.cat(places)}
-        words = torch.arange(text.shape[1], dtype=torch.float32, device=device)
+        words = torch.arange(text.shape[1], dtype=torch.float32, device=noisy.device)
         predicted: Tensor = transformer(
             hidden_states=noisy[one].flatten(2).transpose(1, 2),
             encoder_hidden_states=text,
             timestep=timestep[one],
-            img_ids=grid(*noisy.shape[-2:], 0, device),
+            img_ids=grid(noisy, 0),
             txt_ids=torch.nn.functional.pad(words[:, None], (3, 0)),
             return_dict=False,
             **shown,
@@ -309,11 +309,11 @@ def shrunk(width: int, height: int, area: int | None) -> tuple[int, int]:
         scale *= 0.995
 
 
-def grid(rows: int, columns: int, place: int, device: torch.device) -> Tensor:
-    """Position ids (rows * columns, 4) float32 of a picture's tokens: time, row, column, place among the pictures."""
-    row, column = (torch.arange(number, dtype=torch.float32, device=device) * ROPE_SCALE for number in (rows, columns))
-    time, last = row.new_zeros(1), row.new_full((1,), place)
-    return torch.cartesian_prod(time, row, column, last)
+def grid(latents: Tensor, place: int) -> Tensor:
+    """Position ids (H W, 4) float32 of the tokens of latents (..., H, W): time, row, column, place among the pictures."""
+    axes = (torch.arange(number, dtype=torch.float32, device=latents.device) for number in latents.shape[-2:])
+    row, column = (axis * ROPE_SCALE for axis in axes)
+    return torch.cartesian_prod(row.new_zeros(1), row, column, row.new_full((1,), place))
 
 
 def _normalisation(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor]:

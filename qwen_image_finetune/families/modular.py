@@ -17,13 +17,13 @@ from diffusers.modular_pipelines import ModularPipeline
 from huggingface_hub import snapshot_download
 from torch import nn
 
-from qwen_image_finetune.disk.files import write_atomic
+from qwen_image_finetune.disk.files import Staged, write_atomic
 from qwen_image_finetune.families.base import quiet
 
 FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja")  # of a part, as it is downloaded
 
 
-class OneFolder(ModularPipeline):  # type: ignore[misc]
+class OneFolder(ModularPipeline):
     """A modular pipeline whose parts lie in one folder. Mixed into the class of diffusers that a checkpoint names."""
 
     left_out: ClassVar[tuple[str, ...]] = ()  # blocks that do not run, and whose parts are not loaded
@@ -85,10 +85,10 @@ class OneFolder(ModularPipeline):  # type: ignore[misc]
         wanted = [f"{part}/{files}" for part in parts for files in FILES]
         return snapshot_download(name, revision=revision, allow_patterns=[cls.config_name, *wanted])
 
-    def save_pretrained(self, folder: str | Path, safe_serialization: bool = True) -> None:
+    def save_pretrained(self, folder: Staged, safe_serialization: bool = True) -> None:
         """Write index and parts. The index says where none of them lies but by its name: a folder may be moved."""
-        super().save_pretrained(str(folder), safe_serialization=safe_serialization, overwrite_modular_index=True)
-        file = Path(folder) / self.config_name
+        super().save_pretrained(f"{folder}", safe_serialization=safe_serialization, overwrite_modular_index=True)
+        file = folder / self.config_name
         index = json.loads(file.read_text(encoding="utf-8"))
         for entry in index.values():
             if isinstance(entry, list):

@@ -310,7 +310,7 @@ def shrunk(width: int, height: int, area: int | None) -> tuple[int, int]:
 
 
 def grid(latents: Tensor, place: int) -> Tensor:
-    """Position ids (H W, 4) float32 of the tokens of latents (..., H, W): time, row, column, place among the pictures."""
+    """Position ids (H W, 4) float32 of the tokens of latents (..., H, W): time, row, column, which picture."""
     axes = (torch.arange(number, dtype=torch.float32, device=latents.device) for number in latents.shape[-2:])
     row, column = (axis * ROPE_SCALE for axis in axes)
     return torch.cartesian_prod(row.new_zeros(1), row, column, row.new_full((1,), place))

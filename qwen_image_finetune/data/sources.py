@@ -51,6 +51,10 @@ def read_source(entry: DataEntry, home: Path, *, masks: bool, streaming: bool = 
         names = of_split(inside, entry.split, entry.path)
     except DataError as error:
         return [], list(error.problems)
+    root = folder.resolve()
+    outside = [folder / name for name in names if not (folder / name).resolve().is_relative_to(root)]
+    if outside:
+        return [], [f"{path}: a link that leaves the data set's folder; copy the file there" for path in outside]
     return _read_shards([local_shard(folder, name) for name in names], entry, home, masks, keep=True)
 
 

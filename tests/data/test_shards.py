@@ -182,6 +182,15 @@ def test_only_the_split_that_is_asked_for(folder: Path, tmp_path: Path) -> None:
     assert "no file of the split 'dev'" in dataset([{**entry, "split": "dev"}], tmp_path).check()[0]
 
 
+def test_a_link_out_of_the_folder_is_refused(folder: Path, tmp_path: Path) -> None:
+    home = write_arrow(folder, tmp_path / "set")
+    file = next(home.glob("*.arrow"))
+    file.rename(tmp_path / "elsewhere.arrow")
+    file.symlink_to(tmp_path / "elsewhere.arrow")
+    data = dataset(str(home), tmp_path / "known")
+    assert "a link that leaves the data set's folder" in data.check()[0] and len(data) == 0
+
+
 @pytest.mark.parametrize("name", ["list.csv", "metadata.csv"])
 def test_tables_of_the_guides_columns(
     name: str, folder: Path, tmp_path: Path, write_pairs: Callable[..., Path]

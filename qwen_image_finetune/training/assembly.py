@@ -125,7 +125,7 @@ def assemble(job: Job, resume: Path | None) -> Learner:
         transformer=transformer,
         parameters=parameters,
         optimizer=job.accelerator.prepare(optimizer),
-        wrapped=transformer if job.sharding else wrap(job.accelerator, transformer, job.family, config.model.lora),
+        wrapped=transformer if job.sharding else wrap(job.accelerator, transformer, job.family, lora, job.blind),
         schedule=schedule,
         max_norm=None if lora is None else lora.max_norm,
         average=Average(config, transformer) if config.train.ema.enabled and (job.team.main or job.sharding) else None,

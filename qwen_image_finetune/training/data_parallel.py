@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from diffusers import ModelMixin
 
 
-def wrap(accelerator: Accelerator, transformer: ModelMixin, family: Family, lora: LoraConfig | None) -> nn.Module:
+def wrap(
+    accelerator: Accelerator, transformer: ModelMixin, family: Family, lora: LoraConfig | None, blind: bool
+) -> nn.Module:
     """The transformer as the loop calls it.
 
     DDP waits for the gradient of every weight. Weights that never get one must be announced, and DDP then looks for
@@ -29,24 +31,31 @@ def wrap(accelerator: Accelerator, transformer: ModelMixin, family: Family, lora
 
     Not `accelerator.prepare_model`: that changes how the transformer itself is called, and samples would no longer be
     drawn as prediction draws them.
+
+    Args:
+        blind: some samples have no references.
     """
     if accelerator.num_processes == 1:
         return cast(nn.Module, transformer)
     wrapped = DistributedDataParallel(
         transformer,
         device_ids=None if accelerator.device.type == "cpu" else [accelerator.device],
-        find_unused_parameters=bool(unreached(family, dict(transformer.config), lora)),
+        find_unused_parameters=bool(unreached(family, dict(transformer.config), lora, blind)),
         gradient_as_bucket_view=True,
     )
     wrapped.broadcast_buffers = False  # at every step; the argument of the same name warns since torch 2.13
     return wrapped
 
 
-def unreached(family: Family, transformer_config: dict[str, Any], lora: LoraConfig | None) -> list[str]:
+def unreached(
+    family: Family, transformer_config: dict[str, Any], lora: LoraConfig | None, blind: bool = False
+) -> list[str]:
     """Names of trained weights that the prediction does not depend on, such as the last block's output for the text.
 
-    Where some are reached by references alone, it is that of a pair without them. Learnt from a run of the whole model
-    on tensors without memory: a few seconds for the largest, on any machine.
+    Learnt from a run of the whole model on tensors without memory: a few seconds for the largest, on any machine.
+
+    Args:
+        blind: some samples have no references: then those count too that are reached by references alone.
     """
     with init_empty_weights():
         model: Any = cast(Any, family.transformer).from_config(transformer_config)
@@ -55,7 +64,7 @@ def unreached(family: Family, transformer_config: dict[str, Any], lora: LoraConf
     else:
         adapters.add_adapter(model, lora.model_copy(update={"init_lora_weights": True}), seed=0)
     side = 4 * family.side_multiple
-    sizes = usual_sizes(family, (side, side))[: 1 if family.references_apart else None]
+    sizes = usual_sizes(family, (side, side))[: 1 if blind and family.references_apart else None]
     batch = stand_in(family, transformer_config, sizes, rows=1, text_tokens=8)
     guidance = 1.0 if family.distilled_guidance(transformer_config) else None
     with without_memory():

@@ -67,6 +67,12 @@ class Job:
         """Over all processes."""
         return self.config.train.gradient_accumulation_steps * self.team.size
 
+    @property
+    def blind(self) -> bool:
+        """Whether some samples are trained without references."""
+        dropped = self.config.data.init_args.prompt_image_dropout_rate > 0
+        return dropped or not all(row.reference_names for row in self.pairs.training.rows)
+
     def due(self, step: int) -> Due:
         """What follows when `step` steps are done."""
         train, validation = self.config.train, self.config.validation

@@ -78,6 +78,9 @@ class ModelConfig(Section):
     quantize_text_encoders: Switch | Literal["fp8", "int8"] = Field(
         False, description="store the weights of the text encoders' blocks in 8 bits; true means int8"
     )
+    vae_tiling: Switch = Field(
+        False, description="encode pictures above 2 megapixels in tiles: less memory, latents that differ a little"
+    )
     lora: LoraConfig | None = Field(
         LoraConfig(), description="the adapter; null, written out, trains the whole transformer"
     )

@@ -25,6 +25,7 @@ from qwen_image_finetune.data.geometry import Picture
 from qwen_image_finetune.data.images import READING
 from qwen_image_finetune.encoding.store import Entry, Fingerprints, Store, entry_key
 from qwen_image_finetune.families.base import Family, Reference
+from qwen_image_finetune.levers import tiling
 from qwen_image_finetune.machine import console
 from qwen_image_finetune.records import Batch, Encoded, Example, collate, laid_out
 
@@ -131,6 +132,7 @@ class EncodedDataset:
         self.variants = text_variants(config, family)
         self.dtype = str(dtype).removeprefix("torch.")
         self.text_format = config.model.text_format
+        self.vae_tiling = config.model.vae_tiling
         folder = Path(config.cache.cache_dir).expanduser()
         self.store, self.fingerprints = Store(folder), Fingerprints(folder)
         self.checkpoint = checkpoint
@@ -197,7 +199,9 @@ class EncodedDataset:
             return [self.fingerprints.file(picture.path), READING, list(picture.box), list(picture.size), *extra]
 
         def image(picture: Picture, mask: Picture | None = None) -> str:
-            extra = {} if mask is None else {"mask": identity(mask)}
+            extra: dict[str, Any] = {} if mask is None else {"mask": identity(mask)}
+            if self._tiles(picture.size):
+                extra["tiled"] = [tiling.TILE, tiling.STRIDE]
             key = entry_key(image=identity(picture), vae=encoders["vae"], dtype=self.dtype, **extra)
             images.setdefault(key, PictureSource(picture, len(plan.references), mask))
             return key
@@ -253,13 +257,20 @@ class EncodedDataset:
             return self.dataset.fitted(cropped(source.picture), source.picture.size, source.references)
 
         for (key, source), picture in ahead(images.items(), load):
-            entry = {"latent": self.family.encode_image(pipe, picture)}
+            entry = {"latent": self._latent(pipe, picture)}
             if source.mask is not None:
                 whole = cropped(source.mask, mask=True).convert("L")
                 mask = self.dataset.fitted(whole, source.mask.size, source.references)
                 entry["mask"] = latent_mask(mask, entry["latent"])
             self.store.write(key, entry)
             yield key
+
+    def _tiles(self, size: tuple[int, int]) -> bool:
+        return self.vae_tiling and tiling.tiles(size)
+
+    def _latent(self, pipe: DiffusionPipeline, picture: Image) -> Tensor:
+        with tiling.tiled(pipe.vae, self._tiles(picture.size)):
+            return self.family.encode_image(pipe, picture)
 
     # Reading rows
 
@@ -317,12 +328,12 @@ class EncodedDataset:
             text = self.family.encode_text(pipe, prompt, references)
             return {name: tensor.cpu() for name, tensor in text.items()}
 
-        target = self.family.encode_image(pipe, example.target).cpu()
+        target = self._latent(pipe, example.target).cpu()
         fitted = [self.dataset.fitted(*one, len(example.references)) for one in references]
         return Encoded(
             key=example.key,
             target=target,
-            references=tuple(self.family.encode_image(pipe, picture).cpu() for picture in fitted),
+            references=tuple(self._latent(pipe, picture).cpu() for picture in fitted),
             text=self._text(variant, embed),
             mask=None if example.mask is None else latent_mask(example.mask, target),
         )

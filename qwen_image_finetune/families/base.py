@@ -82,6 +82,9 @@ class Family(ABC):
     adapter_targets: ClassVar[tuple[str, ...] | str] = USUAL_TARGETS  # of a LoRA, unless configured
     lora_names: ClassVar[Mapping[str, Native]] = {}  # modules that their authors call otherwise
     lora_readers: ClassVar[tuple[Reader, ...]] = USUAL_READERS  # programs that read its LoRA files
+    # What the published VAE's encoder holds at its peak for each pixel, in 16 bits, its one attention without a matrix:
+    # counted on tensors without memory.
+    vae_pixel_bytes: ClassVar[int] = 1935
     published: ClassVar[tuple[Published, ...]]  # the one that most people train first
 
     @property

@@ -133,6 +133,7 @@ class Flux2Klein(Family):
     adapter_targets = TARGETS
     lora_names = authors_names()
     lora_readers = READERS
+    vae_pixel_bytes = 1280
     published: ClassVar[tuple[Published, ...]] = (
         klein("FLUX.2-klein-base-4B", (4.11e9, 3.63e9), "Apache 2.0", (5, 20), 24, 7680),
         klein("FLUX.2-klein-base-9B", (8.27e9, 6.95e9), "FLUX non-commercial", (8, 24), 32, 12288),

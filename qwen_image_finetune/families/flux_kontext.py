@@ -99,6 +99,7 @@ class FluxKontext(Family):
     guidance_scale = 3.5
     lora_names = authors_names()
     lora_readers = READERS
+    vae_pixel_bytes = 1280
     published: ClassVar[tuple[Published, ...]] = (
         Published(
             "black-forest-labs/FLUX.1-Kontext-dev",

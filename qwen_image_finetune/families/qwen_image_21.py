@@ -54,6 +54,7 @@ class QwenImage21(Family):
     # Of diffusers, which was asked; what ComfyUI and kohya's tools make of it is not known.
     lora_readers = (Reader("diffusers", "diffusers"), Reader("diffusers", "comfy"),
                     Reader("diffusers", "kohya", EVERYTHING))  # fmt: skip
+    vae_pixel_bytes = 2132
     published: ClassVar[tuple[Published, ...]] = (
         Published("Qwen/Qwen-Image-2.1", 9.1e9, "Qwen Research, non-commercial", {}, 7.48e9),
     )

@@ -21,6 +21,7 @@ from qwen_image_finetune.config import Config
 from qwen_image_finetune.families import with_targets
 from qwen_image_finetune.families.base import Family, Published
 from qwen_image_finetune.fitting.footprint import Footprint, footprint, stand_in, usual_sizes
+from qwen_image_finetune.levers import tiling
 from qwen_image_finetune.levers.stored_precision import base_precision, file_format, header
 from qwen_image_finetune.levers.swap import AHEAD
 from qwen_image_finetune.loading import encoder_dtype, transformer_file, weight_dtype
@@ -47,6 +48,8 @@ OUTSIDE = GIB
 PROGRAM = 4 * GIB
 
 AVERAGE = "average of what is trained"
+VAE_PARAMETERS = 0.13e9  # of one that is not on this machine: those of Qwen-Image's and Wan's
+
 ENCODER_PARTS = ("text_encoder", "text_encoder_2", "vae_encoder")
 
 
@@ -141,7 +144,7 @@ class Estimator:
         if not config.cache.use_cache:
             (host if train.low_memory else device)["encoders"] = encoders
         on_cpu = all(getattr(config.cache, f"{name}_device") == "cpu" for name in ENCODER_PARTS)
-        encoding = encoders if config.cache.use_cache else 0
+        encoding = self.encoding(config) if config.cache.use_cache else 0
         before = {"encoders, while they encode": encoding if on_cpu else 0}
         device, host, before = ({key: size for key, size in part.items() if size} for part in (device, host, before))
         return Estimate(device, host, before, 0 if on_cpu else encoding, found.operations(keep))
@@ -166,6 +169,17 @@ class Estimator:
         released = config.train.release_gradients
         largest = max(kind.weights for kind in found.kinds.values())
         return {"gradients": 4 * (largest if released else found.weights), "optimizer": state * found.weights}
+
+    def encoding(self, config: Config | None = None) -> int:
+        """Bytes at the peak of encoding: the encoders, or, alone, the VAE with the largest picture or a tile of it."""
+        config = config or self.config
+        itemsize = encoder_dtype(config.train.mixed_precision).itemsize
+        pixels = max(width * height for width, height in self.sizes)
+        if config.model.vae_tiling and pixels > tiling.ABOVE:
+            pixels = tiling.TILE**2
+        files = [] if self.folder is None else (self.folder / "vae").glob("*.safetensors")
+        vae = sum(path.stat().st_size for path in files) or int(VAE_PARAMETERS * itemsize)
+        return max(self.encoders(config), vae + self.family.vae_pixel_bytes * pixels * itemsize // 2)
 
     def encoders(self, config: Config | None = None) -> int:
         """Bytes of the encoders and the VAE, as files say or as they are published."""

@@ -81,11 +81,14 @@ def changes(estimator: Estimator, card: int) -> Iterator[tuple[Change, Config, s
 
 def encoders_that_fit(estimator: Estimator, card: int) -> tuple[dict[str, Any], str]:
     """What makes room for the encoders, and its price; nothing where they have it."""
-    if estimator.encoders() + OUTSIDE <= card:
-        return {}, ""
-    keys: dict[str, Any] = {"model.quantize_text_encoders": True}
-    if estimator.encoders(with_keys(estimator.config, keys)) + OUTSIDE <= card:
-        return keys, "precision of the text embeddings (or, without that, time: cache.text_encoder_device=cpu)"
+    tiled: dict[str, Any] = {"model.vae_tiling": True}
+    narrow: dict[str, Any] = {"model.quantize_text_encoders": True}
+    of_pictures = "precision of the latents of large pictures"
+    of_texts = "precision of the text embeddings (or, without that, time: cache.text_encoder_device=cpu)"
+    choices = (({}, ""), (tiled, of_pictures), (narrow, of_texts), ({**tiled, **narrow}, f"{of_pictures}; {of_texts}"))
+    for keys, price in choices:
+        if estimator.encoding(with_keys(estimator.config, keys)) + OUTSIDE <= card:
+            return keys, price
     keys = dict.fromkeys((f"cache.{name}_device" for name in ENCODER_PARTS), "cpu")
     return keys, "time, once: the data set is encoded on the CPU"
 

@@ -88,7 +88,8 @@ def _lines(estimator: Estimator, card: int | None, named: speed.Card | None, her
         yield f"  {size_words(size):>11}  {name}"
     yield f"  {size_words(estimate.peak):>11}  together, and about {OUTSIDE / GIB:.0f} GiB for the driver"
     if estimate.encoding:
-        yield f"  {size_words(estimate.encoding):>11}  encoders, before, if the cache is not complete"
+        words = "encoders, or the VAE with a picture, before, if the cache is not complete"
+        yield f"  {size_words(estimate.encoding):>11}  {words}"
     for name, size in (estimate.host | estimate.host_before).items():
         yield f"host: {size_words(size):>11}  {name}"
     if here and card is not None:

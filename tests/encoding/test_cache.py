@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -19,6 +20,7 @@ from qwen_image_finetune.encoding.pairs import open_dataset
 from qwen_image_finetune.families import get_family
 from qwen_image_finetune.families.base import Reference
 from qwen_image_finetune.fitting.estimate import BYTES, Estimator
+from qwen_image_finetune.levers import tiling
 from qwen_image_finetune.levers.quantize import relative_error
 from qwen_image_finetune.levers.quantized_linear import QuantizedLinear
 from qwen_image_finetune.records import collate
@@ -301,6 +303,32 @@ def test_text_encoders_in_8_bits_give_what_their_stored_weights_mean(
 
     missing, expected = rows.missing(), exact.missing()
     assert missing.images.keys() == expected.images.keys() and missing.texts.keys().isdisjoint(expected.texts)
+
+
+@pytest.mark.parametrize("name", ["FluxKontext", "QwenImageEdit"])
+def test_large_pictures_are_encoded_in_tiles(name: str, configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Below the limit to the bit as before; above it near the whole, each tile for itself, and under another key."""
+    monkeypatch.setattr(tiling, "TILE", 128)
+    monkeypatch.setattr(tiling, "STRIDE", 96)
+    family, folder = get_family(name), Path(configure(name).model.pretrained_model_name_or_path)
+    pipe = loading.load_encoders(family, folder, torch.float32, CPU, text=False)
+    noise = np.random.default_rng(0).integers(0, 256, (192, 256, 3), dtype=np.uint8)
+    picture = Image.fromarray(noise)
+    rows = open_rows(configure(name, "model.vae_tiling=true"), name)
+    plain = open_rows(configure(name), name).missing()
+    whole = family.encode_image(pipe, picture)
+    assert torch.equal(rows._latent(pipe, picture), whole)
+    assert rows.missing().images.keys() == plain.images.keys()
+
+    monkeypatch.setattr(tiling, "ABOVE", 0)
+    ours = rows._latent(pipe, picture)
+    assert float((ours - whole).norm() / whole.norm()) < 0.3
+    cells = whole.shape[-1] * 96 // 256  # of the first tile, up to where the next begins
+    alone = family.encode_image(pipe, picture.crop((0, 0, 128, 128)))
+    torch.testing.assert_close(ours[:, :cells, :cells], alone[:, :cells, :cells], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(ours[:, :cells, :cells], whole[:, :cells, :cells], rtol=1e-4, atol=1e-4)
+    tiled = rows.missing()
+    assert tiled.images.keys().isdisjoint(plain.images) and tiled.texts.keys() == plain.texts.keys()
 
 
 def test_a_damaged_entry_is_noticed_and_rebuilt(configure: Configure) -> None:

@@ -85,8 +85,8 @@ def encoders_that_fit(estimator: Estimator, card: int) -> tuple[dict[str, Any], 
     narrow: dict[str, Any] = {"model.quantize_text_encoders": True}
     of_pictures = "precision of the latents of large pictures"
     of_texts = "precision of the text embeddings (or, without that, time: cache.text_encoder_device=cpu)"
-    choices = (({}, ""), (tiled, of_pictures), (narrow, of_texts), ({**tiled, **narrow}, f"{of_pictures}; {of_texts}"))
-    for keys, price in choices:
+    choices: list[tuple[dict[str, Any], str]] = [({}, ""), (tiled, of_pictures), (narrow, of_texts)]
+    for keys, price in [*choices, ({**tiled, **narrow}, f"{of_pictures}; {of_texts}")]:
         if estimator.encoding(with_keys(estimator.config, keys)) + OUTSIDE <= card:
             return keys, price
     keys = dict.fromkeys((f"cache.{name}_device" for name in ENCODER_PARTS), "cpu")

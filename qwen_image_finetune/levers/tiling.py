@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from qwen_image_finetune.config import ConfigError
+from diffusers import AutoencoderKL, AutoencoderKLFlux2
 
 ABOVE = 2 * 1024**2  # pixels; smaller pictures are encoded whole
 TILE, STRIDE = 1024, 768  # pixels of a side, and from one tile to the next
@@ -21,24 +21,13 @@ def tiles(size: tuple[int, int]) -> bool:
     return size[0] * size[1] > ABOVE
 
 
-def check(vae: Any) -> None:
-    """Raises ConfigError where the class of a VAE cannot tile."""
-    if not hasattr(vae, "enable_tiling"):
-        raise ConfigError(f"model.vae_tiling=true: {type(vae).__name__} of diffusers has no tiling; set it to false")
-
-
 @contextmanager
 def tiled(vae: Any, wanted: bool) -> Iterator[None]:
-    """Within it the VAE encodes in tiles, if that is wanted.
-
-    Raises:
-        ConfigError: see `check`.
-    """
+    """Within it the VAE encodes in tiles, if that is wanted."""
     if not wanted:
         yield
         return
-    check(vae)
-    if hasattr(vae, "tile_sample_stride_height"):  # one of films
+    if not isinstance(vae, AutoencoderKL | AutoencoderKLFlux2):  # one of films
         vae.enable_tiling(TILE, TILE, STRIDE, STRIDE)
     else:
         vae.enable_tiling()

@@ -39,8 +39,7 @@ def _plan(config: Config) -> Iterator[str]:
         yield "trains:   every weight of the transformer"
     else:
         targets = model.lora.target_modules or "the model's own targets"
-        kind = "DoRA" if model.lora.use_dora else "LoRA"
-        yield f"trains:   a {kind} of rank {model.lora.r}, alpha {model.lora.lora_alpha:g}, on {targets}"
+        yield f"trains:   {model.lora.words}, on {targets}"
     folders = ", ".join(entry.path for entry in data.init_args.entries)
     yield f"data:     {folders}, batches of {data.batch_size}, {train.gradient_accumulation_steps} per step and process"
     ends = [f"{config.max_steps} optimizer steps"] if config.max_steps else []

@@ -38,6 +38,8 @@ IDLE: tuple[tuple[str, Condition, str], ...] = (
      "the model is a local folder"),
     ("model.lora.init_lora_weights", lambda c: c.model.lora is not None and c.model.lora.pretrained_weight is not None,
      "the adapter starts from model.lora.pretrained_weight"),
+    *((f"model.lora.{key}", lambda c: c.model.lora is not None and c.model.lora.type == "oft",
+       "an OFT has blocks of model.lora.oft_block_size, and neither rank nor scale") for key in ("r", "lora_alpha")),
     ("data.persistent_workers", lambda c: True, "a run reads its data in one pass, in which workers live to its end"),
     ("data.init_args.center_crop_ratio", lambda c: not (c.data.init_args.center_crop or _own_class(c)),
      "data.init_args.center_crop is false"),

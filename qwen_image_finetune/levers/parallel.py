@@ -114,6 +114,11 @@ def check(sharding: Sharding | None, config: Config, processes: int) -> None:
             "model.lora.use_dora=true with FSDP: the lengths of the base's rows are needed before a process has read "
             "its part of them; train it with configs/accelerate/ddp.yaml"
         )
+    if lora is not None and lora.type != "lora":
+        raise ConfigError(
+            f"model.lora.type={lora.type} with FSDP: its cut weights were tried with plain LoRAs, and with no other "
+            "adapter; train it with configs/accelerate/ddp.yaml"
+        )
     if lora is not None and lora.max_norm is not None:
         raise ConfigError(
             f"model.lora.max_norm={lora.max_norm:g} with FSDP: the norm is of whole factors, of which a process has a "

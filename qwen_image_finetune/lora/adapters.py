@@ -1,4 +1,4 @@
-"""Low-rank adapters inside a transformer, or the whole transformer unfrozen.
+"""Adapters inside a transformer, or the whole transformer unfrozen.
 
 The base weights are never changed while training. Initialisations that take their starting point out of the base
 (PiSSA, OLoRA) get a second, frozen adapter that subtracts it again: W + s BA - s B0 A0. What is trained is then an
@@ -7,27 +7,25 @@ ordinary LoRA of rank 2r against the untouched base, and a base kept in bfloat16
 
 from __future__ import annotations
 
-import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import peft
 import torch
 from diffusers.utils import recurse_remove_peft_layers
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from qwen_image_finetune.config import ConfigError, LoraConfig
 from qwen_image_finetune.lora import variants
-from qwen_image_finetune.lora.layers import Layer
+from qwen_image_finetune.lora.kinds import KINDS, Kind, full_scale, kind_of_layer, own_tensors
+from qwen_image_finetune.lora.layers import Changed, Layer
 from qwen_image_finetune.lora.names import USUAL_TARGETS, exactly
-from qwen_image_finetune.lora.targets import endings, lora_layers, target_modules
+from qwen_image_finetune.lora.starts import FLOATS, INITIAL, factors, fill, initialise
+from qwen_image_finetune.lora.targets import adapted_layers, endings, linear_modules, lora_layers, target_modules
 
-INITIAL = "_initial"  # ending of the name of the frozen adapter that subtracts a starting point
-MAGNITUDE = "lora_magnitude_vector.weight"
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+MAGNITUDE = "lora_magnitude_vector"
 
 
 def add_adapter(transformer: nn.Module, config: LoraConfig, seed: int, ranks: Mapping[str, int] | None = None) -> None:
@@ -48,6 +46,9 @@ def add_adapter(transformer: nn.Module, config: LoraConfig, seed: int, ranks: Ma
         raise ConfigError(f"model.lora.init_lora_weights='orthogonal' needs an even rank, not model.lora.r={config.r}")
     modules = target_modules(transformer, config.target_modules, config.exclude_modules)
     _check_patterns(config, modules)
+    kind = KINDS[config.type]
+    if config.type == "oft":
+        _check_blocks(transformer, config, modules)
     if name in adapter_names(transformer):
         raise ConfigError(f"model.lora.adapter_name={name!r}: the transformer already has an adapter of that name")
     transformer.requires_grad_(False)
@@ -58,21 +59,27 @@ def add_adapter(transformer: nn.Module, config: LoraConfig, seed: int, ranks: Ma
         torch.default_generator.manual_seed(seed)
         for device in devices:
             torch.cuda.default_generators[device.index].manual_seed(seed)
-        starts = {module: _initialise(layer, name, initialisation) for module, layer in lora_layers(transformer, name)}
+        starts: dict[str, tuple[Tensor, Tensor] | None] = {}
+        for module, layer in adapted_layers(transformer, name):
+            starts[module] = initialise(layer, name, initialisation) if kind is KINDS["lora"] else None
+            if kind is not KINDS["lora"]:
+                kind.start(layer, name)
+                layer.dropouts[name] = (config.rank_dropout, config.module_dropout)
         if any(start is not None for start in starts.values()):
             _inject(transformer, config.model_copy(update={"lora_dropout": 0.0}), name + INITIAL, ranks or {})
     assert starts.keys() == set(modules)
-    variants.install(transformer, name, config.use_dora, config.rank_dropout, config.module_dropout)
+    if kind is KINDS["lora"]:
+        variants.install(transformer, name, config.use_dora, config.rank_dropout, config.module_dropout)
     for module, layer in lora_layers(transformer, name + INITIAL):
         start = starts[module]
         assert start is not None
-        _fill(layer, name + INITIAL, start[0], -start[1])
+        fill(layer, name + INITIAL, start[0], -start[1])
     active = [name] + [name + INITIAL] * (name + INITIAL in adapter_names(transformer))
     activate(transformer, active)
     for each in active:
-        for _, layer in lora_layers(transformer, each):
-            for factor in factors(layer, each):
-                factor.requires_grad_(each == name)
+        for _, layer in adapted_layers(transformer, each):
+            for _, _, tensor in own_tensors(layer, each):
+                tensor.requires_grad_(each == name)
 
 
 def make_everything_trainable(transformer: nn.Module) -> None:
@@ -97,8 +104,11 @@ def trainable_state(transformer: nn.Module, adapter_name: str = "default") -> di
     A frozen starting point is included (`MODULE.lora_A.initial.weight`): it is not computed anew on another machine.
     """
     state: dict[str, Tensor] = {}
-    for key, weight in _weights(transformer, adapter_name):
-        state[key] = weight.detach()
+    for module, layer in adapted_layers(transformer, adapter_name):
+        for _, key, tensor in own_tensors(layer, adapter_name):
+            state[f"{module}.{key}"] = tensor.detach()
+        for part, _, tensor in own_tensors(layer, adapter_name + INITIAL):
+            state[f"{module}.{part}.initial.weight"] = tensor.detach()
     if not state:
         raise ValueError(f"the transformer has no adapter {adapter_name!r}")
     return state
@@ -106,29 +116,24 @@ def trainable_state(transformer: nn.Module, adapter_name: str = "default") -> di
 
 def adapter_layers(
     transformer: nn.Module, adapter_name: str, state: Mapping[str, Tensor] | None = None
-) -> dict[str, Layer]:
-    """The adapter as a LoRA against the untouched base, by module name; a starting point is subtracted in rank 2r.
+) -> dict[str, Changed]:
+    """What the adapter does to the untouched base, by module name; a starting point is subtracted in rank 2r.
 
     Args:
         state: values of `trainable_state` to take instead of the transformer's own.
     """
     state = trainable_state(transformer, adapter_name) if state is None else state
-    layers: dict[str, Layer] = {}
-    for module, layer in lora_layers(transformer, adapter_name):
-        parts = ["weight", "initial.weight"] if f"{module}.lora_A.initial.weight" in state else ["weight"]
-        down = torch.cat([state[f"{module}.lora_A.{part}"].float() for part in parts])
-        up = torch.cat([state[f"{module}.lora_B.{part}"].float() for part in parts], dim=1)
-        found = Layer(down, up, full_scale(layer, adapter_name) * down.shape[0])
-        magnitude = state.get(f"{module}.{MAGNITUDE}")
-        layers[module] = found if magnitude is None else variants.with_magnitude(found, magnitude.float(), layer)
+    layers: dict[str, Changed] = {}
+    for module, layer in adapted_layers(transformer, adapter_name):
+        parts = {part: state[f"{module}.{key}"].float() for part, key, _ in own_tensors(layer, adapter_name)}
+        for part, axis in (("lora_A", 0), ("lora_B", 1)):
+            if (initial := state.get(f"{module}.{part}.initial.weight")) is not None:
+                parts[part] = torch.cat([parts[part], initial.float()], dim=axis)
+        found = kind_of_layer(layer).changed(parts, full_scale(layer, adapter_name))
+        if isinstance(found, Layer) and MAGNITUDE in parts:
+            found = variants.with_magnitude(found, parts[MAGNITUDE], layer)
+        layers[module] = found
     return layers
-
-
-def full_scale(layer: LoraLayer, adapter_name: str) -> float:
-    """The factor before B A at strength 1: lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA."""
-    rank = layer.r[adapter_name]
-    divisor = math.sqrt(rank) if layer.use_rslora[adapter_name] else rank
-    return float(layer.lora_alpha[adapter_name] / divisor)
 
 
 def set_strength(transformer: nn.Module, strength: float, adapter_name: str | None = None) -> None:
@@ -138,7 +143,7 @@ def set_strength(transformer: nn.Module, strength: float, adapter_name: str | No
         ValueError: there is no adapter.
     """
     for layer in _all_layers(transformer):
-        for name in layer.lora_A:
+        for name in layer.r:
             if adapter_name not in (None, name):
                 continue
             if (variant := variants.variant_of(layer, name)) is not None:
@@ -148,23 +153,23 @@ def set_strength(transformer: nn.Module, strength: float, adapter_name: str | No
 
 
 def second_factors(transformer: nn.Module, adapter_name: str) -> list[Tensor]:
-    """B of every layer, which starts at zero."""
+    """B of every layer of a LoRA, which starts at zero."""
     return [factors(layer, adapter_name)[1].weight for _, layer in lora_layers(transformer, adapter_name)]
 
 
 @torch.no_grad()
-def limit_norms(transformer: nn.Module, limit: float, adapter_name: str | None = None) -> None:
-    """Scale s B A down to a Frobenius norm of `limit` wherever it is more, both factors alike: `scale_weight_norms` of
-    kohya's tools. The norm comes from products as small as the rank, |B A|^2 = sum (B^T B) * (A A^T)."""
-    for _, layer in lora_layers(transformer, adapter_name):
-        for name in layer.lora_A:
-            down, up = (factor.weight for factor in factors(layer, name))
-            if not down.requires_grad:
+def limit_norms(transformer: nn.Module, limit: float) -> None:
+    """Scale every trained change down to a Frobenius norm of `limit` where it is more, all its factors alike, as
+    `scale_weight_norms` of kohya's tools and LyCORIS do; a DoRA's before rows get their lengths."""
+    for _, layer in adapted_layers(transformer):
+        for name in layer.r:
+            parts = {part: tensor for part, _, tensor in own_tensors(layer, name) if part != MAGNITUDE}
+            if not all(tensor.requires_grad for tensor in parts.values()):
                 continue
-            norm = full_scale(layer, name) * ((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt()
-            ratio = (limit / norm).clamp(max=1.0).sqrt()  # of zero: infinity, so 1
-            for factor in (down, up):
-                factor.mul_(ratio)
+            norm = kind_of_layer(layer).changed(parts, full_scale(layer, name)).norm()
+            ratio = (limit / norm).clamp(max=1.0) ** (1 / len(parts))  # of zero: infinity, so 1
+            for tensor in parts.values():
+                tensor.mul_(ratio)
 
 
 def merge_lora(transformer: nn.Module, strength: float = 1.0) -> None:
@@ -176,8 +181,8 @@ def merge_lora(transformer: nn.Module, strength: float = 1.0) -> None:
     with torch.no_grad():
         names = [name for name in adapter_names(transformer) if not name.endswith(INITIAL)]
         changes = {name: adapter_layers(transformer, name) for name in names}
-        for module, layer in lora_layers(transformer):
-            weight = base_layer(layer).weight
+        for module, layer in adapted_layers(transformer):
+            weight = layer.get_base_layer().weight
             if weight.dtype not in FLOATS:
                 raise ValueError(
                     f"cannot merge a LoRA into {weight.dtype} weights without rounding it away; load the base with "
@@ -194,34 +199,20 @@ def merge_lora(transformer: nn.Module, strength: float = 1.0) -> None:
 
 def adapter_names(transformer: nn.Module) -> tuple[str, ...]:
     """Names of the adapters in the transformer."""
-    return tuple(dict.fromkeys(name for _, layer in lora_layers(transformer) for name in layer.lora_A))
-
-
-def factors(layer: LoraLayer, adapter_name: str) -> tuple[nn.Linear, nn.Linear]:
-    """The two factors (lora_A, lora_B) of one adapter in a layer."""
-    return cast(nn.Linear, layer.lora_A[adapter_name]), cast(nn.Linear, layer.lora_B[adapter_name])
-
-
-def base_layer(layer: LoraLayer) -> nn.Linear:
-    """The frozen layer under an adapter."""
-    return cast(nn.Linear, layer.get_base_layer())
-
-
-def _needs_base(initialisation: str) -> bool:
-    return initialisation.startswith(("pissa", "olora"))
+    return tuple(dict.fromkeys(name for _, layer in adapted_layers(transformer) for name in layer.r))
 
 
 def _inject(transformer: nn.Module, config: LoraConfig, name: str, ranks: Mapping[str, int]) -> None:
-    adapter = peft.LoraConfig(
+    kind = KINDS[config.type]
+    adapter = kind.config(
+        config,
         r=config.r,
-        lora_alpha=cast(int, config.lora_alpha),  # annotated so, divided as a float
-        lora_dropout=config.lora_dropout,
+        alpha=config.lora_alpha,
         target_modules=_targets(transformer, config),
         rank_pattern={**{f"^{re.escape(module)}": rank for module, rank in ranks.items()}, **config.rank_pattern},
-        alpha_pattern=cast(dict[str, int], config.alpha_pattern),
-        use_rslora=config.use_rslora,
+        alpha_pattern=config.alpha_pattern,
     )
-    inject(transformer, adapter, name)
+    inject(transformer, kind, adapter, name)
 
 
 def _check_patterns(config: LoraConfig, modules: Sequence[str]) -> None:
@@ -240,20 +231,32 @@ def _targets(transformer: nn.Module, config: LoraConfig) -> list[str] | str:
     return exactly(target_modules(transformer, config.target_modules, config.exclude_modules))
 
 
-def inject(transformer: nn.Module, adapter: peft.LoraConfig, name: str) -> None:
+def _check_blocks(transformer: nn.Module, config: LoraConfig, modules: Sequence[str]) -> None:
+    """peft would take other blocks where these do not fit."""
+    linear, side = linear_modules(transformer), config.oft_block_size
+    for module in modules:
+        inputs = cast(nn.Linear, linear[module]).in_features
+        if inputs % side:
+            raise ConfigError(
+                f"model.lora.oft_block_size={side} does not divide the {inputs} inputs of {module}: take a number that "
+                "divides those of all targets, or leave it out (model.lora.exclude_modules)"
+            )
+
+
+def inject(transformer: nn.Module, kind: Kind, adapter: peft.PeftConfig, name: str) -> None:
     """Add float32 adapter layers, with peft's own first values."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # a second adapter is meant
-        peft.inject_adapter_in_model(adapter, transformer, name)  # as diffusers does, where it has a mixin
+        kind.tuner(transformer, adapter, name)  # as `peft.inject_adapter_in_model` does
         cast(Any, transformer)._hf_peft_config_loaded = True
-    for _, layer in lora_layers(transformer, name):
-        for factor in factors(layer, name):
-            factor.float()
+    for _, layer in adapted_layers(transformer, name):
+        for _, _, tensor in own_tensors(layer, name):
+            tensor.data = tensor.data.float()
 
 
 def activate(transformer: nn.Module, names: Sequence[str]) -> None:
     """Let these adapters work, all at once, and no others."""
-    for _, layer in lora_layers(transformer):
+    for _, layer in adapted_layers(transformer):
         layer.set_adapter(list(names))
 
 
@@ -264,74 +267,8 @@ def remove(transformer: nn.Module) -> None:
     cast(Any, transformer)._hf_peft_config_loaded = False
 
 
-def _initialise(layer: LoraLayer, name: str, initialisation: bool | str) -> tuple[Tensor, Tensor] | None:
-    """Set the weights of one layer; returns (A0, B0) where they are a part taken out of the base.
-
-    Random weights are drawn on the CPU in float32, so that they depend on the seed and not on device or dtype.
-    """
-    if isinstance(initialisation, str) and _needs_base(initialisation):
-        return _initialise_from_base(layer, name, initialisation)
-    pair = factors(layer, name)
-    device = pair[0].weight.device
-    without_memory = device.type == "meta"  # a base that is filled later, once it is cut; the adapter is there now
-    if without_memory:
-        device = torch.device("cpu")
-    for factor in pair:
-        factor.to_empty(device="cpu") if without_memory else factor.to("cpu")
-        factor.reset_parameters()  # all that `false` does: both factors random
-    if initialisation == "orthogonal":
-        layer.orthogonal_init(name)
-    else:
-        layer.reset_lora_parameters(name, initialisation)
-    for factor in pair:
-        factor.to(device=device, dtype=torch.float32)
-    return None
-
-
-def _initialise_from_base(layer: LoraLayer, name: str, initialisation: str) -> tuple[Tensor, Tensor]:
-    base = base_layer(layer)
-    shape, dtype, rank = tuple(base.weight.shape), base.weight.dtype, layer.r[name]
-    key = f"model.lora.init_lora_weights={initialisation!r}"
-    if dtype not in FLOATS:
-        raise ConfigError(
-            f'{key} decomposes the base, which is quantised ({dtype}); use true or "gaussian", or '
-            "set model.quantize=false"
-        )
-    if rank > min(shape):
-        raise ConfigError(
-            f"{key}: model.lora.r={rank} is more than a layer of {shape} has directions; use at most {min(shape)}, "
-            "or other target_modules"
-        )
-    original = base.weight.data
-    base.weight.data = original.float().clone()  # peft subtracts from this copy, for OLoRA in place
-    if initialisation == "olora":
-        layer.olora_init(name)
-    else:
-        layer.pissa_init(name, initialisation)
-    base.weight.data = original
-    down, up = factors(layer, name)
-    return down.weight.data.clone(), up.weight.data.clone()
-
-
-def _fill(layer: LoraLayer, name: str, down: Tensor, up: Tensor) -> None:
-    with torch.no_grad():
-        for factor, value in zip(factors(layer, name), (down, up), strict=True):
-            factor.weight.copy_(value)
-
-
-def _weights(transformer: nn.Module, adapter_name: str) -> Iterator[tuple[str, Tensor]]:
-    for module, layer in lora_layers(transformer, adapter_name):
-        for name, ending in ((adapter_name, "weight"), (adapter_name + INITIAL, "initial.weight")):
-            if name in layer.lora_A:
-                down, up = factors(layer, name)
-                yield f"{module}.lora_A.{ending}", down.weight
-                yield f"{module}.lora_B.{ending}", up.weight
-        if adapter_name in layer.lora_magnitude_vector:
-            yield f"{module}.{MAGNITUDE}", cast(nn.Linear, layer.lora_magnitude_vector[adapter_name]).weight
-
-
-def _all_layers(transformer: nn.Module) -> list[LoraLayer]:
-    layers = [layer for _, layer in lora_layers(transformer)]
+def _all_layers(transformer: nn.Module) -> list[Any]:
+    layers = [layer for _, layer in adapted_layers(transformer)]
     if not layers:
         raise ValueError("the transformer has no LoRA: load one first")
     return layers

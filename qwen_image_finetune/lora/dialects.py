@@ -12,7 +12,7 @@ apart again.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
@@ -21,13 +21,14 @@ import torch
 from torch import Tensor
 
 from qwen_image_finetune.lora.header import Declared, LoraFileError
-from qwen_image_finetune.lora.layers import Layer
+from qwen_image_finetune.lora.layers import Changed, Hadamard, Kronecker, Layer, Rotation
 from qwen_image_finetune.lora.names import Names, Native, Places, flattened, numbered, split_key
 
 # What keys are of that belong to no plain LoRA of a transformer, by an expression in them.
+KOHYA = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
 OTHER_KINDS = {
-    r"lokr_": "LoKr",
-    r"hada_": "LoHa",
+    r"lokr_t2|hada_t[12]": "layers of convolutions",
+    r"oft_blocks|oft_diag": "an OFT on the side of outputs",
     r"text_encoder|lora_te\d?_": "a text encoder",
     r"\.bias$": "trained biases",
     r"\.diff(_b)?$": "weight differences",
@@ -36,8 +37,8 @@ OTHER_KINDS = {
 
 def read_state(
     state: Mapping[str, Tensor], places: Places, names: Names, declared: Declared, path: Path
-) -> tuple[dict[str, Layer], list[str]]:
-    """LoRA layers, in float32, by diffusers module name; and the modules whose alpha is written nowhere.
+) -> tuple[dict[str, Changed], list[str]]:
+    """Adapted layers, in float32, by diffusers module name; and the modules whose alpha is written nowhere.
 
     Args:
         places: the modules there are.
@@ -61,7 +62,7 @@ def read_state(
         groups[module][part] = _finite(tensor, key, path)
     if unmatched:
         raise LoraFileError(unmatched_message(path, unmatched, len(state), places))
-    layers: dict[str, Layer] = {}
+    layers: dict[str, Changed] = {}
     for module, parts in groups.items():
         template, number = numbered(module)
         native = names.get(template, Native((module,)))
@@ -70,52 +71,59 @@ def read_state(
             if target in layers:
                 raise LoraFileError(f"{path}: {module} changes {target} a second time; a file must hold one LoRA")
             layers[target] = piece
-    return layers, [module for module, parts in groups.items() if "alpha" not in parts and declared.alpha is None]
+    if len(kinds := {type(layer) for layer in layers.values()}) > 1:
+        titles = ", ".join(sorted(kind.title for kind in kinds))
+        raise LoraFileError(f"{path} holds layers of different kinds ({titles}); a file must hold one LoRA")
+    unsaid = [module for module, parts in groups.items() if {"alpha", "down"} & parts.keys() == {"down"}]
+    return layers, unsaid if declared.alpha is None else []
 
 
-def write_state(layers: Mapping[str, Layer], names: Names, dialect: str) -> dict[str, Tensor]:
+def write_state(layers: Mapping[str, Changed], names: Names, dialect: str) -> dict[str, Tensor]:
     """Tensors of a file in `dialect`, float32. Alpha is among them, except in diffusers' dialect, where other programs
     look for none: there the layers are `Layer.folded`, and change the weights alike whoever reads them."""
     if dialect == "diffusers":
         return {
             f"transformer.{module}.{part}": tensor.contiguous()
             for module, layer in layers.items()
-            for part, tensor in (
-                ("lora_A.weight", layer.folded().down), ("lora_B.weight", layer.folded().up), *_magnitudes(layer)
-            )
-        }  # fmt: skip
+            for part, tensor in layer.folded().tensors.items()
+        }
     state: dict[str, Tensor] = {}
     for name, layer in under_authors_names(layers, names).items():
-        down, up = ("lora_A", "lora_B") if dialect == "comfy" else ("lora_down", "lora_up")
         key = f"diffusion_model.{name}" if dialect == "comfy" else f"lora_unet_{flattened(name)}"
-        state[f"{key}.{down}.weight"] = layer.down.contiguous()
-        state[f"{key}.{up}.weight"] = layer.up.contiguous()
-        state[f"{key}.alpha"] = torch.tensor(layer.alpha)
-        state |= {f"{key}.{part}": tensor.contiguous() for part, tensor in _magnitudes(layer)}
+        if isinstance(layer, Layer):
+            state[f"{key}.alpha"] = torch.tensor(layer.alpha)
+        for part, tensor in (layer if isinstance(layer, Layer) else layer.folded()).tensors.items():
+            state[f"{key}.{KOHYA.get(part, part) if dialect == 'kohya' else part}"] = tensor.contiguous()
     return state
 
 
-def _magnitudes(layer: Layer) -> Iterator[tuple[str, Tensor]]:
-    """Those of a DoRA as peft and diffusers name them, and as ComfyUI takes them, which drop or pass over the others'.
-
-    `dora_scale` alone, as LyCORIS writes it, is the magnitudes themselves.
-    """
-    if layer.magnitude is not None and layer.dora_scale is not None:
-        yield "lora_magnitude_vector", layer.magnitude
-        yield "dora_scale", layer.dora_scale[:, None]
-    elif layer.magnitude is not None:
-        yield "dora_scale", layer.magnitude[:, None]
-
-
-def under_authors_names(layers: Mapping[str, Layer], names: Names) -> dict[str, Layer]:
+def under_authors_names(layers: Mapping[str, Changed], names: Names) -> dict[str, Changed]:
     """Layers by the names that a model's authors give its modules; those of a fused matrix put together."""
     homes = {part: (name, native) for name, native in names.items() for part in native.modules}
-    groups: dict[str, tuple[Native, dict[str, Layer]]] = {}
+    groups: dict[str, tuple[Native, dict[str, Changed]]] = {}
     for module, layer in layers.items():
         template, number = numbered(module)
         name, native = homes.get(template, (module, Native((template,))))
         groups.setdefault(name.replace("{}", number), (native, {}))[1][template] = layer
-    return {name: _put_together(parts, native) for name, (native, parts) in groups.items()}
+    return {name: _under_one_name(parts, native) for name, (native, parts) in groups.items()}
+
+
+def _under_one_name(parts: Mapping[str, Changed], native: Native) -> Changed:
+    loras = {name: layer for name, layer in parts.items() if isinstance(layer, Layer)}
+    if len(loras) == len(parts):
+        return _put_together(loras, native)
+    [layer, *_] = parts.values()
+    if isinstance(layer, Rotation):
+        raise LoraFileError(
+            f"an OFT on the side of inputs is known to peft and to this project, and to no other format than "
+            f"diffusers'; {', '.join(parts)} cannot be written"
+        )
+    if len(native.modules) > 1 or native.halves_swapped:
+        raise LoraFileError(
+            f"{', '.join(parts)}: in the authors' code they are parts of a matrix, or its rows are in another order, "
+            f"which a {layer.title} of theirs cannot be; use --format diffusers"
+        )
+    return layer
 
 
 def unmatched_message(path: Path, keys: list[str], total: int, places: Places) -> str:
@@ -143,7 +151,9 @@ def _finite(tensor: Tensor, key: str, path: Path) -> Tensor:
     return values
 
 
-def _layer(parts: Mapping[str, Tensor], module: str, declared: Declared, path: Path) -> Layer:
+def _layer(parts: Mapping[str, Tensor], module: str, declared: Declared, path: Path) -> Changed:
+    if not {"down", "up"} & parts.keys():
+        return _of_another_kind(parts, module, path)
     if not {"down", "up"} <= parts.keys():
         raise LoraFileError(f"{path}: {module} has {' and '.join(sorted(parts))} only; a LoRA layer needs both factors")
     down, up = parts["down"], parts["up"]
@@ -168,8 +178,29 @@ def _layer(parts: Mapping[str, Tensor], module: str, declared: Declared, path: P
     return Layer(down, up, float(parts["alpha"]), *lengths)
 
 
-def _take_apart(layer: Layer, native: Native, module: str, path: Path) -> dict[str, Layer]:
+def _of_another_kind(parts: Mapping[str, Tensor], module: str, path: Path) -> Changed:
+    """A LoKr, LoHa or OFT. Alpha counts by the rank of a factor, where there is one: comfy/weight_adapter."""
+    given = {name: tensor for name, tensor in parts.items() if name != "alpha"}
+    try:
+        found = next(kind for kind in (Kronecker, Hadamard, Rotation) if kind.parts_begin in next(iter(given)))
+        layer = found.of(given)
+        if "alpha" in parts and (rank := layer.inner_rank) is not None:
+            layer = layer.scaled(float(parts["alpha"]) / rank)
+        return layer
+    except (StopIteration, KeyError, ValueError, IndexError) as error:
+        raise LoraFileError(
+            f"{path}: {module} has {', '.join(f'{name} {tuple(tensor.shape)}' for name, tensor in parts.items())}, "
+            "which is no whole LoKr, LoHa or OFT"
+        ) from error
+
+
+def _take_apart(layer: Changed, native: Native, module: str, path: Path) -> dict[str, Changed]:
     """Adapters of the diffusers modules in a fused one; those that change nothing, and have no block, are left out."""
+    if not isinstance(layer, Layer):
+        if len(native.modules) == 1 and not native.halves_swapped:
+            return {native.modules[0]: layer}
+        raise LoraFileError(f"{path}: {module} is made of {', '.join(native.modules)}, and a {layer.title} of all of "
+                            "it cannot be taken apart")  # fmt: skip
     if native.halves_swapped:
         layer = layer.with_rows(swapped)
     if len(native.modules) == 1:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-import peft
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -14,20 +13,19 @@ from torch import Tensor, nn
 from qwen_image_finetune.config import ConfigError, LoraConfig
 from qwen_image_finetune.disk.files import Staged, staged_file
 from qwen_image_finetune.lora import adapters, variants
-from qwen_image_finetune.lora.adapters import INITIAL
 from qwen_image_finetune.lora.dialects import write_state
-from qwen_image_finetune.lora.header import ADAPTER_METADATA
-from qwen_image_finetune.lora.layers import Layer, kind_of
+from qwen_image_finetune.lora.kinds import KINDS, full_scale, kind_titled, own_tensors
+from qwen_image_finetune.lora.layers import Changed, Layer, Rotation, kind_of
 from qwen_image_finetune.lora.metadata import (
-    adapter_json,
+    adapter_metadata,
     model_metadata,
     network_metadata,
-    peft_fields,
 )
-from qwen_image_finetune.lora.names import Naming, exactly
+from qwen_image_finetune.lora.names import Naming
 from qwen_image_finetune.lora.reading import read_fitting
 from qwen_image_finetune.lora.sources import find_lora
-from qwen_image_finetune.lora.targets import endings, lora_layers, target_modules
+from qwen_image_finetune.lora.starts import INITIAL
+from qwen_image_finetune.lora.targets import adapted_layers, endings, target_modules
 from qwen_image_finetune.machine import console
 
 
@@ -38,7 +36,7 @@ def save_lora(
     metadata: Mapping[str, str],
     state: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write the adapter as a float32 LoRA file in diffusers' dialect.
+    """Write the adapter as a float32 file in diffusers' dialect.
 
     The scale lora_alpha / r is inside the factors, and alpha the rank: diffusers reads alpha in the metadata, ComfyUI
     and kohya's tools do not, so that another one would mean another strength there.
@@ -53,9 +51,9 @@ def save_lora(
     """
     trained = adapters.adapter_layers(transformer, config.adapter_name, state)
     layers = {name: layer.folded() for name, layer in trained.items()}
-    peft_config: peft.LoraConfig = cast(Any, transformer).peft_config[config.adapter_name]
+    targets = cast(Any, transformer).peft_config[config.adapter_name].target_modules
     about = {
-        ADAPTER_METADATA: adapter_json(layers, peft_config.target_modules),
+        **adapter_metadata(layers, targets),
         **network_metadata(layers),
         **model_metadata(transformer, config),
     }
@@ -124,16 +122,28 @@ def write(path: Staged, state: Mapping[str, Tensor], metadata: Mapping[str, str]
     save_file(tensors, path, metadata={**metadata, "format": "pt"})
 
 
-def _check_config(transformer: nn.Module, layers: Mapping[str, Layer], path: Path, config: LoraConfig) -> None:
+def _check_config(transformer: nn.Module, layers: Mapping[str, Changed], path: Path, config: LoraConfig) -> None:
     wanted = target_modules(transformer, config.target_modules, config.exclude_modules)
     ranks = sorted({layer.rank for layer in layers.values()})
     only_file, only_config = [n for n in layers if n not in wanted], [n for n in wanted if n not in layers]
-    if not config.use_dora and any(layer.magnitude is not None for layer in layers.values()):
+    kind, asked = kind_of(layers), KINDS[config.type].title
+    if kind_titled(kind) is not KINDS[config.type]:
+        raise ConfigError(
+            f"model.lora.pretrained_weight: {path} is a {kind}, and model.lora.type={config.type} asks for a {asked}"
+        )
+    if isinstance(found := next(iter(layers.values())), Rotation) and found.side != config.oft_block_size:
+        raise ConfigError(
+            f"model.lora.pretrained_weight: {path} has blocks of {found.side}, and model.lora.oft_block_size is "
+            f"{config.oft_block_size}"
+        )
+    if kind == "DoRA" and not config.use_dora:
         raise ConfigError(
             f"model.lora.pretrained_weight: {path} is a DoRA, and model.lora.use_dora=false would leave its "
             "magnitudes: set model.lora.use_dora to true"
         )
-    if config.r in ranks and not only_file and not only_config:  # where others are in it too, modules differ in rank
+    if (
+        (config.r in ranks or not KINDS[config.type].rank_counts(layers)) and not only_file and not only_config
+    ):  # where others are in it too, modules differ in rank
         return
     differences = [f"{len(names)} modules only in the {where}, such as {names[0]}"
                    for where, names in (("file", only_file), ("config", only_config)) if names]  # fmt: skip
@@ -147,31 +157,39 @@ def _check_config(transformer: nn.Module, layers: Mapping[str, Layer], path: Pat
     )
 
 
-def _other_ranks(layers: Mapping[str, Layer], config: LoraConfig) -> dict[str, int]:
+def _other_ranks(layers: Mapping[str, Changed], config: LoraConfig) -> dict[str, int]:
+    if not KINDS[config.type].rank_counts(layers):
+        return {}
     return {name: layer.rank for name, layer in layers.items() if config.rank_pattern or layer.rank != config.r}
 
 
-def _add_as_it_is(transformer: nn.Module, layers: Mapping[str, Layer], name: str) -> None:
+def _add_as_it_is(transformer: nn.Module, layers: Mapping[str, Changed], name: str) -> None:
     if name in adapters.adapter_names(transformer):
         raise ValueError(f"the transformer already has an adapter {name!r}; give the second LoRA another name")
-    described = peft_fields(layers, exactly(layers)) | {"use_dora": False}  # magnitudes are ours
+    kind = kind_titled(kind_of(layers))
     with torch.random.fork_rng(devices=[]):
-        adapters.inject(transformer, peft.LoraConfig(**described), name)
+        adapters.inject(transformer, kind, kind.config_of(layers), name)
     variants.install(transformer, name, dora=kind_of(layers) == "DoRA")
-    for module, layer in lora_layers(transformer, name):
-        for factor, value in zip(adapters.factors(layer, name), (layers[module].down, layers[module].up), strict=True):
-            factor.requires_grad_(False)
-            factor.weight.data.copy_(value)
-        variants.fill_magnitudes(layer, name, layers[module].magnitude)
+    for module, layer in adapted_layers(transformer, name):
+        kind.put(layer, name, layers[module])
 
 
-def _fill(transformer: nn.Module, layers: Mapping[str, Layer], name: str) -> None:
-    with torch.no_grad():
-        for module, layer in lora_layers(transformer, name):
-            ratio = layers[module].scale / adapters.full_scale(layer, name)
-            down, up = adapters.factors(layer, name)
-            down.weight.copy_(layers[module].down)
-            up.weight.copy_(layers[module].up * ratio)
-            if name + INITIAL in layer.lora_B:  # the file is a LoRA of the untouched base: nothing to subtract
-                adapters.factors(layer, name + INITIAL)[1].weight.zero_()
-            variants.fill_magnitudes(layer, name, layers[module].magnitude)
+@torch.no_grad()
+def _fill(transformer: nn.Module, layers: Mapping[str, Changed], name: str) -> None:
+    for module, layer in adapted_layers(transformer, name):
+        changed = layers[module].at_scale(full_scale(layer, name))
+        own = {key: tensor for _, key, tensor in own_tensors(layer, name) if not key.startswith(adapters.MAGNITUDE)}
+        given = {key: tensor for key, tensor in changed.tensors.items() if key in own}
+        shapes = [{key: tuple(tensor.shape) for key, tensor in each.items()} for each in (given, own)]
+        if shapes[0] != shapes[1]:
+            raise ConfigError(
+                f"model.lora.pretrained_weight: {module} is {shapes[0]} in the file, and {shapes[1]} with this "
+                "model.lora: set r, decompose_factor and rank_pattern to the file's"
+            )
+        for key, tensor in given.items():
+            own[key].copy_(tensor)
+        for part, _, tensor in own_tensors(layer, name + INITIAL):
+            if part == "lora_B":  # the file is a LoRA of the untouched base: nothing to subtract
+                tensor.zero_()
+        if isinstance(changed, Layer):
+            variants.fill_magnitudes(layer, name, changed.magnitude)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from math import isqrt
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,22 +14,70 @@ from torch import Tensor
 TINY = torch.finfo(torch.float32).tiny
 
 
-def kind_of(layers: Mapping[str, Layer]) -> str:
-    """What kind of adapter some layers are, as it is called."""
-    return "DoRA" if any(layer.magnitude is not None for layer in layers.values()) else "LoRA"
+class Changed(ABC):
+    """One adapted module, whose weight W (out, in) becomes W + `change`. Tensors are float32."""
+
+    title: ClassVar[str]  # what such an adapter is called
+
+    @property
+    @abstractmethod
+    def rank(self) -> int:
+        """Of the adapter, as model.lora.r counts it."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int | None, int]:
+        """(out, in) of the weight; None where it fits any."""
+
+    @property
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """What it consists of, by the names of files; only of a layer that is `folded`."""
+
+    @abstractmethod
+    def at_scale(self, scale: float) -> Changed:
+        """The same change by other tensors, in front of which stands this scale."""
+
+    @abstractmethod
+    def norm(self) -> Tensor:
+        """() Frobenius norm of the change; of a DoRA's before rows get their lengths."""
+
+    @abstractmethod
+    def change(self, weight: Tensor, first_row: int = 0) -> Tensor:
+        """float32: what a weight, or rows of it (rows, in), changes by.
+
+        Args:
+            weight: float32; some kinds do not look at it.
+            first_row: which row of the layer the first one of `weight` is.
+        """
+
+    def folded(self) -> Changed:
+        """The same change with a scale of 1, which is what everyone takes where none is given."""
+        return self.at_scale(1.0)
+
+    def rows(self, weight: Tensor, first_row: int) -> slice:
+        """The rows of the layer that `weight` has."""
+        return slice(first_row, first_row + len(weight))
+
+
+def kind_of(layers: Mapping[str, Changed]) -> str:
+    """What an adapter of these layers is called: DoRA where one has magnitudes."""
+    titles = {"DoRA" if isinstance(one, Layer) and one.magnitude is not None else one.title for one in layers.values()}
+    return "DoRA" if "DoRA" in titles else min(titles)
 
 
 @dataclass(frozen=True)
-class Layer:
-    """One adapted module: W (out, in) becomes W + alpha / rank * up @ down.
+class Layer(Changed):
+    """A LoRA: W + alpha / rank * up @ down.
 
     With magnitudes m (DoRA, https://arxiv.org/abs/2402.09353) every row of that has the length m_i instead of its own.
     """
 
-    down: Tensor  # (r, in), float32; peft's lora_A
-    up: Tensor  # (out, r), float32; peft's lora_B
+    title: ClassVar[str] = "LoRA"
+    down: Tensor  # (r, in); peft's lora_A
+    up: Tensor  # (out, r); peft's lora_B
     alpha: float
-    magnitude: Tensor | None = None  # (out,), float32; peft's lora_magnitude_vector
+    magnitude: Tensor | None = None  # (out,); peft's lora_magnitude_vector
     # (out,): m times the length of W's rows, over that of the changed ones. ComfyUI divides by the length of W's rows,
     # so this is what makes the same weights of them there (comfy/weight_adapter/base.py, weight_decompose).
     dora_scale: Tensor | None = None
@@ -46,9 +97,30 @@ class Layer:
         """(out, in) of the weight."""
         return self.up.shape[0], self.down.shape[1]
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Under peft's names. A DoRA has its magnitudes as peft and diffusers name them, and as ComfyUI takes them;
+        each drops or passes over the others'. `dora_scale` alone, as LyCORIS writes it, is the magnitudes themselves.
+        """
+        found = {"lora_A.weight": self.down, "lora_B.weight": self.up}
+        if self.magnitude is not None and self.dora_scale is not None:
+            return {**found, "lora_magnitude_vector": self.magnitude, "dora_scale": self.dora_scale[:, None]}
+        return found if self.magnitude is None else {**found, "dora_scale": self.magnitude[:, None]}
+
     def folded(self) -> Layer:
         """The same change with a scale of 1: alpha is the rank, which is what everyone takes where none is given."""
-        return self if self.scale == 1 else replace(self, up=self.up * self.scale, alpha=float(self.rank))
+        return self.at_scale(1.0)
+
+    def at_scale(self, scale: float) -> Layer:
+        """See `Changed`."""
+        if self.scale == scale:
+            return self
+        return replace(self, up=self.up * (self.scale / scale), alpha=scale * self.rank)
+
+    def norm(self) -> Tensor:
+        """From products as small as the rank: |B A|^2 = sum (B^T B) * (A A^T)."""
+        squared = ((self.up.T @ self.up) * (self.down @ self.down.T)).sum()
+        return self.scale * squared.clamp(min=0).sqrt()
 
     def with_rows(self, chosen: Callable[[Tensor], Tensor]) -> Layer:
         """The same for some outputs, or all in another order: what `chosen` makes of tensors (out, ...)."""
@@ -60,16 +132,248 @@ class Layer:
         return self.scale * (self.up @ self.down)
 
     def change(self, weight: Tensor, first_row: int = 0) -> Tensor:
-        """float32: what a weight, or rows of it (rows, in), changes by.
-
-        Args:
-            weight: float32; looked at only with magnitudes.
-            first_row: which row of the layer the first one of `weight` is.
-        """
-        rows, device = slice(first_row, first_row + len(weight)), weight.device
+        """See `Changed`."""
+        rows, device = self.rows(weight, first_row), weight.device
         added = self.scale * (self.up[rows].to(device) @ self.down.to(device))
         if self.magnitude is None:
             return added
         changed = weight + added
         length = torch.linalg.norm(changed, dim=1).clamp(min=TINY)
         return (self.magnitude[rows].to(device) / length)[:, None] * changed - weight
+
+
+class Other(Changed):
+    """What is no LoRA: read from a file by the names of its tensors."""
+
+    parts_begin: ClassVar[str]  # these names
+
+    @property
+    def inner_rank(self) -> int | None:
+        """The rank that alpha is divided by; None where no factor shows one, and alpha does not count."""
+        return None
+
+    @classmethod
+    @abstractmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Other:
+        """From the tensors of a file.
+
+        Raises:
+            KeyError, ValueError: one is missing, or they do not fit each other.
+        """
+
+    def scaled(self, scale: float) -> Other:
+        """The same tensors with a scale in front."""
+        return self
+
+
+@dataclass(frozen=True)
+class Kronecker(Other):
+    """A LoKr (https://arxiv.org/abs/2309.14859): W + scale * w1 (x) w2, each a matrix or the product of two."""
+
+    title: ClassVar[str] = "LoKr"
+    parts_begin: ClassVar[str] = "lokr_"
+    first: tuple[Tensor, ...]  # w1 (a, c), or w1_a (a, r) and w1_b (r, c)
+    second: tuple[Tensor, ...]  # w2 (b, d), in the same way; out = a b, in = c d
+    scale: float = 1.0
+
+    @property
+    def rank(self) -> int:
+        """Of the second factor; of a whole one its longer side, as diffusers counts."""
+        whole = len(self.second) == 1
+        return max(self.second[0].shape) if whole else self.second[0].shape[1]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the weight."""
+        return self.first[0].shape[0] * self.second[0].shape[0], self.first[-1].shape[1] * self.second[-1].shape[1]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """As LyCORIS, peft, diffusers and ComfyUI name them."""
+        return {
+            f"lokr_w{number}{'' if len(factor) == 1 else ending}": tensor
+            for number, factor in ((1, self.first), (2, self.second))
+            for ending, tensor in zip(("_a", "_b"), factor, strict=False)
+        }
+
+    @property
+    def inner_rank(self) -> int | None:
+        """See `Other`."""
+        return next((factor[1].shape[0] for factor in (self.second, self.first) if len(factor) == 2), None)
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Kronecker:
+        """See `Other`."""
+        first, second = (matrices(tensors, f"lokr_w{number}") for number in (1, 2))
+        found = cls(first, second)
+        if found.tensors.keys() != tensors.keys():
+            raise ValueError("tensors of other kinds are among them")
+        return found
+
+    def scaled(self, scale: float) -> Kronecker:
+        """See `Other`."""
+        return replace(self, scale=scale)
+
+    def at_scale(self, scale: float) -> Kronecker:
+        """See `Changed`."""
+        *before, last = self.second
+        return self if self.scale == scale else Kronecker(self.first, (*before, last * (self.scale / scale)), scale)
+
+    def norm(self) -> Tensor:
+        """The norms of both factors, multiplied."""
+        first, second = (_product(factor, factor[0].device) for factor in (self.first, self.second))
+        return self.scale * first.norm() * second.norm()
+
+    def change(self, weight: Tensor, first_row: int = 0) -> Tensor:
+        """See `Changed`."""
+        first, second = (_product(factor, weight.device) for factor in (self.first, self.second))
+        return self.scale * torch.kron(first, second)[self.rows(weight, first_row)]
+
+
+@dataclass(frozen=True)
+class Hadamard(Other):
+    """A LoHa (https://arxiv.org/abs/2108.06098): W + scale * (w1_a w1_b) * (w2_a w2_b), number by number."""
+
+    title: ClassVar[str] = "LoHa"
+    parts_begin: ClassVar[str] = "hada_"
+    first: tuple[Tensor, Tensor]  # (out, r), (r, in)
+    second: tuple[Tensor, Tensor]
+    scale: float = 1.0
+
+    @property
+    def rank(self) -> int:
+        """Of each factor; the change has up to its square."""
+        return self.first[1].shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the weight."""
+        return self.first[0].shape[0], self.first[1].shape[1]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """As LyCORIS, peft and ComfyUI name them."""
+        return {
+            f"hada_w{number}_{ending}": tensor
+            for number, factor in ((1, self.first), (2, self.second))
+            for ending, tensor in zip("ab", factor, strict=True)
+        }
+
+    @property
+    def inner_rank(self) -> int:
+        """See `Other`."""
+        return self.rank
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Hadamard:
+        """See `Other`."""
+        first, second = (matrices(tensors, f"hada_w{number}") for number in (1, 2))
+        if len(tensors) != 4 or len(first) != 2 or len(second) != 2:
+            raise ValueError("four factors make a LoHa")
+        if (first[0].shape[0], first[1].shape[1]) != (second[0].shape[0], second[1].shape[1]):
+            raise ValueError("the two products are of different shapes")
+        return cls(first, second)
+
+    def scaled(self, scale: float) -> Hadamard:
+        """See `Other`."""
+        return replace(self, scale=scale)
+
+    def at_scale(self, scale: float) -> Hadamard:
+        """See `Changed`."""
+        before, last = self.second
+        return self if self.scale == scale else Hadamard(self.first, (before, last * (self.scale / scale)), scale)
+
+    def norm(self) -> Tensor:
+        """See `Changed`."""
+        first, second = (_product(factor, factor[0].device) for factor in (self.first, self.second))
+        return self.scale * (first * second).norm()
+
+    def change(self, weight: Tensor, first_row: int = 0) -> Tensor:
+        """See `Changed`."""
+        rows = self.rows(weight, first_row)
+        first, second = (_product((left[rows], right), weight.device) for left, right in (self.first, self.second))
+        return self.scale * first * second
+
+
+@dataclass(frozen=True)
+class Rotation(Other):
+    """An OFT (https://arxiv.org/abs/2306.07280), on the side of the inputs as peft has it: W becomes W R^T.
+
+    R is made of orthogonal blocks on the diagonal, each R = (I - Q)(I + Q)^-1 of a skew-symmetric Q (Cayley).
+    """
+
+    title: ClassVar[str] = "OFT"
+    parts_begin: ClassVar[str] = "oft_"
+    above: Tensor  # (blocks, b (b - 1) / 2): what stands above the diagonal of each Q, row by row
+
+    @property
+    def side(self) -> int:
+        """b, of a block."""
+        return (1 + isqrt(1 + 8 * self.above.shape[1])) // 2
+
+    @property
+    def rank(self) -> int:
+        """Side of a block; an OFT has no rank."""
+        return self.side
+
+    @property
+    def shape(self) -> tuple[None, int]:
+        """(out, in) of the weight; outputs, any number, are not in it."""
+        return None, len(self.above) * self.side
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """As peft names it."""
+        return {"oft_R.weight": self.above}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Rotation:
+        """See `Other`."""
+        [above] = tensors.values()
+        found = cls(above)
+        if above.ndim != 2 or found.side * (found.side - 1) // 2 != above.shape[1]:
+            raise ValueError("not the triangles of square blocks")
+        return found
+
+    def at_scale(self, scale: float) -> Rotation:
+        """Itself: a rotation has no scale."""
+        return self
+
+    def norm(self) -> Tensor:
+        """Not known without the weight; lengths of its rows stay."""
+        raise NotImplementedError
+
+    def blocks(self) -> Tensor:
+        """R, (blocks, b, b)."""
+        side = self.side
+        rows, columns = torch.triu_indices(side, side, 1)
+        skew = self.above.new_zeros(len(self.above), side, side)
+        skew[:, rows, columns] = self.above
+        skew = skew - skew.transpose(1, 2)
+        identity = torch.eye(side, dtype=skew.dtype, device=skew.device)
+        return torch.linalg.solve(identity + skew, (identity - skew).expand_as(skew), left=False)
+
+    def change(self, weight: Tensor, first_row: int = 0) -> Tensor:
+        """See `Changed`."""
+        pieces = weight.reshape(len(weight), -1, self.side)
+        turned = torch.einsum("okc,krc->okr", pieces, self.blocks().to(weight.device))
+        return turned.reshape_as(weight) - weight
+
+
+def matrices(tensors: Mapping[str, Tensor], name: str) -> tuple[Tensor, ...]:
+    """A matrix, or the two that it is the product of.
+
+    Raises:
+        KeyError, ValueError: one is missing, or they do not multiply.
+    """
+    found = (tensors[name],) if name in tensors else (tensors[f"{name}_a"], tensors[f"{name}_b"])
+    if any(one.ndim != 2 or not one.numel() for one in found) or (
+        len(found) == 2 and found[0].shape[1] != len(found[1])
+    ):
+        raise ValueError(f"{name} are no matrices that multiply")
+    return found
+
+
+def _product(factors: tuple[Tensor, ...], device: torch.device) -> Tensor:
+    first, *others = (factor.to(device) for factor in factors)
+    return first if not others else first @ others[0]

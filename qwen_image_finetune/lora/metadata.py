@@ -19,7 +19,8 @@ from typing import Any
 from torch import nn
 
 from qwen_image_finetune.config import Config, LoraConfig
-from qwen_image_finetune.lora.layers import Layer
+from qwen_image_finetune.lora.header import ADAPTER_METADATA
+from qwen_image_finetune.lora.layers import Changed, Layer, kind_of
 from qwen_image_finetune.lora.targets import endings
 
 
@@ -36,17 +37,26 @@ def peft_fields(layers: Mapping[str, Layer], targets: Iterable[str] | str) -> di
     }
 
 
-def adapter_json(layers: Mapping[str, Layer], targets: Iterable[str] | str) -> str:
-    """`peft_fields` as diffusers keeps it in the file."""
-    return json.dumps({f"transformer.{k}": value for k, value in peft_fields(layers, targets).items()}, sort_keys=True)
+def adapter_metadata(layers: Mapping[str, Changed], targets: Iterable[str] | str) -> dict[str, str]:
+    """`peft_fields` of a LoRA as diffusers keeps them in the file; of other kinds it looks at the tensors."""
+    loras = {name: layer for name, layer in layers.items() if isinstance(layer, Layer)}
+    if len(loras) < len(layers):
+        return {}
+    fields = {f"transformer.{key}": value for key, value in peft_fields(loras, targets).items()}
+    return {ADAPTER_METADATA: json.dumps(fields, sort_keys=True)}
 
 
-def network_metadata(layers: Mapping[str, Layer]) -> dict[str, str]:
-    """Rank and alpha in kohya's words."""
+def network_metadata(layers: Mapping[str, Changed]) -> dict[str, str]:
+    """Kind, rank and alpha in kohya's words."""
+    kind, alphas = kind_of(layers), [layer.alpha for layer in layers.values() if isinstance(layer, Layer)]
+    about = {"ss_network_module": "networks.lora"}
+    if not alphas:  # the scale is inside
+        about = {"ss_network_module": "lycoris.kohya", "ss_network_args": json.dumps({"algo": kind.lower()})}
+        alphas = [float(layer.rank) for layer in layers.values()]
     return {
-        "ss_network_module": "networks.lora",
+        **about,
         "ss_network_dim": str(most(layer.rank for layer in layers.values())),
-        "ss_network_alpha": str(_plain(most(layer.alpha for layer in layers.values()))),
+        "ss_network_alpha": str(_plain(most(alphas))),
         "qif.target_modules": json.dumps(endings(layers)),
     }
 
@@ -62,7 +72,7 @@ def model_metadata(transformer: nn.Module, config: LoraConfig) -> dict[str, str]
         "modelspec.title": "LoRA",
         "modelspec.date": datetime.now(UTC).isoformat(timespec="seconds"),
         "qif.init_lora_weights": json.dumps(config.init_lora_weights),
-        **{f"qif.{key}": json.dumps(getattr(config, key)) for key in ("use_dora", "use_rslora")},
+        **{f"qif.{key}": json.dumps(getattr(config, key)) for key in ("type", "use_dora", "use_rslora")},
         "qif.lora_alpha": str(_plain(config.lora_alpha)),  # it was trained with; the scale is inside the factors
     }
 

@@ -38,7 +38,8 @@ PARTS = ("down", "up", "alpha", "magnitude", "dora_scale")
 _PARTS = re.compile(
     r"^(?P<path>.+?)\.(?:(?P<down>(lora_A|lora_down)(\..+)?\.weight|lora\.down\.weight)"
     r"|(?P<up>(lora_B|lora_up)(\..+)?\.weight|lora\.up\.weight)|(?P<alpha>alpha)"
-    r"|(?P<magnitude>lora_magnitude_vector(\..+)?)|(?P<dora_scale>dora_scale))$"
+    r"|(?P<magnitude>lora_magnitude_vector(\..+)?)|(?P<dora_scale>dora_scale)"
+    r"|(?P<other>(lokr_w[12]|hada_w[12])(_[ab])?|oft_R\.weight))$"
 )
 
 
@@ -89,11 +90,12 @@ class Places:
 
 
 def split_key(key: str) -> tuple[str, str] | None:
-    """(path of the module, one of PARTS) of a tensor's name; None where it is of no LoRA."""
+    """(path of the module, one of PARTS) of a tensor's name; its own last name where it is of no LoRA but another kind
+    of adapter, and None where it is of none."""
     match = _PARTS.match(key)
     if match is None:
         return None
-    return match["path"], next(part for part in PARTS if match[part] is not None)
+    return match["path"], match["other"] or next(part for part in PARTS if match[part] is not None)
 
 
 def numbered(module: str) -> tuple[str, str]:

@@ -13,8 +13,8 @@ EVERYTHING = ".*"
 OUTSIDE_BLOCKS = r"(?!(\w+_)?blocks\.).*"
 # Adapters other than a LoRA that a program reads in a dialect as they are meant.
 MORE_KINDS = {
-    ("diffusers", "diffusers"): ("DoRA",),
-    **{("ComfyUI", dialect): ("DoRA",) for dialect in ("diffusers", "comfy", "kohya")},
+    ("diffusers", "diffusers"): ("DoRA", "LoKr"),
+    **{("ComfyUI", dialect): ("DoRA", "LoKr", "LoHa") for dialect in ("diffusers", "comfy", "kohya")},
 }
 
 

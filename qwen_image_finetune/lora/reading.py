@@ -14,7 +14,7 @@ from torch import nn
 
 from qwen_image_finetune.lora.dialects import read_state
 from qwen_image_finetune.lora.header import LoraFileError, declared_alpha, read_metadata
-from qwen_image_finetune.lora.layers import Layer
+from qwen_image_finetune.lora.layers import Changed
 from qwen_image_finetune.lora.names import Naming, Places
 from qwen_image_finetune.lora.targets import linear_modules
 
@@ -24,7 +24,7 @@ class LoraFile:
     """What a file holds."""
 
     path: Path
-    layers: dict[str, Layer]  # by diffusers module name
+    layers: dict[str, Changed]  # by diffusers module name
     metadata: dict[str, str]
     without_alpha: int = 0  # modules, as the file names them, whose alpha is written nowhere
 
@@ -74,9 +74,11 @@ def read_fitting(transformer: nn.Module, path: Path, naming: Naming) -> LoraFile
     file = read_lora(path, naming, linear)
     for name, layer in file.layers.items():
         weight_shape = (cast(Any, linear[name]).out_features, cast(Any, linear[name]).in_features)
-        if weight_shape != (layer.up.shape[0], layer.down.shape[1]):
+        outputs, inputs = layer.shape
+        if inputs != weight_shape[1] or outputs not in (weight_shape[0], None):
             raise LoraFileError(
                 f"{path}: {name} is {weight_shape[0]} x {weight_shape[1]} in this transformer and "
-                f"{layer.up.shape[0]} x {layer.down.shape[1]} in the file: it was trained on another model"
+                f"{weight_shape[0] if outputs is None else outputs} x {inputs} in the file: "
+                "it was trained on another model"
             )
     return file

@@ -5,26 +5,37 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Iterator
+from typing import Any
 
+from peft.tuners.loha.layer import LoHaLayer
+from peft.tuners.lokr.layer import LoKrLayer
 from peft.tuners.lora import LoraLayer
+from peft.tuners.oft.layer import OFTLayer
 from torch import nn
 
 from qwen_image_finetune.config import ConfigError
 from qwen_image_finetune.lora.names import USUAL_TARGETS
 
+ADAPTED = (LoraLayer, LoKrLayer, LoHaLayer, OFTLayer)  # what peft makes of a layer, kind by kind
+
+
+def adapted_layers(transformer: nn.Module, adapter_name: str | None = None) -> Iterator[tuple[str, Any]]:
+    """Names and layers that carry an adapter of any kind (this one, if named)."""
+    for name, module in transformer.named_modules():
+        if isinstance(module, ADAPTED) and (adapter_name is None or adapter_name in module.r):
+            yield name, module
+
 
 def lora_layers(transformer: nn.Module, adapter_name: str | None = None) -> Iterator[tuple[str, LoraLayer]]:
-    """Names and layers that carry an adapter (this one, if named)."""
-    for name, module in transformer.named_modules():
-        if isinstance(module, LoraLayer) and (adapter_name is None or adapter_name in module.lora_A):
-            yield name, module
+    """The same of LoRAs alone."""
+    return ((name, layer) for name, layer in adapted_layers(transformer, adapter_name) if isinstance(layer, LoraLayer))
 
 
 def linear_modules(transformer: nn.Module) -> dict[str, nn.Module]:
     """Modules an adapter can sit on, by name; those that carry one already included."""
-    wrapped = tuple(f"{name}." for name, _ in lora_layers(transformer))
+    wrapped = tuple(f"{name}." for name, _ in adapted_layers(transformer))
     modules = {name: module for name, module in transformer.named_modules() if not name.startswith(wrapped)}
-    return {name: module for name, module in modules.items() if isinstance(module, nn.Linear | LoraLayer)}
+    return {name: module for name, module in modules.items() if isinstance(module, (nn.Linear, *ADAPTED))}
 
 
 def target_modules(
@@ -62,7 +73,7 @@ def _wanted(transformer: nn.Module, targets: list[str] | str | None) -> list[str
         return list(linear)
     expression = isinstance(targets, str)
     wanted = [targets] if isinstance(targets, str) else targets or USUAL_TARGETS
-    inside = tuple(f"{name}." for name, _ in lora_layers(transformer))
+    inside = tuple(f"{name}." for name, _ in adapted_layers(transformer))
     others = [n for n, _ in transformer.named_modules() if n and n not in linear and not n.startswith(inside)]
     matched: set[str] = set()
     for target in wanted:

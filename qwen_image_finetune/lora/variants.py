@@ -80,9 +80,9 @@ class Variant(LoraVariant):
             return (weight.square().sum(dim=1) + 2 * scale * crossed + scale**2 * squared).clamp(min=TINY).sqrt()
 
 
-def variant_of(layer: LoraLayer, adapter_name: str) -> Variant | None:
-    """What an adapter's layer does beyond two factors."""
-    return cast("Variant | None", layer.lora_variant.get(adapter_name))
+def variant_of(layer: Any, adapter_name: str) -> Variant | None:
+    """What an adapter's layer does beyond two factors, where it is a LoRA's."""
+    return layer.lora_variant.get(adapter_name) if isinstance(layer, LoraLayer) else None  # type: ignore[return-value]
 
 
 def install(

@@ -40,7 +40,10 @@ FIXED = {
         f"what was learnt so far would be scaled by another factor; {SET_IT_BACK}",
     ),
     **dict.fromkeys(
-        ("model.lora.use_dora", "model.lora.rank_pattern"), f"the adapter has other weights then; {SET_IT_BACK}"
+        tuple(
+            f"model.lora.{key}" for key in ("type", "use_dora", "rank_pattern", "decompose_factor", "oft_block_size")
+        ),
+        f"the adapter has other weights then; {SET_IT_BACK}",
     ),
     "model.lora.lr_ratio": f"the state of the optimizer has that rate; {SET_IT_BACK}",
 }

@@ -19,6 +19,7 @@ from qwen_image_finetune.disk.versions import LORA_WEIGHTS
 from qwen_image_finetune.levers import parallel
 from qwen_image_finetune.lora import adapters
 from qwen_image_finetune.lora import files as lora_files
+from qwen_image_finetune.lora.kinds import KINDS
 from qwen_image_finetune.lora.names import Naming
 from qwen_image_finetune.lora.sources import TRANSFORMER, find_lora
 
@@ -117,11 +118,16 @@ def ranks(folder: Path) -> dict[str, int]:
     Raises:
         CheckpointError: the file is no such file.
     """
-    ending = ".lora_A.weight"
+    endings = tuple(f".{kind.rank_of}" for kind in KINDS.values() if kind.rank_of is not None)
     try:
         with safe_open(folder / ADAPTER, framework="np") as file:
-            names = [name for name in file.keys() if name.endswith(ending)]  # noqa: SIM118 (not a mapping)
-            return {name.removesuffix(ending): file.get_slice(name).get_shape()[0] for name in names}
+            names = [name for name in file.keys() if name.endswith(endings)]  # noqa: SIM118 (not a mapping)
+            return {
+                name.removesuffix(ending): file.get_slice(name).get_shape()[0]
+                for name in names
+                for ending in endings
+                if name.endswith(ending)
+            }
     except SafetensorError as error:
         raise CheckpointError(f"{folder}: its weights cannot be read: {error}") from error
 

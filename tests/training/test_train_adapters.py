@@ -23,6 +23,11 @@ RUNS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "use_dora=true", "use_rslora=true", "rank_pattern={to_q: 2}", "alpha_pattern={to_k: 1}", "lr_ratio=4",
         "rank_dropout=0.2", "module_dropout=0.2", "lora_dropout=0.1", "max_norm=0.5", "exclude_modules=[to_v]",
     )),
+    "lokr": ("QwenImageEdit", "fp8", (
+        "type=lokr", "r=2", "rank_pattern={to_q: 3}", "rank_dropout=0.2", "max_norm=0.5",
+    )),
+    "loha": ("FluxKontext", "nf4", ("type=loha", "r=2", "alpha_pattern={to_q: 3}", "module_dropout=0.2")),
+    "oft": ("QwenImageEdit", "int8", ("type=oft", "oft_block_size=8", "module_dropout=0.2")),
 }  # fmt: skip
 
 
@@ -40,7 +45,7 @@ def losses(run: Path | None) -> list[float]:
 def test_a_run_is_exact_however_it_is_interrupted_cached_or_gone_on_from(name: str, configure: Configure) -> None:
     family, format, settings = RUNS[name]
     same = (f"model.quantize={format}", "train.checkpointing_steps=2", "train.max_train_steps=4",
-            *(f"model.lora.{setting}" for setting in settings))  # fmt: skip
+            *(f"model.lora.{setting}" for setting in ("init_lora_weights=true", *settings)))  # fmt: skip
     whole = train(configure(family, *same))
     assert whole is not None
     for number, other in enumerate(
@@ -52,7 +57,12 @@ def test_a_run_is_exact_however_it_is_interrupted_cached_or_gone_on_from(name: s
             found, expected = load_file(newest(again) / file), load_file(newest(whole) / file)
             assert found.keys() == expected.keys()
             assert not [key for key in found if not torch.equal(found[key], expected[key])]
-    still = ("optimizer.init_args.lr=0.0", f"model.lora.pretrained_weight={whole}", "model.lora.max_norm=null")
+    still = (
+        "train.max_train_steps=1",
+        "optimizer.init_args.lr=0.0",
+        f"model.lora.pretrained_weight={whole}",
+        "model.lora.max_norm=null",
+    )
     second = exact(newest(train(configure(family, *same, *still, "logging.tracker_project_name=still"))))
     assert not [key for key, weight in exact(newest(whole)).items() if not torch.equal(second[key], weight)]
 
@@ -87,7 +97,7 @@ def test_what_does_not_go_together_is_refused_at_once(
         configure("FluxKontext", *overrides)
 
 
-@pytest.mark.parametrize("setting", ["use_dora=true", "max_norm=1.0"])
+@pytest.mark.parametrize("setting", ["use_dora=true", "max_norm=1.0", "type=lokr"])
 def test_what_needs_whole_weights_is_not_shared(setting: str, configure: Configure) -> None:
     with pytest.raises(ConfigError, match=rf"model.lora.{setting.partition('=')[0]}=.* with FSDP"):
-        check(Sharding(), configure("FluxKontext", f"model.lora.{setting}"), 2)
+        check(Sharding(), configure("FluxKontext", "model.lora.init_lora_weights=true", f"model.lora.{setting}"), 2)

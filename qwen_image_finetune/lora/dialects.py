@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from qwen_image_finetune.lora.header import Declared, LoraFileError
-from qwen_image_finetune.lora.layers import Changed, Hadamard, Kronecker, Layer, Rotation
+from qwen_image_finetune.lora.layers import Changed, Hadamard, Kronecker, Layer, Other, Rotation
 from qwen_image_finetune.lora.names import Names, Native, Places, flattened, numbered, split_key
 
 # What keys are of that belong to no plain LoRA of a transformer, by an expression in them.
@@ -183,7 +183,7 @@ def _of_another_kind(parts: Mapping[str, Tensor], module: str, path: Path) -> Ch
     given = {name: tensor for name, tensor in parts.items() if name != "alpha"}
     try:
         found = next(kind for kind in (Kronecker, Hadamard, Rotation) if kind.parts_begin in next(iter(given)))
-        layer = found.of(given)
+        layer: Other = found.of(given)
         if "alpha" in parts and (rank := layer.inner_rank) is not None:
             layer = layer.scaled(float(parts["alpha"]) / rank)
         return layer

@@ -82,7 +82,7 @@ class Variant(LoraVariant):
 
 def variant_of(layer: Any, adapter_name: str) -> Variant | None:
     """What an adapter's layer does beyond two factors, where it is a LoRA's."""
-    return layer.lora_variant.get(adapter_name) if isinstance(layer, LoraLayer) else None  # type: ignore[return-value]
+    return layer.lora_variant.get(adapter_name) if isinstance(layer, LoraLayer) else None
 
 
 def install(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from qwen_image_finetune.config import ConfigError, LoraConfig
 from qwen_image_finetune.families import get_family
+from qwen_image_finetune.fitting.footprint import footprint, stand_in
 from qwen_image_finetune.levers.quantized_linear import QuantizedLinear
 from qwen_image_finetune.lora import adapters
 from qwen_image_finetune.lora.export import export
@@ -256,3 +257,15 @@ def test_a_file_of_another_kind_or_shape_is_not_gone_on_from(tmp_path: Path) -> 
         load_lora(tiny_transformer("flux"), path, naming, config_of("loha"))
     with pytest.raises(ConfigError, match="set r, decompose_factor and rank_pattern to the file's"):
         load_lora(tiny_transformer("flux"), path, naming, config_of("lokr", decompose_factor=2))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"use_dora": True}, {"type": "lokr"}, {"type": "loha"}, {"type": "oft", "oft_block_size": 8}]
+)
+def test_a_plan_counts_what_is_trained(settings: dict[str, Any]) -> None:
+    family, model = get_family("FluxKontext"), tiny_transformer("flux")
+    config, about = LoraConfig(r=4, **settings), dict(model.config)
+    found = footprint(family, about, stand_in(family, about, [(64, 64)] * 2, rows=1, text_tokens=5), config)
+    adapters.add_adapter(model, config, seed=1)
+    assert found.adapter == sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert found.kept(None) > found.kept("none")

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from qwen_image_finetune.lora.header import Declared, LoraFileError
-from qwen_image_finetune.lora.layers import Changed, Hadamard, Kronecker, Layer, Other, Rotation
+from qwen_image_finetune.lora.layers import Changed, Layer
 from qwen_image_finetune.lora.names import Names, Native, Places, flattened, numbered, split_key
+from qwen_image_finetune.lora.other_layers import Hadamard, Kronecker, Other, Rotation
 
 # What keys are of that belong to no plain LoRA of a transformer, by an expression in them.
 KOHYA = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}

@@ -15,13 +15,14 @@ from qwen_image_finetune.disk.files import Staged, staged_file
 from qwen_image_finetune.lora import adapters, variants
 from qwen_image_finetune.lora.dialects import write_state
 from qwen_image_finetune.lora.kinds import KINDS, full_scale, kind_titled, own_tensors
-from qwen_image_finetune.lora.layers import Changed, Layer, Rotation, kind_of
+from qwen_image_finetune.lora.layers import Changed, Layer, kind_of
 from qwen_image_finetune.lora.metadata import (
     adapter_metadata,
     model_metadata,
     network_metadata,
 )
 from qwen_image_finetune.lora.names import Naming
+from qwen_image_finetune.lora.other_layers import Rotation
 from qwen_image_finetune.lora.reading import read_fitting
 from qwen_image_finetune.lora.sources import find_lora
 from qwen_image_finetune.lora.starts import INITIAL

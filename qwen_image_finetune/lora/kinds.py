@@ -17,10 +17,11 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
 from qwen_image_finetune.config import LoraConfig
-from qwen_image_finetune.lora.layers import Changed, Hadamard, Kronecker, Layer, Rotation, matrices
+from qwen_image_finetune.lora.layers import Changed, Layer
 from qwen_image_finetune.lora.metadata import peft_fields
 from qwen_image_finetune.lora.modules import HadamardModel, KroneckerModel, RotationModel
 from qwen_image_finetune.lora.names import exactly
+from qwen_image_finetune.lora.other_layers import Hadamard, Kronecker, Rotation, matrices
 from qwen_image_finetune.lora.variants import fill_magnitudes
 
 Parts = Mapping[str, Tensor]  # of one layer, by the names of `Kind.parts`

@@ -21,7 +21,7 @@ from qwen_image_finetune.lora.export import export
 from qwen_image_finetune.lora.files import load_lora, save_lora
 from qwen_image_finetune.lora.header import LoraFileError
 from qwen_image_finetune.lora.kinds import KINDS
-from qwen_image_finetune.lora.layers import Hadamard, Kronecker, Rotation
+from qwen_image_finetune.lora.other_layers import Hadamard, Kronecker, Rotation
 from qwen_image_finetune.lora.readers import readers_words
 from qwen_image_finetune.lora.reading import read_lora
 from qwen_image_finetune.lora.targets import adapted_layers

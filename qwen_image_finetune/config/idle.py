@@ -106,6 +106,10 @@ ADVICE: tuple[tuple[Condition, str], ...] = (
     (lambda c: c.cache.use_cache and c.cache.num_variations == 1 and c.data.is_random and not _own_class(c),
      "random crops and flips with cache.use_cache=true: every sample keeps the one it is cached with; "
      "cache.num_variations stores more of them"),
+    (lambda c: c.model.lora is not None and c.model.lora.type == "loha",
+     "model.lora.type=loha: ComfyUI reads the file that this run writes, and diffusers does not (docs/adapters.md)"),
+    (lambda c: c.model.lora is not None and c.model.lora.type == "oft",
+     "model.lora.type=oft: neither diffusers nor ComfyUI reads the file that this run writes (docs/adapters.md)"),
     (_finds_its_own_rate,
      "optimizer.init_args.lr={c.optimizer.init_args[lr]} makes {c.optimizer.class_path} crawl: it finds the learning "
      "rate by itself, and lr is a factor on it, which should be 1.0"),

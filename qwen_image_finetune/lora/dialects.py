@@ -22,7 +22,7 @@ from torch import Tensor
 
 from qwen_image_finetune.lora.header import Declared, LoraFileError
 from qwen_image_finetune.lora.layers import Changed, Layer
-from qwen_image_finetune.lora.names import Names, Native, Places, flattened, numbered, split_key
+from qwen_image_finetune.lora.names import PARTS, Names, Native, Places, flattened, numbered, split_key
 from qwen_image_finetune.lora.other_layers import Hadamard, Kronecker, Other, Rotation
 
 # What keys are of that belong to no plain LoRA of a transformer, by an expression in them.
@@ -155,6 +155,11 @@ def _finite(tensor: Tensor, key: str, path: Path) -> Tensor:
 def _layer(parts: Mapping[str, Tensor], module: str, declared: Declared, path: Path) -> Changed:
     if not {"down", "up"} & parts.keys():
         return _of_another_kind(parts, module, path)
+    if strangers := sorted(parts.keys() - set(PARTS)):
+        raise LoraFileError(
+            f"{path}: {module} has {', '.join(strangers)} beside the factors of a LoRA; an adapter of a module is a LoRA, "
+            "LoKr, LoHa or OFT"
+        )
     if not {"down", "up"} <= parts.keys():
         raise LoraFileError(f"{path}: {module} has {' and '.join(sorted(parts))} only; a LoRA layer needs both factors")
     down, up = parts["down"], parts["up"]

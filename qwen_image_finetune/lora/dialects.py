@@ -157,7 +157,7 @@ def _layer(parts: Mapping[str, Tensor], module: str, declared: Declared, path: P
         return _of_another_kind(parts, module, path)
     if strangers := sorted(parts.keys() - set(PARTS)):
         raise LoraFileError(
-            f"{path}: {module} has {', '.join(strangers)} beside the factors of a LoRA; an adapter of a module is a LoRA, "
+            f"{path}: {module} has {', '.join(strangers)} beside the factors of a LoRA; an adapter is a LoRA, "
             "LoKr, LoHa or OFT"
         )
     if not {"down", "up"} <= parts.keys():

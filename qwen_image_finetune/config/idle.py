@@ -38,8 +38,6 @@ IDLE: tuple[tuple[str, Condition, str], ...] = (
      "the model is a local folder"),
     ("model.lora.init_lora_weights", lambda c: c.model.lora is not None and c.model.lora.pretrained_weight is not None,
      "the adapter starts from model.lora.pretrained_weight"),
-    *((f"model.lora.{key}", lambda c: c.model.lora is not None and c.model.lora.type == "oft",
-       "an OFT has blocks of model.lora.oft_block_size, and neither rank nor scale") for key in ("r", "lora_alpha")),
     ("data.persistent_workers", lambda c: True, "a run reads its data in one pass, in which workers live to its end"),
     ("data.init_args.center_crop_ratio", lambda c: not (c.data.init_args.center_crop or _own_class(c)),
      "data.init_args.center_crop is false"),
@@ -109,7 +107,8 @@ ADVICE: tuple[tuple[Condition, str], ...] = (
     (lambda c: c.model.lora is not None and c.model.lora.type == "loha",
      "model.lora.type=loha: ComfyUI reads the file that this run writes, and diffusers does not (docs/adapters.md)"),
     (lambda c: c.model.lora is not None and c.model.lora.type == "oft",
-     "model.lora.type=oft: neither diffusers nor ComfyUI reads the file that this run writes (docs/adapters.md)"),
+     "model.lora.type=oft: turning blocks have neither rank nor scale, so model.lora.r and model.lora.lora_alpha have "
+     "no effect, and neither diffusers nor ComfyUI reads the file that this run writes (docs/adapters.md)"),
     (_finds_its_own_rate,
      "optimizer.init_args.lr={c.optimizer.init_args[lr]} makes {c.optimizer.class_path} crawl: it finds the learning "
      "rate by itself, and lr is a factor on it, which should be 1.0"),

@@ -430,6 +430,13 @@ def test_qwen_has_no_second_text_encoder_to_place(load: Load, cached: bool) -> N
     assert note == f"{key}='cpu' has no effect: Qwen-Image-Edit has one text encoder"
 
 
+def test_files_that_few_programs_read_are_said_at_the_start(load: Load) -> None:
+    for kind, words in (("loha", "diffusers does not"), ("oft", "neither diffusers nor ComfyUI reads")):
+        [note] = load({"model.lora.type": kind}).notes
+        assert words in note
+    assert load({"model.lora.type": "lokr"}).notes == ()
+
+
 def test_every_idle_key_is_a_key_and_is_tested() -> None:
     assert {key for key, _, _ in IDLE} == {*NOTED, "model.revision", "data.persistent_workers"}
     assert {key for key, _, _ in IDLE} <= set(known_keys())

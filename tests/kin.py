@@ -11,8 +11,8 @@ import os
 
 from qwen_image_finetune.families import FAMILIES, get_family
 
-# With the family it is like there: one reference that the text encoder sees, and two passes for guidance.
-KIN = {"LongCatImageEdit": "QwenImageEdit"}
+# With the family it is like there: references that the text encoder sees, and two passes for guidance.
+KIN = {"JoyImageEdit": "QwenImage21", "LongCatImageEdit": "QwenImageEdit"}
 
 # A family that draws from words alone has weights and code of one that edits (families/test_words_alone.py), which is
 # trained without references too: of those two, what differs is tested with the first, all else with the second.

@@ -39,6 +39,9 @@ FAMILIES: dict[str, Entry] = {
         "flux2", "Flux2", "Flux2Pipeline", "black-forest-labs/FLUX.2-dev"
     ),
     "QwenImage21": Entry("qwen_image_21", "QwenImage21", "QwenImage21Pipeline", "Qwen/Qwen-Image-2.1"),
+    "JoyImageEdit": Entry(
+        "joy_image_edit", "JoyImageEdit", "JoyImageEditPipeline", "jdopensource/JoyAI-Image-Edit-Diffusers"
+    ),
     "JoyImageEditPlus": Entry(
         "joy_image_edit_plus", "JoyImageEditPlus", "JoyImageEditPlusPipeline",
         "jdopensource/JoyAI-Image-Edit-Plus-Diffusers", loads_loras=False,

@@ -42,8 +42,8 @@ class JoyImageEditPlus(Family):
     """JoyAI-Image-Edit-Plus; up to six references, as its authors say."""
 
     name = "JoyImageEditPlus"
-    pipeline = JoyImageEditPlusPipeline
-    transformer = JoyImageEditPlusTransformer3DModel
+    pipeline: ClassVar[type[DiffusionPipeline]] = JoyImageEditPlusPipeline
+    transformer: ClassVar[type[ModelMixin]] = JoyImageEditPlusTransformer3DModel
     text_components = ("text_encoder", "tokenizer", "processor")
     text_embeddings = ("prompt_embeds",)
     text_sees_references = True

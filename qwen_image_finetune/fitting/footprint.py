@@ -289,6 +289,8 @@ def stand_in(
         rows: samples.
         text_tokens: of each prompt.
     """
+    if family.references_follow:
+        sizes = [sizes[0]] * len(sizes)
     shapes = [family.latent_shape(*size, transformer_config) for size in sizes]
     latents = [torch.zeros(rows, *shape) for shape in shapes]
     one = family.stand_in_text(text_tokens, shapes[1:], transformer_config)

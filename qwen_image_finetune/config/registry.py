@@ -40,7 +40,8 @@ FAMILIES: dict[str, Entry] = {
     ),
     "QwenImage21": Entry("qwen_image_21", "QwenImage21", "QwenImage21Pipeline", "Qwen/Qwen-Image-2.1"),
     "JoyImageEdit": Entry(
-        "joy_image_edit", "JoyImageEdit", "JoyImageEditPipeline", "jdopensource/JoyAI-Image-Edit-Diffusers"
+        "joy_image_edit", "JoyImageEdit", "JoyImageEditPipeline", "jdopensource/JoyAI-Image-Edit-Diffusers",
+        loads_loras=False,
     ),
     "JoyImageEditPlus": Entry(
         "joy_image_edit_plus", "JoyImageEditPlus", "JoyImageEditPlusPipeline",

@@ -16,6 +16,7 @@ from qwen_image_finetune.config.values import (
     NotNegative,
     Positive,
     Rank,
+    Rate,
     Seed,
     Side,
     Strength,
@@ -253,6 +254,17 @@ def _export(verb: argparse.ArgumentParser) -> None:
     _overwritten(verb)
 
 
+def _average(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "checkpoints", type=Path, nargs="+", help="checkpoint folders, oldest first, or the version folder of a run"
+    )
+    verb.add_argument("--output", type=Path, required=True, help="folder to write")
+    verb.add_argument("--last", type=_of(Count), help="so many of them; default: all")
+    words = "what a checkpoint weighs against the next one, 0 to 1; default: 1, all alike"
+    verb.add_argument("--decay", type=_of(Rate), default=1.0, help=words)
+    _overwritten(verb)
+
+
 def _studio(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("folder", type=Path, nargs="?", default=Path(), help="pictures and runs; default: this folder")
     verb.add_argument("--port", type=int, default=8642, help="of the page; default: 8642")
@@ -325,6 +337,7 @@ ARGUMENTS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "plan": _plan,
     "bench": _bench,
     "export": _export,
+    "average": _average,
     "studio": _studio,
     "doctor": _doctor,
     "init": _init,

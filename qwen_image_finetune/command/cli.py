@@ -283,6 +283,16 @@ def export(options: argparse.Namespace) -> None:
     print(options.output)
 
 
+def average(options: argparse.Namespace) -> None:
+    """Write the mean of saved checkpoints of a run, as a folder that is used like one of them."""
+    loading()
+    from qwen_image_finetune.training.checkpoint_average import Request, average
+
+    for folder, share in average(filled(Request, options)):
+        print(f"{share:.3f} of {folder}")
+    print(options.output)
+
+
 def studio(options: argparse.Namespace) -> None:
     """Open a page in the browser: pictures, runs and results of a folder."""
     from qwen_image_finetune.command.extras import need
@@ -353,8 +363,8 @@ def tiny(options: argparse.Namespace) -> None:
 
 
 VERBS = (
-    init, convert, train, cache, check, predict, evaluate, report, compare, plan, bench, export, push, studio, doctor,
-    demo, completion, tiny,
+    init, convert, train, cache, check, predict, evaluate, report, compare, plan, bench, export, average, push, studio,
+    doctor, demo, completion, tiny,
 )  # fmt: skip
 
 

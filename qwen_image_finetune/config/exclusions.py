@@ -52,6 +52,16 @@ RELEASE = Setting("train.release_gradients", lambda c: c.train.release_gradients
 COMPILE = Setting("train.compile", lambda c: c.train.compile is True, ("train.compile=true",))
 FULL = Setting("model.lora", lambda c: c.model.lora is None, ("model.lora=null",))
 
+ADAPTER = Setting("model.lora", lambda c: c.model.lora is not None, ("model.lora={r: 4}",))
+TOGETHER = Setting(
+    "optimizer.class_path",
+    lambda c: not c.optimizer.class_path.startswith(ALONE) or c.optimizer.class_path.endswith("LBFGS"),
+    ("optimizer.class_path=prodigyopt.Prodigy",),
+)
+ROUNDED = Setting(
+    "train.weight_precision", lambda c: c.train.weight_precision == "bf16", ("train.weight_precision=bf16",)
+)
+
 EXCLUSIONS: tuple[Exclusion, ...] = (
     Exclusion(
         SWAP,
@@ -69,7 +79,7 @@ EXCLUSIONS: tuple[Exclusion, ...] = (
     ),
     Exclusion(
         RELEASE,
-        Setting("model.lora", lambda c: c.model.lora is not None, ("model.lora={r: 4}",)),
+        ADAPTER,
         "the gradients of an adapter are too small to be worth it; set train.release_gradients=false",
     ),
     Exclusion(
@@ -93,12 +103,20 @@ EXCLUSIONS: tuple[Exclusion, ...] = (
     ),
     Exclusion(
         RELEASE,
-        Setting(
-            "optimizer.class_path",
-            lambda c: not c.optimizer.class_path.startswith(ALONE) or c.optimizer.class_path.endswith("LBFGS"),
-            ("optimizer.class_path=prodigyopt.Prodigy",),
-        ),
+        TOGETHER,
         "it may look at all gradients together; use one of torch.optim (not LBFGS) or bitsandbytes.optim",
+    ),
+    Exclusion(ROUNDED, ADAPTER, "an adapter is small, and is trained in float32; set train.weight_precision=fp32"),
+    Exclusion(
+        ROUNDED,
+        Setting("train.mixed_precision", lambda c: c.train.mixed_precision != "bf16", ("train.mixed_precision=no",)),
+        "the forward pass would not see what the weights are; set train.mixed_precision=bf16",
+    ),
+    Exclusion(
+        ROUNDED,
+        TOGETHER,
+        "weights are widened one after the other, and it may look at all together; use one of torch.optim (not LBFGS) "
+        "or bitsandbytes.optim",
     ),
 )
 

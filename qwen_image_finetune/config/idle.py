@@ -48,7 +48,8 @@ IDLE: tuple[tuple[str, Condition, str], ...] = (
     *((f"train.{key}_device", lambda c: c.cache.use_cache,
        f"cache.use_cache is true, and cache.{key}_device says where the encoder lives while caching")
       for key in ("vae_encoder", "text_encoder", "text_encoder_2")),
-    ("train.save_precision", lambda c: c.model.lora is not None, "a LoRA is saved in float32"),
+    ("train.save_precision", lambda c: c.model.lora is not None or c.train.weight_precision == "bf16",
+     "a LoRA is saved in float32, and weights that are trained in bfloat16 as they are"),
     ("train.guidance_scale", _qwen, "Qwen-Image-Edit is not told a guidance"),
     ("train.keep_activations", lambda c: not c.train.gradient_checkpointing or c.train.memory == "auto",
      "train.gradient_checkpointing is false, or train.memory chooses"),

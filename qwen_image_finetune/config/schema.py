@@ -289,6 +289,11 @@ class TrainConfig(Section):
     mixed_precision: Annotated[Literal["no", "fp16", "bf16"], BeforeValidator(_no_is_a_word)] = Field(
         "bf16", description="precision of the forward pass"
     )
+    weight_precision: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="full fine-tuning: of the weights while they are trained; bf16 takes half the memory, and rounds "
+        "each step up or down by chance, right in the mean",
+    )
     max_grad_norm: Positive | None = Field(1.0, description="gradients are clipped to this norm; null: they are not")
     checkpointing_steps: Count = Field(500, description="optimizer steps between checkpoints; one more at the end")
     checkpoints_total_limit: Count | None = Field(None, description="checkpoints kept; the oldest beyond it go")

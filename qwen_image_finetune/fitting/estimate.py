@@ -17,11 +17,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qwen_image_finetune.config import Config
 from qwen_image_finetune.families import with_targets
 from qwen_image_finetune.families.base import Family, Published
 from qwen_image_finetune.fitting.footprint import Footprint, footprint, stand_in, usual_sizes
 from qwen_image_finetune.levers import tiling
+from qwen_image_finetune.levers.single_steps import PRECISION
 from qwen_image_finetune.levers.stored_precision import base_precision, file_format, header
 from qwen_image_finetune.levers.swap import AHEAD
 from qwen_image_finetune.loading import encoder_dtype, transformer_file, weight_dtype
@@ -105,7 +108,7 @@ class Estimator:
         about = transformer_config(self.family, self.folder, self.published)
         dtype = weight_dtype(self.config.train.mixed_precision)
         batch = stand_in(self.family, about, self.sizes, self.config.data.batch_size, self.text_tokens)
-        return footprint(self.family, about, batch, self.config.model.lora, dtype)
+        return footprint(self.family, about, batch, self.config.model.lora, dtype, trained_dtype(self.config))
 
     def estimate(self, config: Config | None = None, format: str | None = None) -> Estimate:
         """What a run takes.
@@ -151,7 +154,8 @@ class Estimator:
 
     def _weights(self, config: Config, format: str | None) -> tuple[int, list[int]]:
         """Bytes of the weights outside of the blocks, and of those of one block of each kind."""
-        wide = 4 if config.model.lora is None else weight_dtype(config.train.mixed_precision).itemsize
+        frozen = weight_dtype(config.train.mixed_precision)
+        wide = (trained_dtype(config) if config.model.lora is None else frozen).itemsize
         narrow = BYTES[format] if format is not None else wide
         if format is not None and format == self._stored_in_file:
             narrow = self._mean_bytes(narrow, wide)
@@ -168,7 +172,11 @@ class Estimator:
             return {"adapter": 4 * found.adapter, "gradients": 4 * found.adapter, "optimizer": state * found.adapter}
         released = config.train.release_gradients
         largest = max(kind.weights for kind in found.kinds.values())
-        return {"gradients": 4 * (largest if released else found.weights), "optimizer": state * found.weights}
+        size = trained_dtype(config).itemsize
+        parts = {"gradients": size * (largest if released else found.weights), "optimizer": state * found.weights}
+        if size < 4:  # its float32 values, gradient and update, and the random numbers that it is rounded by
+            parts["the weight that is updated"] = 16 * found.largest
+        return parts
 
     def encoding(self, config: Config | None = None) -> int:
         """Bytes at the peak of encoding: the encoders, or, alone, the VAE with the largest picture or a tile of it."""
@@ -234,6 +242,11 @@ def _quantisable(path: Path) -> int:
         for key, one in header(path).items()
         if one.dtype in WIDTHS and len(one.shape) == 2 and IN_BLOCKS.search(key)
     )
+
+
+def trained_dtype(config: Config) -> torch.dtype:
+    """Precision of the weights that are trained."""
+    return PRECISION[config.train.weight_precision if config.model.lora is None else "fp32"]
 
 
 def published(family: Family, name: str) -> Published:

@@ -95,6 +95,7 @@ class Footprint:
     weights_outside: int  # numbers of weights that are in no block
     adapter: int  # numbers in the adapter
     trained_everything: bool
+    largest: int = 0  # numbers in the largest weight
 
     @property
     def weights(self) -> int:
@@ -203,7 +204,7 @@ def footprint(
         batch: shapes of one micro-batch; its values are not looked at.
         lora: the adapter; None trains everything.
         dtype: of the forward pass.
-        adapter_dtype: of the adapter's weights.
+        adapter_dtype: of the weights that are trained.
     """
     with init_empty_weights():
         model: Any = cast(Any, family.transformer).from_config(transformer_config)
@@ -213,6 +214,7 @@ def footprint(
         kind = kinds.setdefault(place, BlockFootprint(weights=_numbers(block), linear=linear))
         kind.count += 1
     outside = _numbers(model) - sum(kind.count * kind.weights for kind in kinds.values())
+    largest = max(parameter.numel() for parameter in model.parameters())
     _shorten(model)
     adapter = 0
     if lora is None:
@@ -228,7 +230,7 @@ def footprint(
         # What is trained keeps its own precision, whatever the forward pass computes in.
         replace_parameters(model, lambda parameter: adapter_dtype if parameter.requires_grad else dtype)
         _run(family, model, batch, kinds, dtype, mixed=adapter_dtype != dtype)
-    return Footprint(kinds, outside, adapter, lora is None)
+    return Footprint(kinds, outside, adapter, lora is None, largest)
 
 
 def _run(

@@ -47,12 +47,13 @@ def prepare(
         ConfigError: model.lora does not fit the transformer, or train.attention does not run on this machine.
     """
     from qwen_image_finetune.levers.attention import use_attention
+    from qwen_image_finetune.levers.single_steps import PRECISION
     from qwen_image_finetune.levers.timestep import keep_timestep_exact
     from qwen_image_finetune.lora import adapters
 
     train = config.train
     if config.model.lora is None:
-        adapters.make_everything_trainable(transformer)
+        adapters.make_everything_trainable(transformer, PRECISION[train.weight_precision])
     else:
         adapters.add_adapter(transformer, config.model.lora, config.train.seed, ranks)
     keep_timestep_exact(cast(Any, transformer))

@@ -101,6 +101,11 @@ def check(sharding: Sharding | None, config: Config, processes: int) -> None:
             "train.offload_activations with FSDP: weights that are gathered for a block would be taken for its "
             "activations and copied to the host; use train.gradient_checkpointing"
         )
+    if config.train.weight_precision == "bf16":
+        raise ConfigError(
+            "train.weight_precision=bf16 with FSDP: weights are widened one after the other, of which a process has a "
+            "part; float32 weights are shared by all processes as it is, so set train.weight_precision=fp32"
+        )
     if config.train.mixed_precision == "fp16":
         raise ConfigError("train.mixed_precision=fp16 with FSDP: loss scaling needs whole gradients; use bf16")
     if not config.optimizer.class_path.startswith("torch.optim."):

@@ -11,7 +11,8 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+
+from qwen_image_finetune.levers.single_steps import SingleSteps
 
 
 class GradientRelease:
@@ -21,12 +22,11 @@ class GradientRelease:
         squares: of all gradients since the last `take_norm`, summed in float32 on the device.
     """
 
-    def __init__(self, optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
-        self.optimizer = optimizer
+    def __init__(self, steps: SingleSteps, parameters: Iterable[nn.Parameter]) -> None:
+        self.steps = steps
         self.squares: Tensor | None = None
-        self._groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
         for parameter in parameters:
-            if id(parameter) in self._groups:
+            if steps.holds(parameter):
                 parameter.register_post_accumulate_grad_hook(self._update)
 
     def take_norm(self) -> Tensor:
@@ -39,13 +39,5 @@ class GradientRelease:
         assert parameter.grad is not None
         square = parameter.grad.float().square().sum()
         self.squares = square if self.squares is None else self.squares + square
-        everything = self.optimizer.param_groups
-        group = self._groups[id(parameter)]
-        members = group["params"]
-        try:  # for this moment the optimizer has one weight
-            group["params"] = [parameter]
-            self.optimizer.param_groups = [group]
-            self.optimizer.step()
-        finally:
-            group["params"], self.optimizer.param_groups = members, everything
+        self.steps(parameter)
         parameter.grad = None

@@ -82,8 +82,8 @@ def add_adapter(transformer: nn.Module, config: LoraConfig, seed: int, ranks: Ma
                 tensor.requires_grad_(each == name)
 
 
-def make_everything_trainable(transformer: nn.Module) -> None:
-    """Full fine-tuning: every weight in float32 and trainable.
+def make_everything_trainable(transformer: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+    """Full fine-tuning: every weight trainable, in float32 or in another precision.
 
     Raises:
         ConfigError: a weight is quantised.
@@ -94,7 +94,7 @@ def make_everything_trainable(transformer: nn.Module) -> None:
                 f"model.lora=null: {name} is {parameter.dtype}; a quantised base is frozen and cannot be fully "
                 "fine-tuned; set model.quantize=false or give model.lora"
             )
-        parameter.data = parameter.data.float()
+        parameter.data = parameter.data.to(dtype)
     transformer.requires_grad_(True)
 
 

@@ -13,6 +13,7 @@ from qwen_image_finetune.levers import parallel
 from qwen_image_finetune.levers.attention import attention_of
 from qwen_image_finetune.levers.compile import compilation_of
 from qwen_image_finetune.levers.release import GradientRelease
+from qwen_image_finetune.levers.single_steps import RoundedSteps, SingleSteps
 from qwen_image_finetune.lora import adapters
 from qwen_image_finetune.lora import files as lora_files
 from qwen_image_finetune.training import trained
@@ -43,6 +44,7 @@ class Learner:
     schedule: LambdaLR
     max_norm: float | None = None  # of the change of a weight
     average: Average | None = None  # in the processes that validate or save
+    rounded: RoundedSteps | None = None  # of weights in bfloat16
     released: GradientRelease | None = None
     overflows: int = 0  # steps in a row whose fp16 gradients overflowed
     _compiled: int = -1  # graphs that were spoken of; none is worth a word too
@@ -54,7 +56,7 @@ class Learner:
 
     def release_gradients(self) -> None:
         """The last of the levers: update each weight during the backward pass. The optimizer has its state by then."""
-        self.released = GradientRelease(self.optimizer.optimizer, self.parameters)
+        self.released = GradientRelease(self.rounded or SingleSteps(self.optimizer.optimizer), self.parameters)
 
     def gradient_norm(self, limit: float | None) -> float:
         """Norm of all gradients, which are scaled down to `limit` where they exceed it."""
@@ -77,11 +79,13 @@ class Learner:
         self.overflows = 0 if finite or scaler is None else self.overflows + 1
         sound = math.isfinite(loss) and (finite or 0 < self.overflows < OVERFLOWS_IN_A_ROW)
         if sound:  # without fp16 the wrapper has nothing to hold back, and costs time at every call
-            (self.optimizer if scaler is not None else self.optimizer.optimizer).step()
+            (self.rounded or (self.optimizer if scaler is not None else self.optimizer.optimizer)).step()
             if self.max_norm is not None:
                 adapters.limit_norms(self.transformer, self.max_norm)
         elif scaler is not None:
             scaler.update()  # else it takes the next step's gradients for unscaled
+        if self.rounded is not None:
+            self.rounded.number += 1
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
         return sound
@@ -120,6 +124,7 @@ def assemble(job: Job, resume: Path | None) -> Learner:
     optimizer = build_optimizer(config.optimizer, parameters, *trained.other_rate(transformer, config.model))
     schedule = build_scheduler(config.lr_scheduler, optimizer, job.total_steps)
     job.team.meet("loading the transformer")
+    in_bfloat16 = config.train.weight_precision == "bf16"
     return Learner(
         accelerator=job.accelerator,
         transformer=transformer,
@@ -127,6 +132,7 @@ def assemble(job: Job, resume: Path | None) -> Learner:
         optimizer=job.accelerator.prepare(optimizer),
         wrapped=transformer if job.sharding else wrap(job.accelerator, transformer, job.family, lora, job.blind),
         schedule=schedule,
+        rounded=RoundedSteps(optimizer, config.train.seed) if in_bfloat16 else None,
         max_norm=None if lora is None else lora.max_norm,
         average=Average(config, transformer) if config.train.ema.enabled and (job.team.main or job.sharding) else None,
     )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -127,8 +128,25 @@ def restore_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> tuple[s
         and (name not in IMPLEMENTATIONS or None not in (ours, theirs))  # None left it to us, or to torch
         and name in inspect.signature(type(optimizer)).parameters
     ]
-    optimizer.load_state_dict(saved["state"])
+    with _widened(optimizer):
+        optimizer.load_state_dict(saved["state"])
     return tuple(dict.fromkeys(notes))
+
+
+@contextmanager
+def _widened(optimizer: Optimizer) -> Iterator[None]:
+    """Parameters of fewer bits pass for float32, without memory: their optimizer state is, and torch would round it."""
+    narrow = [
+        tensor for group in optimizer.param_groups for tensor in group["params"] if tensor.dtype == torch.bfloat16
+    ]
+    stored = [tensor.data for tensor in narrow]
+    try:
+        for tensor in narrow:
+            tensor.data = torch.empty(0, dtype=torch.float32, device=tensor.device)
+        yield
+    finally:
+        for tensor, data in zip(narrow, stored, strict=True):
+            tensor.data = data
 
 
 def _checked_arguments(config: OptimizerConfig, optimizer_class: type[Optimizer]) -> dict[str, Any]:

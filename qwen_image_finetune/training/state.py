@@ -55,7 +55,7 @@ FREE = (
         "caption_dropout_rate", "prompt_image_dropout_rate", "image_size", "resolution", "center_crop",
         "center_crop_ratio", "random_crop", "crop_size", "crop_scale", "random_flip")),
     *(f"train.{key}" for key in (
-        "mixed_precision", "max_grad_norm", "sigma_distribution", "sigma_shift", "guidance_scale")),
+        "mixed_precision", "weight_precision", "max_grad_norm", "sigma_distribution", "sigma_shift", "guidance_scale")),
     *(f"train.ema.{key}" for key in EmaConfig.model_fields if key != "device"),
     *(f"loss.{key}" for key in LossConfig.model_fields),
 )  # fmt: skip
@@ -247,4 +247,6 @@ class State:
         scaler = self.job.accelerator.scaler
         if scaler is not None and (folder / "scaler.json").is_file():  # not after another precision
             scaler.load_state_dict(checkpoint.load_state(folder, "scaler"))
+        if learner.rounded is not None:
+            learner.rounded.number = progress["step"]
         self.progress.step, self.progress.bad_steps = progress["step"], progress["bad_steps"]

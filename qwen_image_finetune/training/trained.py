@@ -62,7 +62,8 @@ def save(
         remainder = {}
         for name in [name for name, weight in state.items() if weight.dtype == torch.float32]:
             state[name], remainder[name] = halves(state.pop(name))
-        save_file(remainder, folder / REMAINDER)
+        if remainder:  # of weights that are trained in bfloat16 there is none
+            save_file(remainder, folder / REMAINDER)
     transformer.save_config(folder / TRANSFORMER)
     pattern = "diffusion_pytorch_model{suffix}.safetensors"
     save_torch_state_dict(state, folder / TRANSFORMER, filename_pattern=pattern, metadata={"format": "pt"})

@@ -13,6 +13,7 @@ from qwen_image_finetune.config.words import known_keys
 # What else a setting needs so that it is refused for the pair alone.
 NEEDS = {
     "train.blocks_to_swap": ("train.gradient_checkpointing=true",),
+    "train.weight_precision": ("model.lora=null",),
     "train.release_gradients": ("model.lora=null", "train.max_grad_norm=null"),
 }
 

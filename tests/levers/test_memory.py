@@ -17,6 +17,7 @@ from qwen_image_finetune.levers.quantize import quantize
 from qwen_image_finetune.levers.quantized_linear import FP8_SIDE, QuantizedLinear
 from qwen_image_finetune.levers.recompute import blocks, recompute
 from qwen_image_finetune.levers.release import GradientRelease
+from qwen_image_finetune.levers.single_steps import SingleSteps
 from qwen_image_finetune.levers.swap import AHEAD, Swap, SwappedBlock, place_of, spread, swap_blocks
 from qwen_image_finetune.lora import adapters
 
@@ -281,7 +282,7 @@ def test_released_gradients_train_as_ordinary_steps_do(kind: Any) -> None:
         model = tiny_transformer("flux")
         adapters.make_everything_trainable(model.train())
         optimizer = kind(model.parameters(), lr=1e-3)
-        released = GradientRelease(optimizer, model.parameters()) if release else None
+        released = GradientRelease(SingleSteps(optimizer), model.parameters()) if release else None
         norms = []
         for _ in range(3):
             forward(model).square().sum().backward()

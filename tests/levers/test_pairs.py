@@ -17,6 +17,7 @@ from qwen_image_finetune.levers import compile as compiling
 from qwen_image_finetune.levers.offload import Offload, Offloaded
 from qwen_image_finetune.levers.quantize import quantize
 from qwen_image_finetune.levers.release import GradientRelease
+from qwen_image_finetune.levers.single_steps import SingleSteps
 
 # Keys of train that turn a lever on, with those it cannot do without.
 RECOMPUTED = {"gradient_checkpointing": True}
@@ -64,7 +65,7 @@ def gradients(family: str, config: Config) -> dict[str, Tensor]:
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.SGD(trained.values(), lr=1e-3)
     if config.train.release_gradients:
-        GradientRelease(optimizer, trained.values())
+        GradientRelease(SingleSteps(optimizer), trained.values())
     for _ in range(2):
         forward(model).square().sum().backward()
     if config.model.lora is not None:

@@ -9,13 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers.training_utils import EMAModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from qwen_image_finetune.command.cli import main
 from qwen_image_finetune.config import Config
+from qwen_image_finetune.disk.versions import LORA_WEIGHTS
 from qwen_image_finetune.families import get_family
 from qwen_image_finetune.fitting.estimate import AVERAGE, Estimator
 from qwen_image_finetune.training import average
+from qwen_image_finetune.training.checkpoint_average import AverageError, Request
+from qwen_image_finetune.training.checkpoint_average import average as average_checkpoints
 from qwen_image_finetune.training.train import train
 from qwen_image_finetune.training.trained import exact, halves
 
@@ -120,6 +124,15 @@ def test_a_run_with_one(mode: str, configure: Configure, held_out: Path) -> None
         expected = first[name].double() * 2 / 11 + last[name].double() * 9 / 11
         torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-7)
 
+    mean = run.parent / "mean"
+    assert main(["average", str(run), "--last", "2", "--decay", "0.5", "--output", str(mean)]) == 0
+    names = [str(path.relative_to(mean)) for path in mean.rglob("*.safetensors")]
+    assert names == [LORA_WEIGHTS if mode == "lora" else "transformer/diffusion_pytorch_model.safetensors"]
+    whole = [load_file(saved(run, step) / names[0]) if mode == "lora" else exact(saved(run, step)) for step in (2, 3)]
+    for name, value in load_file(mean / names[0]).items():
+        expected = (whole[0][name].double() + 2 * whole[1][name].double()) / 3
+        assert torch.equal(value, expected.float() if mode == "lora" else halves(expected.float())[0])
+
     again = [*options, f"train.resume_from_checkpoint={saved(run, 2)}", "logging.tracker_project_name=again"]
     resumed = train(configure("FluxKontext", *again))
     for folder in ("", "ema"):
@@ -138,6 +151,23 @@ def test_a_run_with_one(mode: str, configure: Configure, held_out: Path) -> None
         loaded = FluxTransformer2DModel.from_pretrained(saved(run, 3) / "ema" / "transformer")
         mean = {name: halves(value)[0] for name, value in exact(saved(run, 3) / "ema").items()}
         assert_equal({name: value.bfloat16() for name, value in loaded.state_dict().items()}, mean)
+
+
+def test_refusals_of_an_average(tmp_path: Path) -> None:
+    def checkpoint(name: str, rows: int) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        save_file({"transformer.a.lora_A.weight": torch.ones(rows, 3)}, folder / LORA_WEIGHTS)
+        return folder
+
+    one, other = checkpoint("one", 2), checkpoint("other", 4)
+    with pytest.raises(AverageError, match="a mean is of two or more"):
+        average_checkpoints(Request((one,), tmp_path / "mean"))
+    with pytest.raises(AverageError, match="other tensors or other shapes"):
+        average_checkpoints(Request((one, other), tmp_path / "mean"))
+    with pytest.raises(AverageError, match="is no checkpoint"):
+        average_checkpoints(Request((one, tmp_path), tmp_path / "mean"))
+    assert not (tmp_path / "mean").exists()
 
 
 def test_the_plan_counts_it(configure: Configure) -> None:

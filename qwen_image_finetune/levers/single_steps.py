@@ -8,7 +8,7 @@ gradients take half the memory (Gupta et al., "Deep learning with limited numeri
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from qwen_image_finetune import flow
@@ -23,11 +23,11 @@ class SingleSteps:
         self.optimizer = optimizer
         self._groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
 
-    def holds(self, parameter: nn.Parameter) -> bool:
+    def holds(self, parameter: Tensor) -> bool:
         """Whether the optimizer updates it."""
         return id(parameter) in self._groups
 
-    def __call__(self, parameter: nn.Parameter) -> None:
+    def __call__(self, parameter: Tensor) -> None:
         """Update a weight by its gradient."""
         everything, group = self.optimizer.param_groups, self._groups[id(parameter)]
         members = group["params"]
@@ -60,7 +60,7 @@ class RoundedSteps(SingleSteps):
                     self(parameter)
 
     @torch.no_grad()
-    def __call__(self, parameter: nn.Parameter) -> None:
+    def __call__(self, parameter: Tensor) -> None:
         assert parameter.grad is not None
         stored, gradient = parameter.data, parameter.grad
         parameter.grad = None  # a gradient has the precision of its weight

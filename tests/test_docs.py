@@ -43,7 +43,7 @@ SHORTER = {"train.max_train_steps=2000": "train.max_train_steps=9", "num_inferen
 # Commands that take long to start; test_guide.py and test_contract.py run them.
 LAUNCHERS = ("accelerate launch ", "torchrun ")
 # Documents whose commands speak of runs that the reader has: only their verbs and options are tried here.
-OF_THE_READER = {"evaluation.md"}
+OF_THE_READER = {"evaluation.md", "lora-files.md"}
 # The edit that a document asks of its copy; the others use the copy as it is.
 EDITS = {
     "your-pictures.md": {"data.init_args.dataset_path": "my_pairs", "logging.tracker_project_name": "day_to_night"}

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 from qwen_image_finetune import __version__
-from qwen_image_finetune.config import ConfigError
-from qwen_image_finetune.config.ranges import checked
+from qwen_image_finetune.command.lora.arguments import lora
+from qwen_image_finetune.command.options import of, overwritten, with_json
 from qwen_image_finetune.config.registry import FAMILIES
 from qwen_image_finetune.config.values import (
     Count,
@@ -83,18 +83,6 @@ def _text(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def _of(kind: Any) -> Callable[[str], Any]:
-    """Reads an option as a key of that type is read, with the same range."""
-
-    def read(text: str) -> Any:
-        try:
-            return checked(kind, text, "")
-        except ConfigError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-
-    return read
-
-
 class _Misplaced(argparse.Action):
     """--config FILE, as other programs have it."""
 
@@ -114,15 +102,9 @@ def _overrides(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="instead of what the file says")
 
 
-def _overwritten(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument(
-        "--overwrite", action="store_true", help="replace an output that is there; never a run's own file"
-    )
-
-
 def _sampler(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--steps", type=_of(Count), help="sampler steps; default: the model's own")
-    verb.add_argument("--guidance", type=_of(NotNegative), help="guidance scale; default: the model's own")
+    verb.add_argument("--steps", type=of(Count), help="sampler steps; default: the model's own")
+    verb.add_argument("--guidance", type=of(NotNegative), help="guidance scale; default: the model's own")
 
 
 def _train(verb: argparse.ArgumentParser) -> None:
@@ -144,33 +126,27 @@ def _predict(verb: argparse.ArgumentParser) -> None:
         help="LoRA file, checkpoint or version folder, or hub id; given repeatedly, LoRAs together",
     )  # fmt: skip
     verb.add_argument(
-        "--strength", dest="strengths", metavar="NUMBER", type=_of(Strength), action="append", default=[],
+        "--strength", dest="strengths", metavar="NUMBER", type=of(Strength), action="append", default=[],
         help="of the LoRA, 0 is the base; with several, one for each, in their order",
     )  # fmt: skip
     verb.add_argument(
         "--output", type=Path, default=Path("output.png"), help="file of the picture, or a folder for several"
     )
-    verb.add_argument("--count", type=_of(Count), default=1, help="pictures of each, with seeds from --seed on")
-    verb.add_argument("--seed", type=_of(Seed), default=0, help="of the noise")
+    verb.add_argument("--count", type=of(Count), default=1, help="pictures of each, with seeds from --seed on")
+    verb.add_argument("--seed", type=of(Seed), default=0, help="of the noise")
     _sampler(verb)
     verb.add_argument("--negative-prompt", help="what classifier-free guidance steers away from")
-    verb.add_argument("--image-guidance", type=_of(NotNegative), default=1.0, help="guidance towards the references")
+    verb.add_argument("--image-guidance", type=of(NotNegative), default=1.0, help="guidance towards the references")
     verb.add_argument(
-        "--width", type=_of(Side), help="of the picture; default: that of the reference as the model sees it"
+        "--width", type=of(Side), help="of the picture; default: that of the reference as the model sees it"
     )
-    verb.add_argument("--height", type=_of(Side), help="the same for its height")
-    _overwritten(verb)
-
-
-def _json(
-    verb: argparse.ArgumentParser, words: str = "as one line of JSON on standard output, words on the other"
-) -> None:
-    verb.add_argument("--json", action="store_true", help=words)
+    verb.add_argument("--height", type=of(Side), help="the same for its height")
+    overwritten(verb)
 
 
 def _check(verb: argparse.ArgumentParser) -> None:
     _configuration(verb)
-    _json(verb)
+    with_json(verb)
 
 
 def _evaluate(verb: argparse.ArgumentParser) -> None:
@@ -187,32 +163,32 @@ def _evaluate(verb: argparse.ArgumentParser) -> None:
         help="of the run: all, best, latest, or steps; default: best, else latest",
     )  # fmt: skip
     verb.add_argument(
-        "--strength", type=_of(Strength), nargs="+", action="extend", default=[1.0], help="strengths of every LoRA"
+        "--strength", type=of(Strength), nargs="+", action="extend", default=[1.0], help="strengths of every LoRA"
     )
     verb.add_argument("--output", type=Path, help="folder; default: evaluation, in the run where one is given")
-    verb.add_argument("--count", type=_of(Count), help="pairs, spread over the folder; default: all")
-    verb.add_argument("--seed", type=_of(Seed), default=0, help="of the noise of the first pair; the next has the next")
+    verb.add_argument("--count", type=of(Count), help="pairs, spread over the folder; default: all")
+    verb.add_argument("--seed", type=of(Seed), default=0, help="of the noise of the first pair; the next has the next")
     _sampler(verb)
-    _overwritten(verb)
-    _json(verb)
+    overwritten(verb)
+    with_json(verb)
 
 
 def _report(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("version", type=Path, help="version folder of a run")
     verb.add_argument("--output", type=Path, help="file; default: report.html in the run")
-    _overwritten(verb)
+    overwritten(verb)
 
 
 def _compare(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("versions", type=Path, nargs="+", help="version folders of runs, the first the one compared with")
     verb.add_argument("--output", type=Path, default=Path("compare.html"), help="file")
-    _overwritten(verb)
+    overwritten(verb)
 
 
 def _plan(verb: argparse.ArgumentParser) -> None:
     _configuration(verb)
     verb.add_argument("--card", help="its memory, such as 24GB, or its name, such as H100; default: this machine's")
-    _json(verb, "as one line of JSON: sizes in GiB, times in seconds")
+    with_json(verb, "as one line of JSON: sizes in GiB, times in seconds")
 
 
 def _bench(verb: argparse.ArgumentParser) -> None:
@@ -228,22 +204,22 @@ def _bench(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "variants", nargs="*", help="rows beside the baseline; default: all that can run here; with --quick overrides"
     )
-    verb.add_argument("--size", type=_of(Side), nargs=2, default=(1024, 1024), help="width and height in pixels")
-    verb.add_argument("--batch", type=_of(Count), default=1, help="samples a step")
-    verb.add_argument("--rank", type=_of(Rank), default=16, help="of the adapter")
-    verb.add_argument("--steps", type=_of(Count), default=5, help="timed steps of each row")
-    verb.add_argument("--rounds", type=_of(Count), default=2, help="over all rows, each built anew in each")
+    verb.add_argument("--size", type=of(Side), nargs=2, default=(1024, 1024), help="width and height in pixels")
+    verb.add_argument("--batch", type=of(Count), default=1, help="samples a step")
+    verb.add_argument("--rank", type=of(Rank), default=16, help="of the adapter")
+    verb.add_argument("--steps", type=of(Count), default=5, help="timed steps of each row")
+    verb.add_argument("--rounds", type=of(Count), default=2, help="over all rows, each built anew in each")
     verb.add_argument(
         "--card", dest="cards", action="append", default=[], metavar="24GB",
         help="a row with the settings that make the run fit such a card, and no more memory than it has; repeatable",
     )  # fmt: skip
-    verb.add_argument("--peak-tflops", type=_of(Positive), help="of the card's matrix products, for the utilisation")
+    verb.add_argument("--peak-tflops", type=of(Positive), help="of the card's matrix products, for the utilisation")
     verb.add_argument("--output", type=Path, help="JSON file to write")
     verb.add_argument(
-        "--text-tokens", type=_of(Count), metavar="N", help="of the prompt; default: what the family has of them"
+        "--text-tokens", type=of(Count), metavar="N", help="of the prompt; default: what the family has of them"
     )
     verb.add_argument("--tiny", action="store_true", help="a tiny model, to see that it runs, on a CPU say")
-    _overwritten(verb)
+    overwritten(verb)
 
 
 def _export(verb: argparse.ArgumentParser) -> None:
@@ -251,7 +227,7 @@ def _export(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("output", type=Path, help="file to write")
     verb.add_argument("--format", choices=("diffusers", "comfy", "kohya"), default="comfy", help="key dialect")
     verb.add_argument("--family", choices=sorted(FAMILIES), required=True, help="whose LoRA it is")
-    _overwritten(verb)
+    overwritten(verb)
 
 
 def _average(verb: argparse.ArgumentParser) -> None:
@@ -259,10 +235,10 @@ def _average(verb: argparse.ArgumentParser) -> None:
         "checkpoints", type=Path, nargs="+", help="checkpoint folders, oldest first, or the version folder of a run"
     )
     verb.add_argument("--output", type=Path, required=True, help="folder to write")
-    verb.add_argument("--last", type=_of(Count), help="so many of them; default: all")
+    verb.add_argument("--last", type=of(Count), help="so many of them; default: all")
     words = "what a checkpoint weighs against the next one, 0 to 1; default: 1, all alike"
-    verb.add_argument("--decay", type=_of(Rate), default=1.0, help=words)
-    _overwritten(verb)
+    verb.add_argument("--decay", type=of(Rate), default=1.0, help=words)
+    overwritten(verb)
 
 
 def _studio(verb: argparse.ArgumentParser) -> None:
@@ -279,7 +255,7 @@ def _init(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--card", help="its memory, such as 24GB, its name, or 'this one', which is the default")
     verb.add_argument("--prefer", choices=("quality", "speed", "memory"), help="what matters more; default: quality")
     verb.add_argument("--output", type=Path, default=Path("my_run.yaml"), help="file; default: my_run.yaml")
-    _overwritten(verb)
+    overwritten(verb)
 
 
 def _convert(verb: argparse.ArgumentParser) -> None:
@@ -290,12 +266,12 @@ def _convert(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--output", type=Path, default=Path("my_run.yaml"), help="file; default: my_run.yaml")
     verb.add_argument("--pairs", type=Path, help="folder that pairs are laid out in; default: OUTPUT_pairs")
     verb.add_argument("--model", help="hub id or folder, in place of the model that the file names")
-    _overwritten(verb)
-    _json(verb)
+    overwritten(verb)
+    with_json(verb)
 
 
 def _doctor(verb: argparse.ArgumentParser) -> None:
-    _json(verb)
+    with_json(verb)
 
 
 def _demo(verb: argparse.ArgumentParser) -> None:
@@ -337,6 +313,7 @@ ARGUMENTS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "plan": _plan,
     "bench": _bench,
     "export": _export,
+    "lora": lora,
     "average": _average,
     "studio": _studio,
     "doctor": _doctor,

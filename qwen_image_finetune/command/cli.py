@@ -293,6 +293,16 @@ def average(options: argparse.Namespace) -> None:
     print(options.output)
 
 
+def lora(options: argparse.Namespace) -> None:
+    """Look at LoRA files and make others of them: show, convert, resize, add, compare, extract, merge."""
+    loading()
+    from qwen_image_finetune.command.lora import tools
+
+    found = tools.run(options)
+    if getattr(options, "json", False):
+        options.answer(found)
+
+
 def studio(options: argparse.Namespace) -> None:
     """Open a page in the browser: pictures, runs and results of a folder."""
     from qwen_image_finetune.command.extras import need
@@ -363,8 +373,8 @@ def tiny(options: argparse.Namespace) -> None:
 
 
 VERBS = (
-    init, convert, train, cache, check, predict, evaluate, report, compare, plan, bench, export, average, push, studio,
-    doctor, demo, completion, tiny,
+    init, convert, train, cache, check, predict, evaluate, report, compare, plan, bench, export, lora, average, push,
+    studio, doctor, demo, completion, tiny,
 )  # fmt: skip
 
 

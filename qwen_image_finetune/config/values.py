@@ -73,6 +73,7 @@ Number = Annotated[float, Field(ge=-1e9, le=1e9), Allowed("number from -1e9 to 1
 Rate = Annotated[float, Field(ge=0.0, le=1.0), Allowed("number from 0 to 1")]
 Positive = Annotated[float, Field(gt=0.0, le=1e9), Allowed("number above 0, to 1e9")]
 NotNegative = Annotated[float, Field(ge=0.0, le=1e9), Allowed("number from 0 to 1e9")]
+Energy = Annotated[float, Field(gt=0.0, le=1.0), Allowed("number above 0, to 1")]
 Strength = Annotated[float, Field(ge=-100.0, le=100.0), Allowed("number from -100 to 100")]
 Switch = Annotated[bool, Allowed("true or false")]
 Text = Annotated[str, Field(min_length=1), AfterValidator(_readable), Allowed("text")]

@@ -39,7 +39,7 @@ def export(source: Path, destination: Path, dialect: Dialect, naming: Naming, ov
     """
     if destination.suffix != ".safetensors":
         raise LoraFileError(f"{destination}: an export is a file that ends in .safetensors")
-    check_output(destination, overwrite, _is_export)
+    check_output(destination, overwrite, is_export)
     tuned = find_tuned(source)
     if tuned is None:
         return _export_lora(source, destination, dialect, naming)
@@ -51,7 +51,7 @@ def export(source: Path, destination: Path, dialect: Dialect, naming: Naming, ov
     return _export_transformer(tuned / TRANSFORMER, destination, naming.native)
 
 
-def _is_export(path: Path) -> bool:
+def is_export(path: Path) -> bool:
     """Whether a file is an export of ours, which may be written again."""
     try:
         return EXPORTED in read_metadata(path)
@@ -60,9 +60,7 @@ def _is_export(path: Path) -> bool:
 
 
 def _export_lora(source: Path, destination: Path, dialect: Dialect, naming: Naming) -> list[str]:
-    """Write a LoRA file again in another dialect; what is written is read back and must change the weights alike.
-
-    Metadata is kept, except diffusers' own entry in other dialects: diffusers would apply its alpha a second time.
+    """Write a LoRA file again in another dialect.
 
     Returns:
         What was assumed of the source, and what each program makes of the result.
@@ -75,18 +73,32 @@ def _export_lora(source: Path, destination: Path, dialect: Dialect, naming: Nami
     family, asked = file.metadata.get("qif.family"), family_of_pipeline(naming.pipeline.__name__)
     if family not in (None, asked):  # modules may be called alike, and would get the other model's names unnoticed
         raise LoraFileError(f"{path} is a LoRA of {family}, not of {asked}: export it with --family {family}")
-    layers = file.layers
-    if dialect == "diffusers":
-        layers = {name: layer.folded() for name, layer in layers.items()}
-    modules = list(layers if dialect == "diffusers" else under_authors_names(layers, naming.native))
-    about = {key: value for key, value in file.metadata.items() if key != ADAPTER_METADATA} | network_metadata(layers)
+    return [*file.notes, *write_checked(file.layers, destination, dialect, naming, file.metadata)]
+
+
+def write_checked(
+    layers: Mapping[str, Changed], destination: Path, dialect: Dialect, naming: Naming, metadata: Mapping[str, str]
+) -> list[str]:
+    """Write layers as a LoRA file that is read back, and kept only if it changes every weight as they do.
+
+    Metadata is kept, except diffusers' own entry in other dialects: diffusers would apply its alpha a second time.
+
+    Returns:
+        What each program makes of the file.
+
+    Raises:
+        LoraFileError: the file does not say the same.
+    """
+    written = {name: layer.folded() for name, layer in layers.items()} if dialect == "diffusers" else layers
+    modules = list(written if dialect == "diffusers" else under_authors_names(written, naming.native))
+    about = {key: value for key, value in metadata.items() if key != ADAPTER_METADATA} | network_metadata(written)
     about[EXPORTED] = dialect
     if dialect == "diffusers":
-        about |= adapter_metadata(layers, exactly(layers))
+        about |= adapter_metadata(written, exactly(written))
     with staged_file(destination) as partial:
-        write(partial, write_state(layers, naming.native, dialect), about)
-        check_same(file.layers, read_lora(partial, naming).layers, destination)
-    return [*file.notes, *readers_words(naming.readers, dialect, modules, kind_of(layers))]
+        write(partial, write_state(written, naming.native, dialect), about)
+        check_same(layers, read_lora(partial, naming).layers, destination)
+    return readers_words(naming.readers, dialect, modules, kind_of(layers))
 
 
 def _export_transformer(folder: Path, destination: Path, names: Names) -> list[str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -51,6 +52,9 @@ def read_change(transformer: nn.Module, loras: Sequence[BaseLora], naming: Namin
     Raises:
         LoraFileError: one is not there, broken, or does not fit.
     """
-    if not loras:
-        return None
-    return Change(tuple((read_fitting(transformer, find_lora(one.file), naming), one.strength) for one in loras))
+    return read_change_of(transformer, [(one.file, one.strength) for one in loras], naming) if loras else None
+
+
+def read_change_of(transformer: nn.Module, loras: Iterable[tuple[str | Path, float]], naming: Naming) -> Change:
+    """The same of files and their strengths."""
+    return Change(tuple((read_fitting(transformer, find_lora(file), naming), strength) for file, strength in loras))

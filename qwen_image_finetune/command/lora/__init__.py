@@ -1,0 +1,1 @@
+"""`qif lora`: tools for LoRA files. Each checks what it wrote by the change of every weight before it is kept."""

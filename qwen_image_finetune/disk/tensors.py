@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from types import TracebackType
 
 import torch
 from torch import Tensor
+
+from qwen_image_finetune.disk.files import Staged
 
 # torch's types in the words of safetensors.
 WORDS = {
@@ -25,7 +26,7 @@ WORDS = {
 class TensorFile:
     """Writes tensors of the announced names, types and shapes, in their order."""
 
-    def __init__(self, path: Path, announced: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    def __init__(self, path: Staged, announced: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         """
         Args:
             path: of the file, which is written from its beginning.

@@ -15,7 +15,7 @@ from torch import Tensor
 from qwen_image_finetune import loading
 from qwen_image_finetune.command.lora.base import NUMBERS, base_of, number
 from qwen_image_finetune.command.lora.files import check_place
-from qwen_image_finetune.disk.files import staged_file, staged_folder
+from qwen_image_finetune.disk.files import Staged, staged_file, staged_folder
 from qwen_image_finetune.disk.outputs import check_output
 from qwen_image_finetune.disk.tensors import TensorFile
 from qwen_image_finetune.families.base import Family
@@ -82,11 +82,11 @@ def merge(
                 _rest_of(folder, stage)
                 (stage / TRANSFORMER).mkdir()
                 shutil.copyfile(folder / TRANSFORMER / "config.json", stage / TRANSFORMER / "config.json")
-                lost = writer.write(stage / TRANSFORMER / WEIGHTS)
+                lost = writer.write(Staged(stage / TRANSFORMER / WEIGHTS))
     return [*change.words(), f"rounding to {precision} takes {lost:.2%} of the change"]
 
 
-def _rest_of(folder: Path, stage: Path) -> None:
+def _rest_of(folder: Path, stage: Staged) -> None:
     """The other parts of a checkpoint: links to the same bytes where the disk can, else copies."""
     for file in sorted(folder.rglob("*")):
         place = file.relative_to(folder)
@@ -128,7 +128,7 @@ class _Writer:
                     self.announced[name] = tensor.to(self._type(tensor))
         self.size = sum(tensor.numel() * tensor.element_size() for tensor in self.announced.values())
 
-    def write(self, path: Path) -> float:
+    def write(self, path: Staged) -> float:
         """Write the file and compare it with what it should hold; returns the share of the change that rounding takes.
 
         Raises:

@@ -7,7 +7,10 @@ import importlib
 
 from qwen_image_finetune.config.values import ConfigError
 
-EXTRAS = {"bitsandbytes": "bitsandbytes", "prodigyopt": "prodigy"}  # package: extra of ours that brings it
+EXTRAS = {  # package: extra of ours that brings it
+    "bitsandbytes": "bitsandbytes", "prodigyopt": "prodigy", "pytorch_optimizer": "optimizers",
+    "schedulefree": "optimizers",
+}  # fmt: skip
 
 
 def import_class(dotted: str, key: str, base: type) -> type:

@@ -40,7 +40,8 @@ WIDTHS = {"F32": 4, "F16": 2, "BF16": 2}  # of what can be quantised
 IN_BLOCKS = re.compile(r"\b(layers|layer|blocks|block)\.\d+\.(?!.*\bwo\.).*\bweight$")
 # Bytes of optimizer state for each trained weight; what is not listed is taken for Adam's two float32.
 STATE = {"SGD": 0, "Adafactor": 0, "Adam8bit": 2, "AdamW8bit": 2, "PagedAdam8bit": 2, "PagedAdamW8bit": 2,
-         "Lion8bit": 1, "Lion": 4, "Prodigy": 16}  # fmt: skip
+         "Lion8bit": 1, "PagedLion8bit": 1, "Lion": 4, "CAME": 4, "Muon": 4, "AdEMAMix": 12, "AdEMAMix8bit": 3,
+         "PagedAdEMAMix8bit": 3, "Prodigy": 16}  # fmt: skip
 ADAM = 8
 # What a block needs beside what it keeps, in inputs of the block: gradients on their way, temporary results. Ten is
 # what eager runs of both architectures at full size left over (docs/performance.md).

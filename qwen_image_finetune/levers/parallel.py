@@ -113,6 +113,11 @@ def check(sharding: Sharding | None, config: Config, processes: int) -> None:
             f"optimizer.class_path={config.optimizer.class_path} with FSDP: it reads the bytes of whole weights, of "
             "which a process has a part; use one of torch.optim, such as torch.optim.AdamW"
         )
+    if config.optimizer.class_path.endswith((".Muon", ".Adafactor")):
+        raise ConfigError(
+            f"optimizer.class_path={config.optimizer.class_path} with FSDP: it looks at whole matrices, of which a "
+            "process has some rows; use torch.optim.AdamW, or train with configs/accelerate/ddp.yaml"
+        )
     lora = config.model.lora
     if lora is not None and lora.use_dora:
         raise ConfigError(

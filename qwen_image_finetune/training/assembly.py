@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from qwen_image_finetune import levers, loading
@@ -20,7 +23,7 @@ from qwen_image_finetune.training import trained
 from qwen_image_finetune.training.average import Average
 from qwen_image_finetune.training.data_parallel import wrap
 from qwen_image_finetune.training.job import Job
-from qwen_image_finetune.training.optim import build_optimizer, build_scheduler
+from qwen_image_finetune.training.optim import TwoModes, build_optimizer, build_scheduler
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -64,6 +67,37 @@ class Learner:
             return float(self.released.take_norm())
         norm = self.accelerator.clip_grad_norm_(self.parameters, limit or math.inf)
         return float(parallel.whole(norm))
+
+    @contextmanager
+    def as_used(self) -> Iterator[None]:
+        """The weights that samples and checkpoints have; of most optimizers those that are trained.
+
+        A schedule-free optimizer computes them from those that it trains, which come back to the bit.
+        """
+        optimizer = self.optimizer.optimizer
+        if not isinstance(optimizer, TwoModes):
+            yield
+            return
+        kept = [parameter.detach().to("cpu", copy=True) for parameter in self.parameters]
+        optimizer.eval()
+        try:
+            yield
+        finally:
+            optimizer.train()
+            with torch.no_grad():
+                for parameter, value in zip(self.parameters, kept, strict=True):
+                    parameter.copy_(value)
+
+    @property
+    def trains_others(self) -> bool:
+        """Whether the weights that are trained are not those that are to be used."""
+        return isinstance(self.optimizer.optimizer, TwoModes)
+
+    def take_average(self, step: int) -> None:
+        """Take the weights into the moving average, if there is one and that is due."""
+        if self.average is not None and self.average.is_due(step):
+            with self.as_used():
+                self.average.take()
 
     def learn(self, loss: float, gradient_norm: float) -> bool:
         """One optimizer step, and one of the schedule. What is not finite changes no weight.

@@ -38,13 +38,15 @@ class Average:
         """`train.ema`."""
         return self.config.train.ema
 
-    @torch.no_grad()
-    def take(self, step: int) -> None:
-        """Take the weights in, if that is due once `step` steps are done."""
+    def is_due(self, step: int) -> bool:
+        """Whether weights are taken in once `step` steps are done."""
         settings = self.settings
-        if step < settings.start_step or (step - settings.start_step) % settings.every:
-            return
-        kept = share_kept(settings.decay**settings.every, self.updates)
+        return step >= settings.start_step and (step - settings.start_step) % settings.every == 0
+
+    @torch.no_grad()
+    def take(self) -> None:
+        """Take the weights in."""
+        kept = share_kept(self.settings.decay**self.settings.every, self.updates)
         for name, weight in self._own().items():
             value = self.values[name]
             value.lerp_(weight.to(value.device, torch.float32), 1 - kept)

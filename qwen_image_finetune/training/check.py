@@ -169,12 +169,18 @@ def _check_optimizer(config: Config) -> None:
         return  # no reason to load torch for a look
     import torch
 
-    from qwen_image_finetune.training.optim import build_optimizer, build_scheduler
+    from qwen_image_finetune.training.optim import MUON, build_optimizer, build_scheduler
 
-    weight = torch.nn.Parameter(torch.zeros(1))
-    stand_in = build_optimizer(config.optimizer, [weight])
+    weight = torch.nn.Parameter(torch.zeros(2, 2))  # of an adapter; a whole transformer has vectors too
+    vectors = [torch.nn.Parameter(torch.zeros(2))] if config.model.lora is None or config.model.lora.use_dora else []
+    if vectors and config.optimizer.class_path == "torch.optim.Muon":
+        raise ConfigError(
+            "optimizer.class_path=torch.optim.Muon updates matrices alone, and vectors are trained too: "
+            f"{MUON} updates those with AdamW (pip install 'qwen-image-finetune[optimizers]')"
+        )
+    stand_in = build_optimizer(config.optimizer, [weight, *vectors])
     if config.optimizer.class_path.startswith("torch.optim."):
-        weight.grad = torch.zeros(1)
+        weight.grad = torch.zeros(2, 2)
         try:
             stand_in.step()
         except (RuntimeError, TypeError) as error:

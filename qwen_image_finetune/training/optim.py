@@ -6,7 +6,7 @@ import difflib
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -19,6 +19,20 @@ KEY = "optimizer.init_args"
 # Arguments that choose an implementation of the same update; whoever gives one has said what they want.
 FUSED_ON = ("cuda", "cpu", "mps", "xpu")
 IMPLEMENTATIONS = {"fused", "foreach", "capturable", "differentiable"}
+
+MUON = "pytorch_optimizer.Muon"  # torch's own takes matrices alone
+
+
+@runtime_checkable
+class TwoModes(Protocol):
+    """An optimizer without a schedule: gradients are taken at other weights than those that are to be used
+    (Defazio et al., "The road less scheduled", 2024)."""
+
+    def eval(self) -> None:
+        """Put the weights that are to be used into the model."""
+
+    def train(self) -> None:
+        """Put those back that gradients are taken at."""
 
 
 def build_optimizer(
@@ -49,14 +63,27 @@ def build_optimizer(
         arguments["fused"] = all(tensor.device.type in FUSED_ON for tensor in trained) or None
     apart = {id(tensor) for tensor in faster} if ratio != 1.0 else set()
     groups = [[tensor for tensor in trained if (id(tensor) in apart) is second] for second in (False, True)]
+    split = _by_shape if config.class_path == MUON else _as_one
     try:
-        if not apart:
-            return optimizer_class(trained, **arguments)
-        optimizer = optimizer_class([{"params": group} for group in groups if group], **arguments)
-        optimizer.param_groups[-1]["lr"] *= ratio
+        optimizer = optimizer_class([group for members in groups for group in split(members)], **arguments)
+        for group in optimizer.param_groups:
+            if id(group["params"][0]) in apart:
+                group["lr"] *= ratio
+        if isinstance(optimizer, TwoModes):
+            optimizer.train()
         return optimizer
     except (TypeError, ValueError, IndexError) as error:  # the last one of torch, for a single beta
         raise ConfigError(f"{KEY}={config.init_args} is refused by {config.class_path}: {error}") from error
+
+
+def _as_one(tensors: list[Tensor]) -> list[dict[str, Any]]:
+    return [{"params": tensors}] if tensors else []
+
+
+def _by_shape(tensors: list[Tensor]) -> list[dict[str, Any]]:
+    """Groups for `MUON`: matrices for itself, and the rest for the AdamW that comes with it."""
+    parts = {kind: [tensor for tensor in tensors if (tensor.ndim >= 2) is kind] for kind in (True, False)}
+    return [{"params": members, "use_muon": kind} for kind, members in parts.items() if members]
 
 
 def build_scheduler(config: SchedulerConfig, optimizer: Optimizer, total_steps: int) -> LambdaLR:

@@ -67,6 +67,7 @@ NAMES = {  # of what is stored under a name that is no key
     "variations": "the number of crops and flips of each sample",
 }
 
+TRAINED = "trained"  # part of a checkpoint: weights that gradients are taken at, where others are to be used
 AVERAGED = "averaged"  # in a checkpoint with a moving average: its updates so far
 
 
@@ -171,11 +172,17 @@ class State:
             "progress": {**asdict(self.progress), **self.settings},
             **({} if scaler is None else {"scaler": scaler.state_dict()}),
         }
-        everything = {"parts": parts, "weights": trained.weights(learner.transformer, self.job.config.model)}
+        weights = trained.weights(learner.transformer, self.job.config.model)
+        if learner.trains_others:
+            parts[TRAINED] = weights
         if average is not None:
             parts["progress"][AVERAGED] = average.updates
-            everything["average"] = average.whole()
-        copied: dict[str, Any] = checkpoint.snapshot(everything, partial(parallel.host_copy, keep=keep))
+        copy = partial(parallel.host_copy, keep=keep)
+        copied: dict[str, Any] = {"parts": checkpoint.snapshot(parts, copy)}
+        with learner.as_used():
+            copied["weights"] = checkpoint.snapshot(weights, copy)
+        if average is not None:
+            copied["average"] = checkpoint.snapshot(average.whole(), copy)
         return copied
 
     def write(self, folder: Staged, snapshot: dict[str, Any]) -> None:
@@ -229,6 +236,9 @@ class State:
             trained.load(folder, learner.transformer, self.job.config.model)
         except SafetensorError as error:
             raise checkpoint.CheckpointError(f"{folder}: its weights cannot be read: {error}") from error
+        if learner.trains_others:
+            weights = trained.weights(learner.transformer, self.job.config.model)
+            trained.restore(weights, checkpoint.load_state(folder, TRAINED))
         progress = checkpoint.load_state(folder, "progress")
         if learner.average is not None and AVERAGED in progress:
             learner.average.restore(trained.exact(folder / trained.AVERAGE), progress[AVERAGED])

@@ -156,8 +156,7 @@ def _loop(
             if not sound and config.train.release_gradients:
                 raise TrainingStopped(RELEASED_NOT_FINITE.format(progress.step + 1))
             progress.step += 1
-            if learner.average is not None:
-                learner.average.take(progress.step)
+            learner.take_average(progress.step)
             progress.bad_steps = 0 if sound else progress.bad_steps + 1
             if progress.step == first_step + 1:  # kernels are built, connections made: now nobody should be late
                 processes.set_timeout(patience(config))

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,7 +69,7 @@ def open_validation(
     loss = None if job.held_out is None else HeldOutLoss(objective, settings)
     shown = job.rows if job.held_out is None else job.held_out
     sampler = samples.Sampler(job.config, shown, pipe, learner.transformer, job.accelerator.device, job.asked)
-    return Validation(job.config, sampler, book.run, book.trackers, loss, learner.average)
+    return Validation(job.config, sampler, book.run, book.trackers, loss, learner.average, learner.as_used)
 
 
 class Validation:
@@ -83,6 +83,7 @@ class Validation:
         trackers: Trackers | None,
         loss: HeldOutLoss | None,
         average: Average | None,
+        as_used: Callable[[], AbstractContextManager[None]],
     ) -> None:
         """
         Args:
@@ -90,9 +91,10 @@ class Validation:
             run: the version; None keeps nothing, and works only because others need its part of the model.
             loss: None where no pairs are held out: on the training's own it would say nothing.
             average: of the trained weights; it is measured and drawn beside them.
+            as_used: around looking at the weights: `Learner.as_used`.
         """
         self.config, self.sampler, self.run, self.trackers = config, sampler, run, trackers
-        self.average = average
+        self.average, self.as_used = average, as_used
         self.rows, self.transformer = sampler.rows, sampler.transformer
         number = config.validation.num_loss_pairs if loss else 0
         self.loss, self.measured_rows = loss, spread(number, len(self.rows.dataset)) if number else []
@@ -152,7 +154,8 @@ class Validation:
 
         averaged = Seen([], [])
         try:
-            now = self._look(f"step {step}", check, draw)
+            with self.as_used():
+                now = self._look(f"step {step}", check, draw)
             if self.average is not None and self.average.updates:
                 with self.average.in_place():
                     averaged = self._look(f"the average at step {step}", check, draw)

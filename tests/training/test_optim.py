@@ -13,7 +13,14 @@ from torch.optim import Optimizer
 
 from qwen_image_finetune.config import ConfigError, OptimizerConfig, SchedulerConfig
 from qwen_image_finetune.disk.checkpoint import load_state, save_state, snapshot
-from qwen_image_finetune.training.optim import build_optimizer, build_scheduler, optimizer_state, restore_optimizer
+from qwen_image_finetune.training.optim import (
+    MUON,
+    TwoModes,
+    build_optimizer,
+    build_scheduler,
+    optimizer_state,
+    restore_optimizer,
+)
 
 ADAMW, SGD = "torch.optim.AdamW", "torch.optim.SGD"
 ADAM8BIT, PRODIGY = "bitsandbytes.optim.Adam8bit", "prodigyopt.Prodigy"
@@ -26,6 +33,14 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "Prodigy": (PRODIGY, {"lr": 1.0, "betas": [0.9, 0.999], "use_bias_correction": True, "safeguard_warmup": True}),
     "Adafactor": ("torch.optim.Adafactor", {"lr": 1e-2}),
     "Muon": ("torch.optim.Muon", {"lr": 1e-2}),
+    "Lion8bit": ("bitsandbytes.optim.Lion8bit", {"lr": 1e-3}),
+    "PagedAdamW8bit": ("bitsandbytes.optim.PagedAdamW8bit", {"lr": 1e-3}),
+    "AdEMAMix8bit": ("bitsandbytes.optim.AdEMAMix8bit", {"lr": 1e-3, "t_alpha": 8, "t_beta3": 8}),
+    "Lion": ("pytorch_optimizer.Lion", {"lr": 1e-3}),
+    "CAME": ("pytorch_optimizer.CAME", {"lr": 1e-3}),
+    "Muon with AdamW": (MUON, {"lr": 1e-2}),
+    "AdamWScheduleFree": ("schedulefree.AdamWScheduleFree", {"lr": 1e-2, "warmup_steps": 3}),
+    "ScheduleFreeAdamW": ("pytorch_optimizer.ScheduleFreeAdamW", {"lr": 1e-2}),
     "RMSprop": ("torch.optim.RMSprop", {"lr": 1e-2, "centered": True, "momentum": 0.5}),
 }
 
@@ -298,3 +313,26 @@ def test_schedule_mistakes_are_named() -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-9)
     with pytest.raises(ConfigError, match=r"lr_scheduler\.scheduler_type=polynomial: lr_end"):
         build_scheduler(SchedulerConfig(scheduler_type="polynomial"), optimizer, TOTAL)
+
+
+def test_muon_has_matrices_and_adamw_the_rest() -> None:
+    torch.manual_seed(0)
+    matrix, vector = torch.nn.Parameter(torch.randn(6, 4)), torch.nn.Parameter(torch.randn(4))
+    own = torch.nn.Parameter(vector.detach().clone())
+    arguments = {"lr": 1e-3, "weight_decay": 0.0, "betas": (0.9, 0.95), "eps": 1e-10}
+    ours = build_optimizer(config(MUON, lr=0.1, adamw_lr=1e-3), [matrix, vector])
+    theirs = torch.optim.AdamW([own], **arguments)
+    before = matrix.detach().clone()
+    matrix.grad, vector.grad = torch.randn(6, 4), torch.randn(4)
+    own.grad = vector.grad.clone()
+    ours.step()
+    theirs.step()
+    torch.testing.assert_close(vector, own)
+    lengths = torch.linalg.svdvals((before - matrix).detach() / 0.1)  # orthogonal, up to a factor and its iteration
+    assert lengths.max() / lengths.min() < 2
+
+
+@pytest.mark.parametrize("name", ["AdamWScheduleFree", "ScheduleFreeAdamW"])
+def test_schedule_free_ones_are_ready_to_train(name: str) -> None:
+    assert isinstance(Trainer(*OPTIMIZERS[name]).optimizer, TwoModes)
+    assert not isinstance(Trainer(*OPTIMIZERS["AdamW"]).optimizer, TwoModes)

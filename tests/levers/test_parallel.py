@@ -74,12 +74,17 @@ def test_launch_configurations_that_are_refused(
         ("train.mixed_precision=fp16", r"fp16 with FSDP: .*use bf16"),
         ("optimizer.class_path=bitsandbytes.optim.Adam8bit", r"Adam8bit with FSDP: .*torch\.optim\.AdamW"),
         ("optimizer.class_path=prodigyopt.Prodigy", r"Prodigy with FSDP: .*torch\.optim\.AdamW"),
+        ("optimizer.class_path=torch.optim.Muon", r"Muon with FSDP: it looks at whole matrices.*torch\.optim\.AdamW"),
+        (
+            "model.lora=null train.mixed_precision=bf16 train.weight_precision=bf16",
+            r"weight_precision=bf16 with FSDP: .*weight_precision=fp32",
+        ),
         ("model.lora.init_lora_weights=pissa", r"init_lora_weights='pissa' with FSDP .*gaussian"),
         ("model.lora.init_lora_weights=olora", r"init_lora_weights='olora' with FSDP"),
     ],
 )
 def test_runs_that_are_refused(override: str, message: str, configure: Callable[..., Config]) -> None:
-    config = configure("FluxKontext", "optimizer.init_args={}", override)
+    config = configure("FluxKontext", "optimizer.init_args={}", *override.split())
     with pytest.raises(ConfigError, match=message):
         check(Sharding(), config, processes=2)
     check(None, config, processes=2)

@@ -67,7 +67,7 @@ def test_it_is_that_of_diffusers(full: Callable[..., Config]) -> None:
         model = Weights(dtype)
         ours = average.Average(full("train.ema={enabled: true, decay: 0.6}"), model)
         theirs = EMAModel([model.weight.detach().float()], decay=0.6)
-        for step in range(1, 31):
+        for _ in range(30):
             with torch.no_grad():
                 model.weight += torch.randn(7, 5).to(dtype)
             ours.take()

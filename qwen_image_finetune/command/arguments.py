@@ -146,6 +146,12 @@ def _predict(verb: argparse.ArgumentParser) -> None:
 
 def _check(verb: argparse.ArgumentParser) -> None:
     _configuration(verb)
+    verb.add_argument(
+        "--maps",
+        metavar="FOLDER",
+        type=Path,
+        help="with loss.mask_loss=difference: draw source, target and map of each pair there",
+    )
     with_json(verb)
 
 

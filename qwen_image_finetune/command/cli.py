@@ -181,6 +181,10 @@ def check(options: argparse.Namespace) -> None:
         raise refusal([*problems, *more]) from error
     beside = "" if pairs.held_out is None else f" to train on, {len(pairs.held_out)} to validate on"
     print(f"{len(pairs.training)} pairs{beside}, all readable")
+    if config.loss.mask_loss == "difference":
+        from qwen_image_finetune.data.difference import show_maps
+
+        print(show_maps(pairs.training, options.maps))
     if problems:
         raise refusal(problems)
     if options.json:

@@ -44,7 +44,8 @@ IDLE: tuple[tuple[str, Condition, str], ...] = (
     *((f"data.init_args.{key}", lambda c: not (c.data.init_args.random_crop or _own_class(c)),
        "data.init_args.random_crop is false")
       for key in ("crop_size", "crop_scale")),
-    ("data.init_args.use_edit_mask", lambda c: not (c.loss.mask_loss or _own_class(c)), "loss.mask_loss is false"),
+    ("data.init_args.use_edit_mask", lambda c: c.loss.mask_loss is not True and not _own_class(c),
+     "loss.mask_loss is not true"),
     *((f"train.{key}_device", lambda c: c.cache.use_cache,
        f"cache.use_cache is true, and cache.{key}_device says where the encoder lives while caching")
       for key in ("vae_encoder", "text_encoder", "text_encoder_2")),

@@ -57,7 +57,7 @@ class Config(Section):
                 "held-out pairs are chosen by the looks of all pictures, which are not kept; give "
                 "validation.dataset_path"
             )
-        if self.loss.mask_loss and not self.data.init_args.use_edit_mask:
+        if self.loss.mask_loss is True and not self.data.init_args.use_edit_mask:
             problems.append("loss.mask_loss=true needs data.init_args.use_edit_mask=true, which reads the masks")
         if self.loss.mask_loss and self.loss.foreground_weight == self.loss.background_weight == 0:
             problems.append("loss.foreground_weight=0 and loss.background_weight=0: nothing would be trained")

@@ -495,9 +495,13 @@ class LossConfig(Section):
     sigma_range: Annotated[list[Rate], Field(min_length=2, max_length=2), Allowed("[least, most]")] = Field(
         [0.0, 1.0], description="[least, most] noise level that is trained at, after the shift"
     )
-    mask_loss: Switch = Field(False, description="weight the loss by the edit mask (data.init_args.use_edit_mask)")
-    foreground_weight: NotNegative = Field(2.0, description="weight where the mask is white")
-    background_weight: NotNegative = Field(1.0, description="weight where it is black")
+    mask_loss: Switch | Literal["difference"] = Field(
+        False,
+        description="weight the loss by the edit mask (data.init_args.use_edit_mask); difference: by where source and "
+        "target differ, without a mask",
+    )
+    foreground_weight: NotNegative = Field(2.0, description="weight where the mask is white, or the pair differs")
+    background_weight: NotNegative = Field(1.0, description="weight everywhere else")
 
     @model_validator(mode="after")
     def _consistent(self) -> LossConfig:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from qwen_image_finetune import loading
 from qwen_image_finetune.config import Config
+from qwen_image_finetune.data import difference
 from qwen_image_finetune.data.dataset import ImageDataset, cropped
 from qwen_image_finetune.data.geometry import Picture
 from qwen_image_finetune.data.images import READING
@@ -61,6 +62,7 @@ class PictureSource(NamedTuple):
     picture: Picture
     references: int  # of its row
     mask: Picture | None
+    source: Picture | None = None  # what the picture is compared with, where the difference is its mask
 
 
 class TextSource(NamedTuple):
@@ -134,6 +136,7 @@ class EncodedDataset:
         self.text_format = config.model.text_format
         self.vae_tiling = config.model.vae_tiling
         folder = Path(config.cache.cache_dir).expanduser()
+        self.by_difference = config.loss.mask_loss == "difference"
         self.store, self.fingerprints = Store(folder), Fingerprints(folder)
         self.checkpoint = checkpoint
         self._row_keys: list[list[RowKeys]] = []  # of each row, for each of `visits`
@@ -198,12 +201,14 @@ class EncodedDataset:
             extra += [f"cut out of {scaled}"] if scaled != picture.size else []  # or filled around it
             return [self.fingerprints.file(picture.path), READING, list(picture.box), list(picture.size), *extra]
 
-        def image(picture: Picture, mask: Picture | None = None) -> str:
+        def image(picture: Picture, mask: Picture | None = None, source: Picture | None = None) -> str:
             extra: dict[str, Any] = {} if mask is None else {"mask": identity(mask)}
+            if source is not None:
+                extra["difference"] = [difference.VERSION, identity(source)]
             if self._tiles(picture.size):
                 extra["tiled"] = [tiling.TILE, tiling.STRIDE]
             key = entry_key(image=identity(picture), vae=encoders["vae"], dtype=self.dtype, **extra)
-            images.setdefault(key, PictureSource(picture, len(plan.references), mask))
+            images.setdefault(key, PictureSource(picture, len(plan.references), mask, source))
             return key
 
         def text(variant: TextVariant) -> str:
@@ -218,8 +223,9 @@ class EncodedDataset:
             texts.setdefault(key, TextSource(prompt, seen))
             return key
 
+        source = plan.references[0] if self.by_difference and plan.references else None
         return RowKeys(
-            target=image(plan.target, plan.mask),
+            target=image(plan.target, None if self.by_difference else plan.mask, source),
             references=tuple(image(picture) for picture in plan.references),
             texts=tuple(text(variant) for variant in self.variants),
         )
@@ -253,15 +259,18 @@ class EncodedDataset:
         """Encode and store pictures; yields each key when its entry is written."""
 
         def load(item: tuple[str, PictureSource]) -> Image:
-            source = item[1]
-            return self.dataset.fitted(cropped(source.picture), source.picture.size, source.references)
+            made_of = item[1]
+            return self.dataset.fitted(cropped(made_of.picture), made_of.picture.size, made_of.references)
 
-        for (key, source), picture in ahead(images.items(), load):
+        for (key, made_of), picture in ahead(images.items(), load):
             entry = {"latent": self._latent(pipe, picture)}
-            if source.mask is not None:
-                whole = cropped(source.mask, mask=True).convert("L")
-                mask = self.dataset.fitted(whole, source.mask.size, source.references)
+            if made_of.mask is not None:
+                whole = cropped(made_of.mask, mask=True).convert("L")
+                mask = self.dataset.fitted(whole, made_of.mask.size, made_of.references)
                 entry["mask"] = latent_mask(mask, entry["latent"])
+            elif made_of.source is not None:
+                source = self.dataset.fitted(cropped(made_of.source), picture.size, made_of.references)
+                entry["mask"] = latent_mask(difference.difference_map(source, picture), entry["latent"])
             self.store.write(key, entry)
             yield key
 
@@ -329,13 +338,18 @@ class EncodedDataset:
             return {name: tensor.cpu() for name, tensor in text.items()}
 
         target = self._latent(pipe, example.target).cpu()
+        mask = example.mask
+        if self.by_difference:
+            number = len(example.references)
+            sources = [self.dataset.fitted(one, example.target.size, number) for one in example.references[:1]]
+            mask = difference.difference_map(sources[0], example.target) if sources else None
         fitted = [self.dataset.fitted(*one, len(example.references)) for one in references]
         return Encoded(
             key=example.key,
             target=target,
             references=tuple(self._latent(pipe, picture).cpu() for picture in fitted),
             text=self._text(variant, embed),
-            mask=None if example.mask is None else latent_mask(example.mask, target),
+            mask=None if mask is None else latent_mask(mask, target),
         )
 
     def _text(self, variant: TextVariant, embed: Callable[[TextVariant], dict[str, Tensor]]) -> dict[str, Tensor]:

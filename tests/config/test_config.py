@@ -352,7 +352,7 @@ NOTED: dict[str, Any] = {
     "data.init_args.center_crop_ratio": (0.5, {}, {"data.init_args.center_crop": True}),
     "data.init_args.crop_size": (64, {}, {"data.init_args.random_crop": True}),
     "data.init_args.crop_scale": ([0.5, 1.0], {}, {"data.init_args.random_crop": True}),
-    "data.init_args.use_edit_mask": (True, {}, {"loss.mask_loss": True}),
+    "data.init_args.use_edit_mask": (True, {"loss.mask_loss": "difference"}, {"loss.mask_loss": True}),
     "train.vae_encoder_device": ("cpu", {"cache.use_cache": True}, {}),
     "train.text_encoder_device": ("cpu", {"cache.use_cache": True}, {}),
     "train.text_encoder_2_device": ("cuda:1", {"cache.use_cache": True}, {}),

@@ -16,7 +16,7 @@ from PIL import Image
 
 from qwen_image_finetune.toy.backgrounds import paint_background
 from qwen_image_finetune.toy.canvas import Canvas, Colour, Points, between, hsv, line, oval, shade
-from qwen_image_finetune.toy.hats import HATS, plain_hat
+from qwen_image_finetune.toy.hats import HATS, Chosen, plain_hat
 
 # Far from each other and from every mixture of two neighbours, so that a blurred prediction still has a nearest class.
 PALETTE: dict[str, Colour] = {
@@ -75,7 +75,7 @@ class Wish(NamedTuple):
     skin: Colour | None = None
     glasses: Literal["none", "plain"] | None = None  # plain: dark lenses, the same on everybody
     shirt: Colour | None = None
-    hat: Literal["none", "any", "plain"] | None = None  # plain: the same hat on everybody
+    hat: Literal["none", "any", "plain"] | Chosen | None = None  # plain: the same hat on everybody
     hat_colour: Colour | None = None  # of the whole hat, ribbon and all
     hairy: bool = False  # nobody is bald
 
@@ -136,6 +136,8 @@ def draw_face(rng: Generator, size: int, wish: Wish = AS_DRAWN) -> tuple[Image.I
         HATS[other.integers(len(HATS))](canvas, other, HAT, look.width)
     if wish.hat == "plain":
         plain_hat(canvas, HAT, look.width)
+    elif callable(wish.hat):
+        wish.hat(canvas, HAT, look.width)
     picture, labels = canvas.finish()
     return _light(picture, rng), Image.fromarray(np.array(list(PALETTE.values()), dtype=np.uint8)[labels])
 

@@ -6,10 +6,12 @@ from collections.abc import Callable
 
 import numpy as np
 from numpy.random import Generator
+from PIL import Image
 
 from qwen_image_finetune.toy.canvas import Canvas, Colour, between, hsv, line, oval, shade
 
 Hat = Callable[[Canvas, Generator, int, float], None]  # the float is half the width of the head
+Chosen = Callable[[Canvas, int, float], None]  # a hat whose random numbers are known
 
 
 def _cloth(rng: Generator) -> Colour:
@@ -79,3 +81,16 @@ def plain_hat(canvas: Canvas, part: int, width: float) -> None:
     ribbon = line((-width * 0.79, -0.84), (width * 0.79, -0.84), (width * 0.78, -0.6), (-width * 0.78, -0.6))
     canvas.fill(ribbon, dark)
     canvas.fill(oval(0, -0.58, width + 0.32, 0.13), red, part)
+
+
+def chosen_hat(kind: int, seed: list[int]) -> Chosen:
+    """One hat of HATS, the same wherever it is painted."""
+    return lambda canvas, part, width: HATS[kind](canvas, np.random.default_rng(seed), part, width)
+
+
+def draw_hat(hat: Chosen, size: int, background: Colour) -> Image.Image:
+    """A hat alone, upright in the middle; RGB, `size` x `size` pixels."""
+    canvas = Canvas(size, background)
+    canvas.place(0.5, 0.82, 0.34, 0.0)
+    hat(canvas, 1, 0.77)
+    return canvas.finish()[0]

@@ -194,6 +194,7 @@ def _compare(verb: argparse.ArgumentParser) -> None:
 def _plan(verb: argparse.ArgumentParser) -> None:
     _configuration(verb)
     verb.add_argument("--card", help="its memory, such as 24GB, or its name, such as H100; default: this machine's")
+    verb.add_argument("--references", type=of(Count), help="of each pair; default: one where the model takes any")
     with_json(verb, "as one line of JSON: sizes in GiB, times in seconds")
 
 

@@ -232,11 +232,11 @@ def plan(options: argparse.Namespace) -> None:
         from qwen_image_finetune.fitting.plan_numbers import numbers
         from qwen_image_finetune.training.check import run_problems
 
-        options.answer({**numbers(config, options.card), "problems": run_problems(config)})
+        options.answer({**numbers(config, options.card, options.references), "problems": run_problems(config)})
         return
     from qwen_image_finetune.fitting.plan_words import describe
 
-    print(describe(config, options.card))
+    print(describe(config, options.card, options.references))
 
 
 def bench(options: argparse.Namespace) -> None:

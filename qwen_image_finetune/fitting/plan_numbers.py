@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from qwen_image_finetune.config import Config, resolve_family
-from qwen_image_finetune.families import get_family
-from qwen_image_finetune.fitting.estimate import GIB, OUTSIDE, Estimator
+from qwen_image_finetune.config import Config
+from qwen_image_finetune.fitting.estimate import GIB, OUTSIDE
 from qwen_image_finetune.fitting.plan import (
     NothingFits,
     card_memory,
@@ -18,20 +17,19 @@ from qwen_image_finetune.fitting.plan import (
     parse_memory,
     with_keys,
 )
-from qwen_image_finetune.fitting.plan_words import card_named, decide, step_seconds
-from qwen_image_finetune.levers.stored_precision import local_checkpoint
+from qwen_image_finetune.fitting.plan_words import card_named, decide, estimator_of, step_seconds
 
 
-def numbers(config: Config, card: str | None) -> dict[str, Any]:
+def numbers(config: Config, card: str | None, references: int | None = None) -> dict[str, Any]:
     """The plan of a run: sizes in GiB, times in seconds, what is not known null.
 
     Args:
-        card: as for `plan_words.describe`.
+        card, references: as for `plan_words.describe`.
 
     Raises:
         ConfigError: as there.
     """
-    estimator = Estimator(get_family(resolve_family(config)[0]), config, local_checkpoint(config.model))
+    estimator = estimator_of(config, references)
     named = card_named(card)
     memory = card_memory() if card is None else named.memory * GIB if named is not None else parse_memory(card)
     notes: list[str] = []

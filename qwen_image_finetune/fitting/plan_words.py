@@ -32,24 +32,42 @@ from qwen_image_finetune.loading import weight_dtype
 PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}  # of a base that is not quantised
 
 
-def describe(config: Config, card: str | None) -> str:
+def describe(config: Config, card: str | None, references: int | None = None) -> str:
     """The plan of a run in words.
 
     Args:
         card: its memory, such as "24GB", or its name, such as "H100"; without it, this machine's card if there is one.
+        references: of each pair; without it, one where the family takes any.
 
     Raises:
-        ConfigError: `card` is neither, or several cards; the checkpoint contradicts the configuration.
+        ConfigError: `card` is neither, or several cards; the family takes fewer references; the checkpoint contradicts
+            the configuration.
     """
-    estimator = Estimator(get_family(resolve_family(config)[0]), config, local_checkpoint(config.model))
+    estimator = estimator_of(config, references)
     named = card_named(card)
     memory = card_memory() if card is None else named.memory * GIB if named is not None else parse_memory(card)
     return "\n".join(_lines(estimator, memory, named, here=card is None))
 
 
+def estimator_of(config: Config, references: int | None = None) -> Estimator:
+    """Of a run whose pairs have so many references, each of the size of its target.
+
+    Raises:
+        ConfigError: the family takes fewer.
+    """
+    family, folder = get_family(resolve_family(config)[0]), local_checkpoint(config.model)
+    estimator = Estimator(family, config, folder)
+    if references is None:
+        return estimator
+    if references > family.max_references:
+        most = f"at most {family.max_references}" if family.max_references else "none"
+        raise ConfigError(f"--references {references}: {family.name} takes {most}")
+    return Estimator(family, config, folder, estimator.sizes[:1] * (1 + references))
+
+
 def summary(config: Config) -> Iterator[str]:
     """The plan in a few words: peaks, this machine's card, and the time of a step where it can be told."""
-    estimator = Estimator(get_family(resolve_family(config)[0]), config, local_checkpoint(config.model))
+    estimator = estimator_of(config)
     card = card_memory()
     yield from decide(estimator, card, card_named(None), here=True)
     estimate = estimator.estimate()

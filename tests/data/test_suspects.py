@@ -66,7 +66,7 @@ def test_sound_pairs_get_no_note(tmp_path: Path) -> None:
     assert notes(tmp_path, image_size=[128, 96]) == []
 
 
-@pytest.mark.parametrize("name", ["face_seg", "face_seg_held_out"])
+@pytest.mark.parametrize("name", ["face_seg", "face_seg_held_out", "face_hat"])
 @pytest.mark.parametrize("image_size", [[512, 512], [64, 64]])
 def test_the_example_data_gets_no_note(name: str, image_size: list[int]) -> None:
     assert notes(DATA / name, image_size=image_size) == []

@@ -19,7 +19,7 @@ from qwen_image_finetune.fitting.estimate import AT_WORK, GIB, Estimator, transf
 from qwen_image_finetune.fitting.footprint import Footprint, footprint, places, stand_in
 from qwen_image_finetune.fitting.plan import KEEPS, as_overrides, cheapest_change, memory_changes, parse_memory, settled
 from qwen_image_finetune.fitting.plan_numbers import numbers
-from qwen_image_finetune.fitting.plan_words import count_words, describe, size_words, summary
+from qwen_image_finetune.fitting.plan_words import count_words, describe, estimator_of, size_words, summary
 from qwen_image_finetune.fitting.speed import Step, card_called, seconds
 from qwen_image_finetune.levers.stored_precision import WEIGHTS, local_checkpoint
 
@@ -362,8 +362,9 @@ def test_without_a_card_auto_changes_nothing(configured: Callable[..., Config]) 
 
 def test_a_plan_in_numbers_says_what_the_words_say(configured: Callable[..., Config]) -> None:
     config = configured("FluxKontext", "train.max_train_steps=100")
-    for card, fits in (("H100", True), ("24GB", False)):
-        found, words = numbers(config, card), describe(config, card)
+    for card, references, fits in (("H100", None, True), ("24GB", 2, False)):
+        found, words = numbers(config, card, references), describe(config, card, references)
+        assert found["sizes"] == [[1024, 1024]] * (1 + (references or 1))
         assert found["fits"] is fits
         assert f"{found['peak']:7.2f} GiB  together" in words
         assert (found["change"] is None) is fits
@@ -375,6 +376,17 @@ def test_a_plan_in_numbers_says_what_the_words_say(configured: Callable[..., Con
             assert f"({found['change']['peak']:.1f} GiB)" in words
     assert numbers(config, "1GB")["last_resort"] is not None
     assert json.loads(json.dumps(found)) == found
+
+
+def test_a_plan_for_several_references(configured: Callable[..., Config]) -> None:
+    config = configured("FluxKontext", "data.init_args.image_size=[512,256]")
+    assert estimator_of(config).sizes == estimator_of(config, 1).sizes == ((512, 256),) * 2
+    assert estimator_of(config, 2).sizes == ((512, 256),) * 3
+    with pytest.raises(ConfigError, match="--references 9: FluxKontext takes at most 8"):
+        describe(config, "H100", 9)
+    words = ("train.trainer=Flux", "model.pretrained_model_name_or_path=black-forest-labs/FLUX.1-dev")
+    with pytest.raises(ConfigError, match="--references 1: Flux takes none"):
+        numbers(configured("FluxKontext", *words), "H100", 1)
 
 
 def test_small_sizes_and_numbers_have_words_too() -> None:

@@ -97,12 +97,15 @@ def test_datasets_are_complete(name: str) -> None:
     assert len(prompts) == 3
 
 
-def test_the_script_draws_the_committed_files_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("script", "count"), [("draw_face_seg", 2 * 60), ("draw_face_hat", 4 * 12)])
+def test_the_script_draws_the_committed_files_again(script: str, count: int, tmp_path: Path) -> None:
     """To the pixel for masks; JPEG encoders may differ a little from one version to the next."""
-    command = [sys.executable, ROOT / "scripts" / "draw_face_seg.py", tmp_path]
+    command = [sys.executable, ROOT / "scripts" / f"{script}.py", tmp_path]
     subprocess.run(command, check=True, env={"PYTHONPATH": str(ROOT)})
     written = sorted(file.relative_to(tmp_path) for file in tmp_path.rglob("*") if file.is_file())
-    assert len(written) == 2 * 60
+    folders = [ROOT / "data" / folder.name for folder in tmp_path.iterdir()]
+    committed = [file.relative_to(ROOT / "data") for folder in folders for file in folder.rglob("*") if file.is_file()]
+    assert written == sorted(committed) and len(written) == count
     for file in written:
         one, other = tmp_path / file, ROOT / "data" / file
         if file.suffix == ".txt":
@@ -110,6 +113,28 @@ def test_the_script_draws_the_committed_files_again(tmp_path: Path) -> None:
             continue
         difference = np.asarray(Image.open(one)).astype(int) - np.asarray(Image.open(other))
         assert np.abs(difference).mean() < (0.5 if file.suffix == ".jpg" else 1e-9), file
+
+
+def test_the_second_reference_is_the_hat_that_the_target_wears() -> None:
+    folder = ROOT / "data/face_hat"
+    stems = [file.stem for file in sorted((folder / "training_images").glob("*.jpg"))]
+    assert len(stems) == 12
+    for stem in stems:
+        face, hat, target = (
+            np.asarray(Image.open(folder / file)).astype(int)
+            for file in (
+                f"control_images/{stem}.jpg",
+                f"control_images/{stem}_control_1.jpg",
+                f"training_images/{stem}.jpg",
+            )
+        )
+        change = np.abs(target - face).max(axis=-1)
+        worn, shown = change > 40, np.abs(hat - hat[0, 0]).max(axis=-1) > 20
+        for part in (worn, shown):
+            assert 0.02 < part.mean() < 0.3, stem
+        assert change[~worn].mean() < 2, f"{stem}: more than the hat is another"
+        colours = hat[shown].mean(axis=0) - target[worn].mean(axis=0)
+        assert np.abs(colours).max() < 25, f"{stem}: another hat"
 
 
 def test_nobody_trains_on_the_held_out_faces() -> None:

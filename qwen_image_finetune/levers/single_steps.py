@@ -8,7 +8,7 @@ gradients take half the memory (Gupta et al., "Deep learning with limited numeri
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from qwen_image_finetune import flow
@@ -29,14 +29,22 @@ class SingleSteps:
 
     def __call__(self, parameter: Tensor) -> None:
         """Update a weight by its gradient."""
-        everything, group = self.optimizer.param_groups, self._groups[id(parameter)]
+        self._step(parameter, parameter)
+
+    def _step(self, parameter: Tensor, shown: Tensor) -> None:
+        """Update `shown`, which the optimizer takes for `parameter`."""
+        everything, group, state = self.optimizer.param_groups, self._groups[id(parameter)], self.optimizer.state
         members = group["params"]
+        if shown is not parameter and parameter in state:
+            state[shown] = state.pop(parameter)
         try:  # for this moment the optimizer has one weight
-            group["params"] = [parameter]
+            group["params"] = [shown]
             self.optimizer.param_groups = [group]
             self.optimizer.step()
         finally:
             group["params"], self.optimizer.param_groups = members, everything
+            if shown is not parameter and shown in state:
+                state[parameter] = state.pop(shown)
 
 
 class RoundedSteps(SingleSteps):
@@ -62,15 +70,13 @@ class RoundedSteps(SingleSteps):
     @torch.no_grad()
     def __call__(self, parameter: Tensor) -> None:
         assert parameter.grad is not None
-        stored, gradient = parameter.data, parameter.grad
-        parameter.grad = None  # a gradient has the precision of its weight
-        parameter.data = stored.float()
-        parameter.grad = gradient.float()
-        super().__call__(parameter)
-        seed = flow.seed_of("rounding", self.seed, self.number, self._places[id(parameter)])
-        stored.copy_(rounded(parameter.data, torch.Generator(stored.device).manual_seed(seed)))
+        # Another tensor, not this one in another precision: torch would forget that DDP waits for its gradient.
+        wide = nn.Parameter(parameter.float())
+        wide.grad = parameter.grad.float()
         parameter.grad = None
-        parameter.data = stored
+        self._step(parameter, wide)
+        seed = flow.seed_of("rounding", self.seed, self.number, self._places[id(parameter)])
+        parameter.copy_(rounded(wide, torch.Generator(parameter.device).manual_seed(seed)))
 
 
 def rounded(values: Tensor, generator: torch.Generator) -> Tensor:

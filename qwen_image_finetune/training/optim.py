@@ -162,18 +162,24 @@ def restore_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> tuple[s
 
 @contextmanager
 def _widened(optimizer: Optimizer) -> Iterator[None]:
-    """Parameters of fewer bits pass for float32, without memory: their optimizer state is, and torch would round it."""
-    narrow = [
-        tensor for group in optimizer.param_groups for tensor in group["params"] if tensor.dtype == torch.bfloat16
-    ]
-    stored = [tensor.data for tensor in narrow]
+    """Weights of fewer bits are stood in for by float32 ones: their state is float32, and torch would round it."""
+    groups = optimizer.param_groups
+    members = [group["params"] for group in groups]
+    stand_ins: dict[int, Tensor] = {
+        id(tensor): torch.nn.Parameter(torch.empty(0, device=tensor.device))
+        for group in members for tensor in group if tensor.dtype == torch.bfloat16
+    }  # fmt: skip
+    for group, tensors in zip(groups, members, strict=True):
+        group["params"] = [stand_ins.get(id(tensor), tensor) for tensor in tensors]
     try:
-        for tensor in narrow:
-            tensor.data = torch.empty(0, dtype=torch.float32, device=tensor.device)
         yield
     finally:
-        for tensor, data in zip(narrow, stored, strict=True):
-            tensor.data = data
+        for group, tensors in zip(optimizer.param_groups, members, strict=True):
+            group["params"] = tensors
+        for tensor in (tensor for tensors in members for tensor in tensors):
+            stand_in = stand_ins.get(id(tensor))
+            if stand_in is not None and stand_in in optimizer.state:
+                optimizer.state[tensor] = optimizer.state.pop(stand_in)
 
 
 def _checked_arguments(config: OptimizerConfig, optimizer_class: type[Optimizer]) -> dict[str, Any]:

@@ -223,7 +223,7 @@ class Predictor:
                 blind=batch(negative, []) if guidance.image != 1.0 and images else None,
             )
         pictures = family.decode(self.pipe, self.sample(conditions, guidance, seeds, num_inference_steps, progress))
-        if width is None or height is None:
+        if images and (width is None or height is None):
             own = self.scaled(images[family.sizing_reference], size, len(images))
             pictures = [middle(picture, own) for picture in pictures]
         return pictures

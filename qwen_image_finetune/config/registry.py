@@ -20,6 +20,7 @@ class Entry:
     pipeline: str  # `_class_name` in the checkpoint's index
     example: str  # a hub id, for messages
     loads_loras: bool = True  # the pipeline has a `load_lora_weights` in diffusers
+    modular: bool = False  # diffusers has the pipeline as modular blocks alone
 
 
 FAMILIES: dict[str, Entry] = {
@@ -54,7 +55,7 @@ FAMILIES: dict[str, Entry] = {
     "Flux": Entry("flux", "Flux", "FluxPipeline", "black-forest-labs/FLUX.1-dev"),
     "QwenImage": Entry("qwen_image", "QwenImage", "QwenImagePipeline", "Qwen/Qwen-Image"),
     "Flux3Klein": Entry(
-        "flux3_klein", "Flux3Klein", "Flux3ModularPipeline", "black-forest-labs/flux-3-image-klein-base"
+        "flux3_klein", "Flux3Klein", "Flux3ModularPipeline", "black-forest-labs/flux-3-image-klein-base", modular=True
     ),
 }  # fmt: skip
 

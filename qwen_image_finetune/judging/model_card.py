@@ -28,7 +28,7 @@ from qwen_image_finetune.judging.evaluate import INPUT, RESULTS, TRUTH
 from qwen_image_finetune.judging.pages.reading import Version, changed, flat
 from qwen_image_finetune.judging.pages.shapes import Evaluation, mean_words
 from qwen_image_finetune.judging.request import BASE, COPY, checkpoints
-from qwen_image_finetune.judging.usage import loading_words
+from qwen_image_finetune.judging.usage import family_of, loading_words, pipeline_words
 
 CARD, SETTINGS, PICTURES = "README.md", "config.yaml", "samples"
 MOST_PICTURES, HEIGHT = 6, 512  # pixels
@@ -111,14 +111,18 @@ def base_of(version: Version) -> str | None:
 
 def licence(version: Version, base: str) -> dict[str, str]:
     """That of the base, which what was trained on it inherits; nothing for a base that is not in our table."""
-    for name in FAMILIES:
-        for one in get_family(name).published:
-            if one.name == base:
-                if one.licence == "Apache 2.0":
-                    return {"license": "apache-2.0"}
-                plain = re.sub(r"[^a-z0-9.]+", "-", one.licence.lower()).strip("-")
-                return {"license": "other", "license_name": plain, "license_link": f"https://huggingface.co/{base}"}
+    for words in (one.licence for name in FAMILIES for one in get_family(name).published if one.name == base):
+        if words == "Apache 2.0":
+            return {"license": "apache-2.0"}
+        plain = re.sub(r"[^a-z0-9.]+", "-", words.lower()).strip("-")
+        return {"license": "other", "license_name": plain, "license_link": f"https://huggingface.co/{base}"}
     return {}
+
+
+def _family(version: Version, base: str) -> str | None:
+    """Whose transformer was trained, by the settings or by our table."""
+    known = (name for name in FAMILIES if any(one.name == base for one in get_family(name).published))
+    return version.settings.get("train.trainer") or next(known, None)
 
 
 def told(version: Version) -> dict[str, Any]:
@@ -231,17 +235,13 @@ def _measured(found: Evaluation) -> str:
 def _use(version: Version, checkpoint: Path, repository: str, is_lora: bool) -> str:
     base = base_of(version) or "THE_BASE"
     if is_lora:
-        load = f'pipe = DiffusionPipeline.from_pretrained("{base}", dtype=torch.bfloat16).to("cuda")\n'
-        load += loading_words(flat(told(version)), repository, checkpoint / LORA_WEIGHTS)
+        file = checkpoint / LORA_WEIGHTS
+        load = f"{pipeline_words(family_of(file), base)}\n{loading_words(flat(told(version)), repository, file)}"
         note = "`qif export` writes the same file under the names of ComfyUI or kohya's scripts."
     else:
-        load = (
-            f'transformer = AutoModel.from_pretrained("{repository}", subfolder="transformer", dtype=torch.bfloat16)\n'
-        )
-        load += f'pipe = DiffusionPipeline.from_pretrained("{base}", transformer=transformer, dtype=torch.bfloat16)'
+        load = pipeline_words(_family(version, base), base, repository)
         note = "In place of the base's transformer; everything else is the base's."
-    names = "DiffusionPipeline" if is_lora else "AutoModel, DiffusionPipeline"
-    return f"```python\nimport torch\nfrom diffusers import {names}\n\n{load}\n```\n\n{note}"
+    return f"```python\n{load}\n```\n\n{note}"
 
 
 def _settings(version: Version) -> str:

@@ -16,7 +16,7 @@ from qwen_image_finetune.judging.pages.curves import Curve, Series, charts
 from qwen_image_finetune.judging.pages.html import cards, details, document, escape, is_page, picture, section, table
 from qwen_image_finetune.judging.pages.reading import Sample, Version, changed, defaults, flat, said
 from qwen_image_finetune.judging.pages.shapes import Evaluation, mean_words
-from qwen_image_finetune.judging.usage import loading_words
+from qwen_image_finetune.judging.usage import family_of, loading_words, pipeline_words
 
 THUMBNAILS, THUMBNAIL_HEIGHT, SAMPLE_HEIGHT = 12, 128, 768
 REQUIRED = "model.pretrained_model_name_or_path"  # has no default
@@ -243,11 +243,8 @@ def usage(version: Version, chosen: Path) -> list[str]:
         "qif", "predict", str(version.path / "config.yaml"), "--image", "picture.png", "--prompt", prompt,
         "--lora", str(chosen),
     ])  # fmt: skip
-    python = (
-        "pipe = diffusers.DiffusionPipeline.from_pretrained("
-        f"{version.settings['model.pretrained_model_name_or_path']!r})\n"
-        f"{loading_words(version.settings, str(chosen), chosen)}"
-    )
+    base = str(version.settings["model.pretrained_model_name_or_path"])
+    python = f"{pipeline_words(family_of(chosen), base)}\n{loading_words(version.settings, str(chosen), chosen)}"
     return [
         f"<h3>On the command line</h3><pre>{escape(command)}</pre>",
         f"<h3>In diffusers</h3><pre>{escape(python)}</pre>",

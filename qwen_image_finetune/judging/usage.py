@@ -31,6 +31,30 @@ for layer in pipe.transformer.modules():  # it was trained on top of the first
                 layer.set_scale(name, strength)"""
 
 
+def pipeline_words(family: str | None, base: str, transformer: str | None = None) -> str:
+    """Python, with its imports, that makes `pipe` of a base, in bfloat16 on a card.
+
+    Args:
+        family: a name of FAMILIES; None where it is not known.
+        base: folder or hub id.
+        transformer: a repository of the hub that has a fine-tuned one; it takes the place of the base's.
+    """
+    modular = family in FAMILIES and FAMILIES[family].modular
+    name, of = "ModularPipeline" if modular else "DiffusionPipeline", json.dumps(base)
+    lines = ["import torch", f"from diffusers import {name if transformer is None else f'AutoModel, {name}'}", ""]
+    if transformer is not None:
+        where = f'{json.dumps(transformer)}, subfolder="transformer", dtype=torch.bfloat16'
+        lines.append(f"transformer = AutoModel.from_pretrained({where})")
+    if not modular:
+        own = "" if transformer is None else "transformer=transformer, "
+        lines.append(f'pipe = {name}.from_pretrained({of}, {own}dtype=torch.bfloat16).to("cuda")')
+        return "\n".join(lines)
+    lines.append(f"pipe = {name}.from_pretrained({of})")
+    if transformer is not None:  # before the others: what is there is not loaded
+        lines.append("pipe.update_components(transformer=transformer)")
+    return "\n".join([*lines, "pipe.load_components(dtype=torch.bfloat16)", 'pipe.to("cuda")'])
+
+
 def loading_words(settings: Mapping[str, Any], weights: str, file: Path) -> str:
     """Python that gives a diffusers pipeline `pipe` a LoRA, and those that were under its training.
 
@@ -43,7 +67,7 @@ def loading_words(settings: Mapping[str, Any], weights: str, file: Path) -> str:
     lines = []
     if base := settings.get("model.transformer_file"):
         lines.append(f"# trained on the transformer in {json.dumps(str(base))}, not on the pipeline's own")
-    entry = FAMILIES.get(read_metadata(file).get("qif.family", ""))
+    entry = FAMILIES.get(family_of(file) or "")
     if entry is not None and not entry.loads_loras:
         return "\n".join([*lines, *_by_peft(under, weights)])
     if not under:
@@ -59,6 +83,11 @@ def loading_words(settings: Mapping[str, Any], weights: str, file: Path) -> str:
         f"pipe.set_adapters({json.dumps(names)}, {json.dumps(strengths)})  # it was trained on top of the first"
     )
     return "\n".join(lines)
+
+
+def family_of(file: Path) -> str | None:
+    """Whose LoRA a file is, as training wrote it there."""
+    return read_metadata(file).get("qif.family")
 
 
 def _by_peft(under: Sequence[Mapping[str, Any]], weights: str) -> list[str]:

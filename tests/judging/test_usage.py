@@ -7,20 +7,22 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import ModularPipeline
 from peft.tuners.lora import LoraLayer
 
 from qwen_image_finetune.config import LoraConfig
 from qwen_image_finetune.families import FAMILIES, get_family
-from qwen_image_finetune.judging.usage import loading_words
+from qwen_image_finetune.judging.usage import family_of, loading_words, pipeline_words
 from qwen_image_finetune.lora import adapters
 from qwen_image_finetune.lora.files import save_lora
 
 UNREAD = [name for name, entry in FAMILIES.items() if not entry.loads_loras]
 
 
-def test_the_registry_knows_which_pipelines_load_loras() -> None:
+def test_the_registry_knows_what_pipelines_can() -> None:
     for name, entry in FAMILIES.items():
         assert entry.loads_loras == hasattr(get_family(name).pipeline, "load_lora_weights"), name
+        assert entry.modular == issubclass(get_family(name).pipeline, ModularPipeline), name
 
 
 def trained(name: str, checkpoint: Path, file: Path, seed: int) -> dict[str, torch.Tensor]:
@@ -61,3 +63,30 @@ def test_peft_loads_what_diffusers_does_not(name: str, tiny_checkpoints: dict[st
     hub = loading_words({}, "somebody/my-lora", files[1])
     assert 'hf_hub_download("somebody/my-lora", "pytorch_lora_weights.safetensors")' in hub
     compile(hub, "hub", "exec")
+
+
+def run(words: str) -> Any:
+    """The pipeline that printed lines make, on the CPU."""
+    found: dict[str, Any] = {}
+    exec(words.replace('"cuda"', '"cpu"'), found)
+    return found["pipe"]
+
+
+@pytest.mark.parametrize("name", ["FluxKontext", "Flux3Klein"])
+def test_the_printed_lines_make_the_pipeline(name: str, tiny_checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """One of diffusers' ordinary pipelines, and one of modular blocks; with a LoRA, and with another transformer."""
+    family, folder, file = get_family(name), tiny_checkpoints[name], tmp_path / "pytorch_lora_weights.safetensors"
+    expected = trained(name, folder, file, seed=1)
+    words = f"{pipeline_words(family_of(file), str(folder))}\n{loading_words({}, str(file), file)}"
+    pipe = run(words)
+    assert type(pipe).__name__ == FAMILIES[name].pipeline and pipe.vae is not None and pipe.text_encoder is not None
+    assert pipe.transformer.dtype == pipe.vae.dtype == torch.bfloat16
+    layers = {key: layer for key, layer in pipe.transformer.named_modules() if isinstance(layer, LoraLayer)}
+    assert layers.keys() == expected.keys()
+
+    model: Any = family.transformer.from_pretrained(folder, subfolder="transformer")
+    torch.nn.init.ones_(next(model.parameters()))
+    model.save_pretrained(tmp_path / "mine/transformer")
+    pipe = run(pipeline_words(name, str(folder), str(tmp_path / "mine")))
+    assert pipe.transformer.dtype == torch.bfloat16 and bool((next(pipe.transformer.parameters()) == 1).all())
+    assert pipe.vae is not None and pipe.text_encoder is not None

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_image_finetune.disk.files import write_atomic
-from qwen_image_finetune.fitting.estimate import GIB
 
 if TYPE_CHECKING:
-    from card import Row
+    from card_rows import Row
 
+GIB = 1 << 30
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 BEGIN, END = "<!-- written by scripts/card.py, from docs/card.json -->", "<!-- to here -->"
 HEAD = (
@@ -31,7 +31,7 @@ def section(written: dict[str, Any], rows: Sequence[Row]) -> str:
     notes: list[str] = []
     for row in rows:
         if not row.variant:  # the tests
-            notes += _of_tests(known.get(row.name, {}).get("found"))
+            notes += _of_tests(known.get(row.name, {}).get("found")) + _of_missing(row, known)
             continue
         expected, found = known.get(row.name, {}).get("predicted", {}), known.get(row.name, {}).get("found", {})
         baseline = known.get(row.beside.name, {}).get("found", {})
@@ -39,7 +39,8 @@ def section(written: dict[str, Any], rows: Sequence[Row]) -> str:
         words += ["" if row.ratio is None else f"{row.ratio:g}", _ratio(baseline, found)]
         words += ["" if row.peak is None else f"{row.peak:g}", _peak(expected), _peak(found)]
         lines.append(f"| {' | '.join(words)} |".replace("  ", " "))
-        notes += [f"- {row.name}: {each['error']}" for each in (found,) if "error" in each]
+        notes += [f"- {row.name}: {found[key]}" for key in ("error",) if key in found]
+        notes += _of_missing(row, known)
         notes += [f"- {row.name}: {expected[key]}" for key in ("why", "error") if key in expected and key not in found]
     return "\n".join([*lines, "", *dict.fromkeys(notes)]).rstrip() + "\n"
 
@@ -56,10 +57,18 @@ def _of_tests(found: dict[str, Any] | None) -> list[str]:
         return []
     if "error" in found:
         return [f"- `pytest tests/gpu`: {found['error']}"]
+    if "not_run" in found:
+        return [f"- `pytest tests/gpu`: not run: {found['not_run']}"]
     failed = f" ({', '.join(found['failures'])})" if found["failures"] else ""
     return [
         f"- `pytest tests/gpu`: {found['passed']} passed, {found['failed']} failed{failed}, {found['skipped']} skipped"
     ]
+
+
+def _of_missing(row: Row, known: dict[str, dict[str, Any]]) -> list[str]:
+    """Why a row that was tried has no figure; of those never tried the blank says it."""
+    missing = known.get(row.name, {}).get("missing", {"tries": 0})
+    return [f"- {row.name}: {missing['why']}"] if missing["tries"] else []
 
 
 def _milliseconds(each: dict[str, Any]) -> str:

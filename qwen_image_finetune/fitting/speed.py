@@ -45,24 +45,25 @@ class Attained:
     attention: dict[str, tuple[float, float]] = field(default_factory=dict)  # by name: forward, backward
 
 
-# Measured: the H100's rates as `attained`, docs/performance.md says how. Everything else is from data sheets: NVIDIA's
-# of the H100, H200, B200, A100 and L40S, and its whitepapers on GA102, AD102 and the RTX Blackwell cards.
-# Compared with published tables of them: H200, B200, L40S, RTX PRO 6000 and 4090 in all columns, of the A100 the 40 GB.
-# Of the 3090 products are by count: 328 tensor cores at 1.695 GHz, in 16 bits 128 operations a cycle, in int8 512. Of
-# the 5090 int8, fp8 and 16 bits are a half, a quarter and an eighth of its published 1676 in fp4.
+# Measured are the H100's rates as `attained` alone; docs/performance.md says how. What the table itself says are peaks,
+# written down from NVIDIA's data sheets and whitepapers. Beside each card: which columns were compared with a published
+# table since (memory, products in 16 bits, fp8, int8, bandwidth), and which are by count; the others were not compared.
 _H100 = Attained(806, 1525, attention={"flash": (352, 301), "flash4": (721, 601)})
 CARDS = (  # the more special name first
-    Card("H100 PCIe", 80, 756, 1513, 1513, 2000),
-    Card("H100", 80, 989, 1979, 1979, 3350, _H100),
-    Card("H200", 141, 989, 1979, 1979, 4800),
-    Card("B200", 180, 2250, 4500, 4500, 7700),
-    Card("A100 80GB", 80, 312, None, 624, 1935),
-    Card("A100", 40, 312, None, 624, 1555),
-    Card("L40S", 48, 362, 733, 733, 864),
-    Card("RTX PRO 6000", 96, 504, 1008, 1008, 1792),
-    Card("RTX 6000 Ada", 48, 364, 728, 728, 960),
+    Card("H100 PCIe", 80, 756, 1513, 1513, 2000),  # compared: memory, bandwidth
+    Card("H100", 80, 989, 1979, 1979, 3350, _H100),  # compared: all; attained: measured, but for int8
+    Card("H200", 141, 989, 1979, 1979, 4800),  # compared: memory, 16 bits, fp8, bandwidth; int8 as of the H100's chip
+    Card("B200", 180, 2250, 4500, 4500, 7700),  # compared: products, bandwidth; memory is 180 or 192 by system
+    Card("A100 80GB", 80, 312, None, 624, 1935),  # compared: products; bandwidth of the PCIe card, SXM has 2039
+    Card("A100", 40, 312, None, 624, 1555),  # compared: all
+    Card("L40S", 48, 362, 733, 733, 864),  # compared: fp8, int8; in 16 bits the table says 366
+    Card("RTX PRO 6000", 96, 504, 1008, 1008, 1792),  # compared: all
+    Card("RTX 6000 Ada", 48, 364, 728, 728, 960),  # not compared
+    # Compared: memory, bandwidth. Products by count, of 3352 as published (sparse fp4): half of it dense; of that int8
+    # is a half, fp8 summed in float32 a quarter, 16 bits an eighth.
     Card("RTX 5090", 32, 209, 419, 838, 1792),
-    Card("RTX 4090", 24, 165, 330, 661, 1008),
+    Card("RTX 4090", 24, 165, 330, 661, 1008),  # compared: all
+    # Products by count: 328 tensor cores at 1.695 GHz, 128 operations a cycle in 16 bits, 512 in int8.
     Card("RTX 3090", 24, 71, None, 284, 936),
 )
 

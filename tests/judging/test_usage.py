@@ -65,28 +65,35 @@ def test_peft_loads_what_diffusers_does_not(name: str, tiny_checkpoints: dict[st
     compile(hub, "hub", "exec")
 
 
-def run(words: str) -> Any:
-    """The pipeline that printed lines make, on the CPU."""
-    found: dict[str, Any] = {}
-    exec(words.replace('"cuda"', '"cpu"'), found)
-    return found["pipe"]
+def test_the_lines_of_an_ordinary_pipeline() -> None:
+    first = "import torch\nfrom diffusers import DiffusionPipeline\n\n"
+    assert pipeline_words("FluxKontext", "a/b") == pipeline_words(None, "a/b")
+    assert pipeline_words(None, "a/b") == (
+        f'{first}pipe = DiffusionPipeline.from_pretrained("a/b", dtype=torch.bfloat16).to("cuda")'
+    )
+    assert pipeline_words(None, "a/b", "c/d").endswith(
+        'transformer = AutoModel.from_pretrained("c/d", subfolder="transformer", dtype=torch.bfloat16)\n'
+        'pipe = DiffusionPipeline.from_pretrained("a/b", transformer=transformer, dtype=torch.bfloat16).to("cuda")'
+    )
 
 
-@pytest.mark.parametrize("name", ["FluxKontext", "Flux3Klein"])
-def test_the_printed_lines_make_the_pipeline(name: str, tiny_checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    """One of diffusers' ordinary pipelines, and one of modular blocks; with a LoRA, and with another transformer."""
-    family, folder, file = get_family(name), tiny_checkpoints[name], tmp_path / "pytorch_lora_weights.safetensors"
+def test_the_lines_of_modular_blocks_make_the_pipeline(tiny_checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """With a LoRA, on a transformer of one's own."""
+    name, folder = "Flux3Klein", tiny_checkpoints["Flux3Klein"]
+    file = tmp_path / "pytorch_lora_weights.safetensors"
     expected = trained(name, folder, file, seed=1)
-    words = f"{pipeline_words(family_of(file), str(folder))}\n{loading_words({}, str(file), file)}"
-    pipe = run(words)
+    model: Any = get_family(name).transformer.from_pretrained(folder, subfolder="transformer")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1)
+    model.save_pretrained(tmp_path / "mine/transformer")
+    plain, words = (pipeline_words(family_of(file), str(folder), mine) for mine in (None, str(tmp_path / "mine")))
+    assert set(plain.split("\n")) <= set(words.replace("AutoModel, ", "").split("\n"))
+    found: dict[str, Any] = {}
+    exec(f"{words}\n{loading_words({}, str(file), file)}".replace('"cuda"', '"cpu"'), found)
+    pipe = found["pipe"]
     assert type(pipe).__name__ == FAMILIES[name].pipeline and pipe.vae is not None and pipe.text_encoder is not None
     assert pipe.transformer.dtype == pipe.vae.dtype == torch.bfloat16
     layers = {key: layer for key, layer in pipe.transformer.named_modules() if isinstance(layer, LoraLayer)}
     assert layers.keys() == expected.keys()
-
-    model: Any = family.transformer.from_pretrained(folder, subfolder="transformer")
-    torch.nn.init.ones_(next(model.parameters()))
-    model.save_pretrained(tmp_path / "mine/transformer")
-    pipe = run(pipeline_words(name, str(folder), str(tmp_path / "mine")))
-    assert pipe.transformer.dtype == torch.bfloat16 and bool((next(pipe.transformer.parameters()) == 1).all())
-    assert pipe.vae is not None and pipe.text_encoder is not None
+    assert all((layer.get_base_layer().weight == 1).all() for layer in layers.values())

@@ -181,6 +181,9 @@ def check(options: argparse.Namespace) -> None:
         raise refusal([*problems, *more]) from error
     beside = "" if pairs.held_out is None else f" to train on, {len(pairs.held_out)} to validate on"
     print(f"{len(pairs.training)} pairs{beside}, all readable")
+    left_out = pairs.training.left_out
+    for row in left_out:
+        print(f"left out: {row}")
     if config.loss.mask_loss == "difference":
         from qwen_image_finetune.data.difference import show_maps
 
@@ -189,7 +192,8 @@ def check(options: argparse.Namespace) -> None:
         raise refusal(problems)
     if options.json:
         held_out = 0 if pairs.held_out is None else len(pairs.held_out)
-        options.answer({"family": family.name, "pairs": len(pairs.training), "held_out": held_out, "problems": []})
+        found = {"family": family.name, "pairs": len(pairs.training), "held_out": held_out, "problems": []}
+        options.answer(found | ({"left_out": [str(row) for row in left_out]} if left_out else {}))
 
 
 def evaluate(options: argparse.Namespace) -> None:

@@ -227,6 +227,9 @@ class DataConfig(Section):
     prefetch_factor: Count = Field(2, description="batches read ahead, by each worker where there are some")
     persistent_workers: Switch = Field(False, description="no effect: workers live as long as the run")
     shuffle: Switch = Field(True, description="a new order of the samples every epoch")
+    max_bad_share: Rate = Field(
+        0.0, description="share of the samples that may be left out, and listed, because they cannot be read"
+    )
 
     @model_validator(mode="after")
     def _known_arguments(self) -> DataConfig:

@@ -28,7 +28,8 @@ from qwen_image_finetune.data.geometry import (
     transfer,
 )
 from qwen_image_finetune.data.images import DataError, fitted, open_upright, size_upright
-from qwen_image_finetune.data.listing import LONGEST_CAPTION, Row
+from qwen_image_finetune.data.left_out import LeftOut
+from qwen_image_finetune.data.listing import LONGEST_CAPTION, Row, RowFault
 from qwen_image_finetune.data.sources import read_source
 from qwen_image_finetune.records import Example
 
@@ -54,7 +55,10 @@ class ImageDataset:
     Attributes:
         rows: what the folders hold, sorted by key within each folder. Rows that lack a file are not among them.
         notes: what the user should be told once.
+        left_out: rows that are not among them because they cannot be read, as `data.max_bad_share` allows.
     """
+
+    left_out: tuple[LeftOut, ...] = ()
 
     def __init__(
         self,
@@ -89,7 +93,14 @@ class ImageDataset:
         self._crop, self._random_flip = _crop(arguments), arguments.random_flip
         self._problems: list[str] = []
         self.rows = self._list(arguments)
-        self._note_rows(arguments.use_edit_mask)
+        self._use_edit_mask = arguments.use_edit_mask
+        self._seen: dict[int, _Checked] = {}  # of rows that `faults` has looked at, for the next check
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """What follows from the rows."""
+        self._noted = len(self.notes)
+        self._note_rows(self._use_edit_mask)
         # Upright sizes of all files, row after row (target, references, mask); 0 where not yet read.
         counts = [1 + len(row.reference_names) + (row.mask_name is not None) for row in self.rows]
         self._first = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])  # (rows + 1,)
@@ -111,24 +122,48 @@ class ImageDataset:
             progress: called with (rows done, rows).
             rows: numbers of the rows to look at; all by default.
         """
+        checked = self._inspect(decode, progress, rows)
         problems = dict.fromkeys(self._problems)  # in order, and once where rows share a file
-        chosen = range(len(self)) if rows is None else rows
-        chunks = [chosen[start : start + _CHUNK] for start in range(0, len(chosen), _CHUNK)]
-        checked: dict[int, _Checked] = {}
-        pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
-        try:
-            for chunk, found in zip(chunks, pool.map(lambda rows: self._check_rows(rows, decode), chunks), strict=True):
-                checked.update(zip(chunk, found, strict=True))
-                problems.update((line, None) for row in found for line in row.problems)
-                if progress is not None:
-                    progress(len(checked), len(chosen))
-        finally:
-            pool.shutdown(cancel_futures=True)  # an interrupt does not wait for the rest of the rows
+        problems.update((line, None) for row in checked.values() for line in row.problems)
         if rows is None and not problems:
             problems.update(dict.fromkeys(suspects.unchanged_problem(self.rows)))
         if not problems:
             self._note_checked(checked, everything=rows is None)
         return list(problems)
+
+    def faults(self, decode: bool = False, progress: Callable[[int, int], None] | None = None) -> list[RowFault]:
+        """What is wrong with single rows, also with those that lack a file and so are none: the rest of `check`."""
+        checked = self._seen = self._inspect(decode, progress, None)
+        found = [RowFault(line, self.rows[index].key) for index, row in checked.items() for line in row.problems]
+        return [*(line for line in self._problems if isinstance(line, RowFault)), *found]
+
+    def leave_out(self, rows: Sequence[LeftOut]) -> None:
+        """Go on as if there had never been these rows."""
+        keys = {row.key for row in rows}
+        self.left_out += tuple(rows)
+        self._problems = [line for line in self._problems if not (isinstance(line, RowFault) and line.row in keys)]
+        kept = [index for index, row in enumerate(self.rows) if row.key not in keys]
+        self._seen = {place: self._seen[index] for place, index in enumerate(kept) if index in self._seen}
+        self.rows = [self.rows[index] for index in kept]
+        del self.notes[self._noted :]
+        self._prepare()
+
+    def _inspect(
+        self, decode: bool, progress: Callable[[int, int], None] | None, rows: Sequence[int] | None
+    ) -> dict[int, _Checked]:
+        wanted = range(len(self)) if rows is None else rows
+        checked, self._seen = {index: self._seen[index] for index in wanted if index in self._seen}, {}
+        chosen = [index for index in wanted if index not in checked] if checked else wanted
+        chunks = [chosen[start : start + _CHUNK] for start in range(0, len(chosen), _CHUNK)]
+        pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+        try:
+            for chunk, found in zip(chunks, pool.map(lambda rows: self._check_rows(rows, decode), chunks), strict=True):
+                checked.update(zip(chunk, found, strict=True))
+                if progress is not None:
+                    progress(len(checked), len(wanted))
+        finally:
+            pool.shutdown(cancel_futures=True)  # an interrupt does not wait for the rest of the rows
+        return checked
 
     def plan(self, index: int, visit: int | None = None) -> Plan:
         """What becomes of the pictures of a row, from the headers of its files.
@@ -240,7 +275,8 @@ class ImageDataset:
         rows: list[Row] = []
         for entry, prefix in zip(entries, prefixes(entries), strict=True):
             listed, problems = read_source(entry, home, masks=arguments.use_edit_mask, streaming=arguments.streaming)
-            self._problems += problems
+            self._problems += [RowFault(line, prefix + line.row) if isinstance(line, RowFault) else line
+                               for line in problems]  # fmt: skip
             rows += [replace(row, key=prefix + row.key) for row in listed] if prefix else listed
         if not entries:
             self._problems.append("data.init_args.dataset_path is an empty list; name at least one folder")

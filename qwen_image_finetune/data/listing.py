@@ -44,6 +44,17 @@ class Row:
         return None if self.mask_name is None else self.folder / self.mask_name
 
 
+class RowFault(str):
+    """What is wrong with one row, in words: the others can be trained on without it."""
+
+    row: str  # its key, or what tells it apart where it did not become a row
+
+    def __new__(cls, words: str, row: str = "") -> RowFault:
+        fault = super().__new__(cls, words)
+        fault.row = row
+        return fault
+
+
 class Tree:
     """A folder and what lies in it. Each directory is listed once; plain files are never looked at one by one."""
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from qwen_image_finetune.data.listing import LONGEST_CAPTION, Row, Tree, unwritable
+from qwen_image_finetune.data.listing import LONGEST_CAPTION, Row, RowFault, Tree, unwritable
 
 if TYPE_CHECKING:
     from qwen_image_finetune.config import Columns
@@ -49,7 +49,7 @@ def read_metadata(tree: Tree, name: str, *, masks: bool, columns: Columns | None
                     raise fields
                 row = _row(tree, fields if columns is None else _renamed(fields, columns), masks)
             except _Fault as fault:
-                problems.append(f"{tree.folder / name}, line {line}: {fault}")
+                problems.append(RowFault(f"{tree.folder / name}, line {line}: {fault}", f"{name}, line {line}"))
                 continue
             seen[row.target_name] = times = seen.get(row.target_name, 0) + 1
             key = row.target_name if times == 1 else f"{row.target_name}#{times}"

@@ -14,7 +14,7 @@ class Part(ImageDataset):
 
     def __init__(self, whole: ImageDataset, indices: Sequence[int]) -> None:
         self.whole, self.indices = whole, list(indices)
-        self.resampling = whole.resampling
+        self.resampling, self.left_out = whole.resampling, whole.left_out
         self.notes = []  # the whole has said what it knew; more comes of a check
         self.rows = [whole.rows[index] for index in self.indices]
 

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 from qwen_image_finetune.data import shards
 from qwen_image_finetune.data.columns import Layout, layout_of
 from qwen_image_finetune.data.images import DataError, size_of
-from qwen_image_finetune.data.listing import LONGEST_CAPTION, Row, unwritable
+from qwen_image_finetune.data.listing import LONGEST_CAPTION, Row, RowFault, unwritable
 from qwen_image_finetune.disk.files import write_atomic
 from qwen_image_finetune.disk.reading import MEBIBYTE, Unreadable, read_json
 
 if TYPE_CHECKING:
     from qwen_image_finetune.config import Columns
 
-FORMAT = 1  # raise it when an index holds something else
+FORMAT = 2  # raise it when an index holds something else
 LARGEST = 1024 * MEBIBYTE
 
 
@@ -92,24 +92,25 @@ def read_shard(
         )
         for key, prompt, target, references, mask in found["rows"]
     ]
-    return rows, [f"{shard.path}{line}" for line in found["problems"]]
+    bad = [RowFault(f"{shard.path}, row {key}: {line}", f"{shard.name}/{key}") for key, line in found["bad_rows"]]
+    return rows, [*(f"{shard.path}: {line}" for line in found["problems"]), *bad]
 
 
 def _index(shard: Shard, columns: Columns | None) -> dict[str, Any]:
     layout = layout_of(shards.columns_of(str(shard.path)), columns)
     if isinstance(layout, str):
-        return {"rows": [], "cells": {}, "problems": [f": {layout}"]}
+        return {"rows": [], "cells": {}, "problems": [layout], "bad_rows": []}
     rows: list[Any] = []
     cells: dict[str, shards.Cell] = {}
-    problems: list[str] = []
+    bad: list[tuple[str, str]] = []  # (key, what is wrong)
     for key, row in shards.rows_of(str(shard.path), layout.names):
         try:
             own = dict(_cells(row, layout))
             rows.append(_row(key, row, layout, list(own)))
             cells |= own
         except DataError as error:
-            problems += [f", row {key}: {line}" for line in error.problems]
-    return {"rows": rows, "cells": cells, "problems": problems}
+            bad += [(key, line) for line in error.problems]
+    return {"rows": rows, "cells": cells, "problems": [], "bad_rows": bad}
 
 
 def _row(key: str, row: dict[str, tuple[str, Any]], layout: Layout, pictures: Sequence[str]) -> list[Any]:

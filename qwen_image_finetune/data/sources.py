@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen_image_finetune.config import no_folder
 from qwen_image_finetune.data.hub import hub_shards, of_split
 from qwen_image_finetune.data.images import DataError
-from qwen_image_finetune.data.listing import PICTURES, Row, Tree, same
+from qwen_image_finetune.data.listing import PICTURES, Row, RowFault, Tree, same
 from qwen_image_finetune.data.metadata import METADATA, read_metadata
 from qwen_image_finetune.data.shard_index import Shard, local_shard, place_of, read_shard
 from qwen_image_finetune.data.shards import ENDINGS, TABLES
@@ -150,13 +151,13 @@ def _read_pairs(tree: Tree, masks: bool) -> tuple[list[Row], list[str]]:
             missing.append(f"no reference; {REFERENCES} has no picture {stem}")
         elif sorted(own) != list(range(len(own))):
             missing.append(f"references are numbered {sorted(own)[1:]}; count 1, 2, ... without gaps")
-        problems += [f"{tree.folder / target}: {line}" for line in missing]
+        problems += [RowFault(f"{tree.folder / target}: {line}", stem) for line in missing]
         if not missing:
             ordered = tuple(own[number] for number in sorted(own))
             mask = mask_names.get(stem) if masks else None
             rows.append(Row(stem, tree.folder, target, ordered, captions[stem], None, mask))
     problems += [
-        f"{tree.folder / caption}: a caption without a picture of that name"
+        RowFault(f"{tree.folder / caption}: a caption without a picture of that name", stem)
         for stem, caption in captions.items()
         if stem not in targets
     ]
@@ -174,8 +175,14 @@ def _near(tree: Tree, target: str) -> str:
     return f"; there is {found[0]}: rename it if it is the caption" if found else ""
 
 
-def _pictures(tree: Tree, directory: str, problems: list[str]) -> tuple[Names, Names]:
-    """Pictures and text files directly in `directory`, sorted by name."""
+def _pictures(
+    tree: Tree, directory: str, problems: list[str], row_of: Callable[[str], str] = str
+) -> tuple[Names, Names]:
+    """Pictures and text files directly in `directory`, sorted by name.
+
+    Args:
+        row_of: the key of the row that a stem belongs to.
+    """
     pictures: Names = {}
     texts: Names = {}
     names = tree.list(directory)
@@ -189,13 +196,13 @@ def _pictures(tree: Tree, directory: str, problems: list[str]) -> tuple[Names, N
         elif ending in PICTURES or ending == ".txt":
             group = texts if ending == ".txt" else pictures
             if stem in group:
-                problems.append(
-                    f"{tree.folder / path}: {group[stem]} has the same stem{_spelt(group[stem], path)}; keep one"
-                )
+                words = f"{group[stem]} has the same stem{_spelt(group[stem], path)}; keep one"
+                problems.append(RowFault(f"{tree.folder / path}: {words}", row_of(stem)))
             else:
                 group[stem] = path
         elif ending in _OTHER_PICTURES:
-            problems.append(f"{tree.folder / path}: {ending} is not read; save it as {', '.join(PICTURES)}")
+            words = f"{ending} is not read; save it as {', '.join(PICTURES)}"
+            problems.append(RowFault(f"{tree.folder / path}: {words}", row_of(stem)))
     return pictures, texts
 
 
@@ -232,21 +239,27 @@ def _references(tree: Tree, targets: Names, problems: list[str]) -> tuple[dict[s
             f"{tree.folder}: {folders[min(folders)]} without {REFERENCES}, which holds the first references"
         )
 
+    def place_of(stem: str, number: int) -> tuple[str, int]:
+        match = _NUMBERED_STEM.fullmatch(stem) if number == 0 and stem not in targets else None
+        return (match[1], int(match[2])) if match else (stem, number)
+
+    def row_of(number: int, stem: str) -> str:
+        return place_of(stem, number)[0]
+
     found: dict[str, dict[int, str]] = {}
     for number, directory in folders.items():
         fault = tree.folder_fault(directory)
         if fault is not None:
             problems.append(f"{tree.folder / directory}: {fault}")
             continue
-        for stem, name in _pictures(tree, directory, problems)[0].items():
-            base, place = stem, number
-            match = _NUMBERED_STEM.fullmatch(stem) if number == 0 and stem not in targets else None
-            if match:
-                base, place = match[1], int(match[2])
+        pictures, _ = _pictures(tree, directory, problems, partial(row_of, number))
+        for stem, name in pictures.items():
+            base, place = place_of(stem, number)
             if base not in targets:
-                problems.append(f"{tree.folder / name}: {TARGETS} has no picture {base}")
+                problems.append(RowFault(f"{tree.folder / name}: {TARGETS} has no picture {base}", base))
             elif place in found.setdefault(base, {}):
-                problems.append(f"{tree.folder / name}: {found[base][place]} is the same reference of {base}; keep one")
+                words = f"{found[base][place]} is the same reference of {base}; keep one"
+                problems.append(RowFault(f"{tree.folder / name}: {words}", base))
             else:
                 found[base][place] = name
     return found, bool(folders)

@@ -139,7 +139,7 @@ def encode_dataset(config: Config) -> None:
 
     with out_of_memory.explained(config, "encoding the data set"):
         fill_by_shard(config, family, accelerator, say)
-    pairs = open_pairs(config, family)
+    pairs = open_pairs(config, family, share=build_team(accelerator).share)
     folder = loading.checkpoint_folder(config, family)
     check_installed(config.model, folder)
     with out_of_memory.explained(config, "encoding the data set"):

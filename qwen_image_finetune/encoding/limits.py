@@ -64,12 +64,14 @@ def shown_references(plan: Plan) -> list[tuple[Size, Size]]:
 
 def reference_problems(family: Family, dataset: ImageDataset) -> list[str]:
     """One line for each reference of a data set that the family cannot take."""
-    problems: dict[str, None] = {}
-    for index in range(len(dataset)):
-        plan = dataset.plan(index)
-        for place, fault in reference_faults(family, shown_references(plan)):
-            problems.setdefault(f"{plan.references[place].path}: {fault}")
-    return list(problems)
+    return list(dict.fromkeys(line for index in range(len(dataset)) for line in row_problems(family, dataset, index)))
+
+
+def row_problems(family: Family, dataset: ImageDataset, index: int) -> list[str]:
+    """One line for each reference of a row that the family cannot take."""
+    plan = dataset.plan(index)
+    faults = reference_faults(family, shown_references(plan))
+    return [f"{plan.references[place].path}: {fault}" for place, fault in faults]
 
 
 def check_prompts(family: Family, checkpoint: Path, dataset: ImageDataset, rows: Sequence[int]) -> None:

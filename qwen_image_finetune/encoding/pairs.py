@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from qwen_image_finetune.config import OUR_DATASETS, Config, ConfigError, import_class
-from qwen_image_finetune.data import alike
+from qwen_image_finetune.data import alike, left_out
 from qwen_image_finetune.data.asked import AskedDataset
 from qwen_image_finetune.data.dataset import ImageDataset
 from qwen_image_finetune.data.images import DataError
+from qwen_image_finetune.data.left_out import LeftOut
 from qwen_image_finetune.data.part import Part, spread
 from qwen_image_finetune.data.suspects import few_note
 from qwen_image_finetune.encoding.cache import EncodedDataset
@@ -19,18 +21,31 @@ from qwen_image_finetune.encoding.limits import (
     check_prompts,
     reference_faults,
     reference_problems,
+    row_problems,
     shown_references,
 )
 from qwen_image_finetune.families.base import Family
 from qwen_image_finetune.levers.stored_precision import local_checkpoint
 from qwen_image_finetune.machine import console
 
+Share = Callable[[Callable[[], Any], str], Any]
 
-def open_dataset(config: Config, family: Family, decode: bool = False) -> ImageDataset:
+
+def alone(make: Callable[[], Any], what: str) -> Any:
+    """`Team.share` of a process without others."""
+    return make()
+
+
+def open_dataset(
+    config: Config, family: Family, decode: bool = False, before: Sequence[LeftOut] = (), share: Share = alone
+) -> ImageDataset:
     """The dataset of a configuration, checked: every missing or unreadable file in one report.
 
     Args:
-        decode: read every picture to its end, not its header alone.
+        decode: read every picture to its end, not its header alone. With data.max_bad_share that is done in any case,
+            so that the rows are the same with and without the cache.
+        before: rows that a run which goes on has left out.
+        share: `Team.share`, so that one process reads for all of them.
 
     Raises:
         DataError: with all problems, before any model is loaded.
@@ -52,6 +67,8 @@ def open_dataset(config: Config, family: Family, decode: bool = False) -> ImageD
     if not family.max_references and (number := sum(bool(row.reference_names) for row in dataset.rows)):
         raise DataError([f"{number} of {len(dataset)} pictures have control images: {family.takes_none}"])
     decode = decode and not arguments.streaming  # the pictures of a shard are decoded when it is encoded
+    if config.data.max_bad_share:
+        leave_out_bad_rows(config, family, dataset, before, share)
     problems = dataset.check(decode)
     if (
         problems and not decode and not arguments.streaming
@@ -65,6 +82,47 @@ def open_dataset(config: Config, family: Family, decode: bool = False) -> ImageD
     return dataset
 
 
+def leave_out_bad_rows(
+    config: Config, family: Family, dataset: ImageDataset, before: Sequence[LeftOut], share: Share
+) -> None:
+    """Take the rows that cannot be trained on out of a dataset, and say how many, and what changed since `before`.
+
+    Raises:
+        DataError: they are more than data.max_bad_share allows, or all.
+    """
+    most, decode = config.data.max_bad_share, not config.data.init_args.streaming
+    bad: dict[str, list[str]] = share(lambda: bad_rows(family, dataset, decode), "checking the pictures")
+    total = len({*bad, *(row.key for row in dataset.rows)})
+    if bad and (len(bad) / total > most or len(bad) == total):
+        words = f"{len(bad)} of {total} rows cannot be trained on; data.max_bad_share={most} lets fewer be left out"
+        listed = dict.fromkeys(line for lines in bad.values() for line in lines)
+        raise DataError([words, *listed])
+    known, present = {row.key for row in before}, {row.key for row in dataset.rows}
+    stay = [row for row in before if row.key not in bad]
+    found = [LeftOut(key, tuple(lines)) for key, lines in bad.items()]
+    dataset.leave_out([*found, *stay])
+    if dataset.left_out:
+        console.note(
+            f"{len(dataset.left_out)} of {total} rows are left out, as data.max_bad_share={most} allows; a run lists "
+            f"them in {left_out.FILE} of its folder"
+        )
+    if before and (new := [row for row in found if row.key not in known]):
+        console.note(f"rows that the run had when it began are left out now: {'; '.join(map(str, new))}")
+    if before and (sound := [row.key for row in stay if row.key in present]):
+        console.note(f"rows that can be read now stay left out, as when the run began: {', '.join(sound)}")
+
+
+def bad_rows(family: Family, dataset: ImageDataset, decode: bool) -> dict[str, list[str]]:
+    """What is wrong with each row that cannot be trained on, by its key."""
+    found: dict[str, list[str]] = {}
+    for fault in dataset.faults(decode):
+        found.setdefault(fault.row, []).append(str(fault))
+    for index, row in enumerate(dataset.rows):
+        if row.key not in found and (lines := row_problems(family, dataset, index)):
+            found[row.key] = lines
+    return found
+
+
 class Pairs(NamedTuple):
     """What is trained on, and what is not; None where nothing is held out."""
 
@@ -72,16 +130,21 @@ class Pairs(NamedTuple):
     held_out: ImageDataset | None
 
 
-def open_pairs(config: Config, family: Family, decode: bool = False) -> Pairs:
+def open_pairs(
+    config: Config, family: Family, decode: bool = False, before: Sequence[LeftOut] = (), share: Share = alone
+) -> Pairs:
     """The data set of a configuration, checked, and the pairs that validation holds out of it or reads beside it.
 
-    No held-out row has an input that looks like one that is trained on.
+    No held-out row has an input that looks like one that is trained on. Of pairs beside it none is left out.
+
+    Args:
+        decode, before, share: as those of `open_dataset`.
 
     Raises:
         DataError: with all problems, before any model is loaded.
         ConfigError: validation.share cannot be held out.
     """
-    dataset, settings = open_dataset(config, family, decode), config.validation
+    dataset, settings = open_dataset(config, family, decode, before, share), config.validation
     for line in few_note(len(dataset)):
         console.note(line)
     if not settings.enabled or (settings.dataset_path is None and settings.share == 0):
@@ -99,7 +162,7 @@ def open_pairs(config: Config, family: Family, decode: bool = False) -> Pairs:
 
     given = {"dataset_path": settings.dataset_path, "streaming": False}
     arguments = config.data.init_args.model_copy(update=given)
-    data = config.data.model_copy(update={"init_args": arguments})
+    data = config.data.model_copy(update={"init_args": arguments, "max_bad_share": 0.0})
     folder = open_dataset(config.model_copy(update={"data": data}), family, decode)
     if config.data.init_args.streaming:
         console.note("held-out pairs are not compared with those that are trained on: their pictures are not kept")

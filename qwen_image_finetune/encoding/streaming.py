@@ -14,12 +14,13 @@ from qwen_image_finetune.config import Config, DataEntry, DatasetArguments
 from qwen_image_finetune.data.dataset import ImageDataset, prefixes
 from qwen_image_finetune.data.hub import hub_shards
 from qwen_image_finetune.data.images import DataError
+from qwen_image_finetune.data.left_out import LeftOut
 from qwen_image_finetune.data.listing import Row
 from qwen_image_finetune.data.shard_index import Shard, read_shard, remove
 from qwen_image_finetune.encoding.cache import EncodedDataset
 from qwen_image_finetune.encoding.embeddings import check_pictures
 from qwen_image_finetune.encoding.limits import check_prompts, reference_problems
-from qwen_image_finetune.encoding.pairs import training_settings
+from qwen_image_finetune.encoding.pairs import bad_rows, training_settings
 from qwen_image_finetune.families.base import Family
 from qwen_image_finetune.machine import console
 from qwen_image_finetune.machine.accelerator import build_team, encoder_homes
@@ -81,6 +82,9 @@ def fill_by_shard(config: Config, family: Family, accelerator: Accelerator, say:
             continue
         try:
             dataset = _OneShard(shard, entry, prefix, config, family)
+            if config.data.max_bad_share:  # whether they are too many is known once all shards are
+                bad = bad_rows(family, dataset, decode=False)
+                dataset.leave_out([LeftOut(key, tuple(lines)) for key, lines in bad.items()])
             if problems := dataset.check() or reference_problems(family, dataset):
                 raise DataError(problems)
             rows = EncodedDataset(settings, family, dataset, checkpoint, dtype)

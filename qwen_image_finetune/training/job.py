@@ -10,6 +10,7 @@ import torch
 
 from qwen_image_finetune import loading
 from qwen_image_finetune.config import Config, ConfigError, resolve_family
+from qwen_image_finetune.data import left_out
 from qwen_image_finetune.data.batches import Batches
 from qwen_image_finetune.data.dataset import ImageDataset
 from qwen_image_finetune.disk import versions
@@ -103,7 +104,9 @@ def open_job(config: Config) -> Job:
     check_sharing(config, team.size, shared=sharding is not None)
 
     fill_by_shard(config, family, accelerator, console.say if team.main else lambda message: None)
-    pairs = open_pairs(config, family)
+    version = team.share(lambda: resumed_version(config), "looking for a run to resume")
+    before = () if version is None else left_out.read(Path(version))
+    pairs = open_pairs(config, family, before=before, share=team.share)
     if sharding is not None and family.references_apart:
         check_references(config, pairs)
     folder = loading.checkpoint_folder(config, family)
@@ -116,7 +119,6 @@ def open_job(config: Config) -> Job:
     attention.choose(config.train.attention, accelerator.device, loading.weight_dtype(config.train.mixed_precision))
     parallel.check_base(sharding, config.model.transformer_path or place, precision)
     card = least(accelerator, card_memory() if accelerator.device.type == "cuda" else None)
-    version = team.share(lambda: resumed_version(config), "looking for a run to resume")
     config = choice.kept(config, None if version is None else Path(version))
     config, expectation = choice.settled(config, family, folder, largest_sample(pairs.training), card, team.local_size)
     rows, held_out, own = encoded(config, family, pairs, folder, loading.encoder_dtype(config.train.mixed_precision))
@@ -151,10 +153,11 @@ def least(accelerator: Accelerator, free: int | None) -> int | None:
 
 
 def resumed_version(config: Config) -> str | None:
-    """Folder of the version that a run goes on from; None of one that starts afresh."""
+    """Folder of the version that a run goes on from, where that is needed; None of one that starts afresh."""
     spec = config.train.resume_from_checkpoint
+    needed = choice.asks(config) or config.data.max_bad_share > 0
     found = spec and versions.find_checkpoint(config.logging.project_dir, spec, lambda message: None)
-    return str(Path(found).resolve().parent) if found and choice.asks(config) else None
+    return str(Path(found).resolve().parent) if found and needed else None
 
 
 def largest_sample(dataset: ImageDataset) -> list[tuple[int, int]]:

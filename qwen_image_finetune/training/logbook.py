@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qwen_image_finetune.config import Config
+from qwen_image_finetune.data import left_out
 from qwen_image_finetune.disk import checkpoint, history, runs, versions
 from qwen_image_finetune.disk.files import DiskFull, is_disk_full, write_atomic
 from qwen_image_finetune.encoding import remembered
@@ -74,6 +75,7 @@ class Logbook:
         made_with = environment(device_words(self.job.accelerator.device), self.job.team.size)
         write_atomic(self.run.path / history.ENVIRONMENT, json.dumps(made_with) + "\n")
         pairs, files = self.job.pairs, self.job.rows.fingerprints
+        left_out.write(self.run.path, pairs.training.left_out)
         remembered.remember(self.run.path, pairs.training, pairs.held_out, files.file)
         self.trackers = Trackers(config, self.run.path, step or None)
 

@@ -308,7 +308,8 @@ def test_a_stream_is_encoded_shard_by_shard(
     file, home = str(tmp_path / "config.yaml"), tmp_path / "home"
     words = [f"data.init_args.shards_dir={home}", "data.init_args.caption_dropout_rate=0.2", "train.max_train_steps=2"]
     local = ["data.init_args.dataset_path=" + str(tmp_path / "remote"), f"cache.cache_dir={tmp_path}/local"]
-    remote = ["data.init_args.dataset_path=hf://some/edits", "data.init_args.streaming=true"]
+    remote = ["data.init_args.dataset_path=hf://some/edits", "data.init_args.streaming=true",
+              f"cache.cache_dir={tmp_path}/cache"]  # fmt: skip
     assert main(["cache", file, *words, *remote]) == 0
     assert list(home.rglob("*.parquet")) == []  # nothing stays but what is known of them
     loads = [path for path in hub.asked if path.startswith("GET /datasets")]

@@ -23,6 +23,7 @@ from qwen_image_finetune.config.values import (
     Number,
     Positive,
     Rate,
+    Repeats,
     Seconds,
     Section,
     Seed,
@@ -129,6 +130,8 @@ class DataEntry(Section):
     path: Text = Field(description="folder, table, or hf://OWNER/NAME[/FOLDER][@REVISION]")
     columns: Columns | None = Field(None, description="target, references, prompt, mask; default: known by name")
     split: Text = Field("train", description="files with this word in their name, where there are several splits")
+    repeats: Repeats = Field(1, description="visits of an epoch to each of its samples")
+    prefix: Text | None = Field(None, description="stands before every prompt of it")
 
     @property
     def on_hub(self) -> bool:
@@ -144,7 +147,9 @@ class DatasetArguments(Section):
     dataset_path: (
         Text
         | Annotated[
-            list[Text | DataEntry], Field(min_length=1), Allowed("list of texts, or of sections: path, columns, split")
+            list[Text | DataEntry],
+            Field(min_length=1),
+            Allowed("list of texts, or of sections: path, columns, split, repeats, prefix"),
         ]
     ) = Field(
         "data/face_seg",
@@ -453,7 +458,9 @@ class ValidationConfig(Section):
     dataset_path: (
         Text
         | Annotated[
-            list[Text | DataEntry], Field(min_length=1), Allowed("list of texts, or of sections: path, columns, split")
+            list[Text | DataEntry],
+            Field(min_length=1),
+            Allowed("list of texts, or of sections: path, columns, split, repeats, prefix"),
         ]
         | None
     ) = Field(None, description="held-out pairs, named like data.init_args.dataset_path")

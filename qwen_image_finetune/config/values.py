@@ -63,6 +63,7 @@ def refuse(problems: Sequence[str]) -> None:
 
 LARGEST = 10**9  # of what is counted: above it stand mistakes, and numbers that libraries cannot hold
 Count = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=LARGEST), Allowed("whole number from 1 to 10^9")]
+Repeats = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=10_000), Allowed("whole number from 1 to 10^4")]
 Natural = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=LARGEST), Allowed("whole number from 0 to 10^9")]
 Rank = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=8192), Allowed("whole number from 1 to 8192")]
 Side = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=65536), Allowed("whole number from 1 to 65536")]

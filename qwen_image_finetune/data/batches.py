@@ -14,7 +14,7 @@ class MicroBatch:
     """Rows of one geometry that go through the model together, in one process."""
 
     rows: tuple[int, ...]
-    visit: int  # how often each of its rows was seen before: the epoch
+    visits: tuple[int, ...]  # per row: how often it was seen before
     drop_caption: tuple[bool, ...]  # per row: train on the empty prompt
     drop_references: bool  # train without the references
 
@@ -22,9 +22,9 @@ class MicroBatch:
 class Batches:
     """Which rows each optimizer step trains on.
 
-    Every epoch visits every row once, in as many micro-batches as every other epoch. Epochs follow each other in one
-    stream of micro-batches, and an optimizer step takes the next `micro_batches_per_step` of them, so that a step may
-    begin in one epoch and end in the next.
+    Every epoch visits every row once, or as often as it is repeated, in as many micro-batches as every other epoch.
+    Epochs follow each other in one stream of micro-batches, and an optimizer step takes the next
+    `micro_batches_per_step` of them, so that a step may begin in one epoch and end in the next.
     """
 
     def __init__(
@@ -37,6 +37,7 @@ class Batches:
         shuffle: bool,
         caption_dropout_rate: float,
         reference_dropout_rate: float,
+        repeats: Sequence[int] | None = None,
     ) -> None:
         """
         Args:
@@ -44,6 +45,7 @@ class Batches:
             batch_size: rows of a micro-batch; fewer where a geometry runs out.
             micro_batches_per_step: gradient accumulation times processes.
             shuffle: a new order every epoch; otherwise rows keep their order, as far as geometries allow.
+            repeats: visits to each row in an epoch; one by default. Each is one more place in the order.
             caption_dropout_rate: share of visits to a row with the empty prompt.
             reference_dropout_rate: share of visits without references, independent of the former. Rows of a micro-batch
                 lose them together: drawn one by one, they would fall apart into smaller batches.
@@ -55,7 +57,11 @@ class Batches:
             raise ValueError("no rows to make batches of")
         numbers: dict[Hashable, int] = {}
         groups = [numbers.setdefault(geometry, len(numbers)) for geometry in geometries]
-        self._groups: NDArray[np.int32] = np.array(groups, dtype=np.int32)  # (rows,)
+        times = [1] * len(groups) if repeats is None else repeats
+        self._repeats: NDArray[np.int32] = np.array(times, dtype=np.int32)  # (rows,)
+        # Of each visit of an epoch its row, and the group of that.
+        self._rows: NDArray[np.int32] = np.repeat(np.arange(len(groups), dtype=np.int32), self._repeats)
+        self._groups: NDArray[np.int32] = np.array(groups, dtype=np.int32)[self._rows]
         self._length = int((-(-np.bincount(self._groups) // batch_size)).sum())  # micro-batches of an epoch
         self._batch_size = batch_size
         self._per_step = micro_batches_per_step
@@ -93,11 +99,13 @@ class Batches:
 
     def _draw(self, epoch: int) -> _Epoch:
         generator = np.random.Generator(np.random.Philox(key=np.array([self._seed, epoch], dtype=np.uint64)))
-        rows = len(self._groups)
-        drop_caption = np.asarray(generator.random(rows) < self._caption_rate)
-        drop_references = np.asarray(generator.random(rows) < self._reference_rate)
-        order = generator.permutation(rows) if self._shuffle else np.arange(rows)
-        return _Epoch(epoch, order, self._groups, drop_caption, drop_references, self._batch_size)
+        visits = len(self._groups)
+        drop_caption = np.asarray(generator.random(visits) < self._caption_rate)
+        drop_references = np.asarray(generator.random(visits) < self._reference_rate)
+        order = generator.permutation(visits) if self._shuffle else np.arange(visits)
+        return _Epoch(
+            epoch, order, self._groups, self._rows, self._repeats, drop_caption, drop_references, self._batch_size
+        )
 
 
 class _Epoch:
@@ -108,15 +116,27 @@ class _Epoch:
         epoch: int,
         order: NDArray[np.int64],
         groups: NDArray[np.int32],
+        rows: NDArray[np.int32],
+        repeats: NDArray[np.int32],
         drop_caption: NDArray[np.bool_],
         drop_references: NDArray[np.bool_],
         batch_size: int,
     ) -> None:
-        self._epoch, self._drop_caption, self._drop_references = epoch, drop_caption, drop_references
-        # Rows group after group, each group in the order of the permutation.
-        places = np.argsort(groups[order], kind="stable")  # (rows,) places in the permutation
-        self._rows = order[places]
-        sorted_groups = groups[self._rows]
+        """
+        Args:
+            order: the visits of the epoch, permuted.
+            groups: of each visit, that of its row.
+            rows: of each visit.
+            repeats: visits to each row.
+        """
+        self._rows = rows
+        # What makes of the number of a visit in the epoch that of its row's visits before: (rows,)
+        self._earlier = epoch * repeats.astype(np.int64) - (np.cumsum(repeats, dtype=np.int64) - repeats)
+        self._drop_caption, self._drop_references = drop_caption, drop_references
+        # Visits group after group, each group in the order of the permutation.
+        places = np.argsort(groups[order], kind="stable")  # (visits,) places in the permutation
+        self._visits = order[places]
+        sorted_groups = groups[self._visits]
         begins = np.flatnonzero(np.diff(sorted_groups, prepend=-1))  # where a group begins
         sizes = np.diff(begins, append=len(order))
         within = np.arange(len(order)) - np.repeat(begins, sizes)
@@ -126,10 +146,11 @@ class _Epoch:
         self._starts, self._ends = starts[by_first], ends[by_first]
 
     def batch(self, place: int) -> MicroBatch:
-        rows = self._rows[self._starts[place] : self._ends[place]]
+        visits = self._visits[self._starts[place] : self._ends[place]]
+        rows = self._rows[visits]
         return MicroBatch(
             rows=tuple(rows.tolist()),
-            visit=self._epoch,
-            drop_caption=tuple(self._drop_caption[rows].tolist()),
-            drop_references=bool(self._drop_references[rows[0]]),
+            visits=tuple((visits + self._earlier[rows]).tolist()),
+            drop_caption=tuple(self._drop_caption[visits].tolist()),
+            drop_references=bool(self._drop_references[visits[0]]),
         )

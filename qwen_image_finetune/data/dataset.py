@@ -208,7 +208,8 @@ class ImageDataset:
         return fitted(image, self.scaled(image.size, size, references), size, self.resampling)
 
     def prompt(self, index: int) -> str:
-        """The caption of a row, without byte order mark and surrounding white space, lines ended by a line feed.
+        """The caption of a row after the prefix of its data set, without byte order mark and surrounding white space,
+        lines ended by a line feed.
 
         Raises:
             DataError: the file is gone or not UTF-8.
@@ -226,7 +227,7 @@ class ImageDataset:
                 raise DataError(f"{row.caption}: not UTF-8 ({error}); save it as UTF-8") from error
             except OSError as error:
                 raise DataError(f"{row.caption}: cannot be read ({error})") from error
-        return text.replace("\r\n", "\n").replace("\r", "\n").strip()
+        return (row.prefix + text.replace("\r\n", "\n").replace("\r", "\n").strip()).strip()
 
     def load(self, index: int, visit: int | None = None) -> Example:
         """Read a row: the target and its mask at their final size, the references cropped but at their own size.

@@ -26,6 +26,8 @@ class Row:
     caption_name: str | None  # file of the prompt
     prompt: str | None  # or the prompt itself
     mask_name: str | None
+    prefix: str = ""  # stands before the prompt
+    repeats: int = 1  # visits in an epoch
 
     @property
     def target(self) -> Path:

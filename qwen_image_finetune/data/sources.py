@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,6 +38,19 @@ def read_source(entry: DataEntry, home: Path, *, masks: bool, streaming: bool = 
         home: `data.init_args.shards_dir`.
         streaming: shards of the hub that are looked into for the first time do not stay on the disk.
     """
+    rows, problems = _read(entry, home, masks, streaming)
+    return of_entry(rows, entry), problems
+
+
+def of_entry(rows: list[Row], entry: DataEntry) -> list[Row]:
+    """Rows with what their entry in the configuration says of all of them."""
+    prefix = entry.prefix or ""
+    if not prefix and entry.repeats == 1:
+        return rows
+    return [replace(row, prefix=prefix, repeats=entry.repeats) for row in rows]
+
+
+def _read(entry: DataEntry, home: Path, masks: bool, streaming: bool) -> Rows:
     if entry.on_hub:
         try:
             return _read_shards(hub_shards(entry, home), entry, home, masks, keep=not streaming)

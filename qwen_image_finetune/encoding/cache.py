@@ -295,16 +295,16 @@ class EncodedDataset:
         """
         return self._row(index, variant, visit, self.store.read)
 
-    def read_batch(self, indices: Sequence[int], variants: Sequence[TextVariant], visit: int = 0) -> Batch:
+    def read_batch(self, indices: Sequence[int], variants: Sequence[TextVariant], visits: Sequence[int]) -> Batch:
         """`collate` of what `read` returns for some rows, read straight into the memory of the batch.
 
         Raises:
             ValueError: the rows are not of one geometry.
             DamagedEntry, FileNotFoundError: as `read`.
         """
-        samples = list(zip(indices, variants, strict=True))
+        samples = list(zip(indices, variants, visits, strict=True))
         return read_stacked(
-            self.store, lambda read: [self._row(index, variant, visit, read) for index, variant in samples]
+            self.store, lambda read: [self._row(index, variant, visit, read) for index, variant, visit in samples]
         )
 
     def _row(self, index: int, variant: TextVariant, visit: int, read: ReadEntry) -> Encoded:

@@ -17,6 +17,7 @@ from qwen_image_finetune.data.images import DataError
 from qwen_image_finetune.data.left_out import LeftOut
 from qwen_image_finetune.data.listing import Row
 from qwen_image_finetune.data.shard_index import Shard, read_shard, remove
+from qwen_image_finetune.data.sources import of_entry
 from qwen_image_finetune.encoding.cache import EncodedDataset
 from qwen_image_finetune.encoding.embeddings import check_pictures
 from qwen_image_finetune.encoding.limits import check_prompts, reference_problems
@@ -47,7 +48,7 @@ class _OneShard(ImageDataset):
         rows, self._problems = read_shard(
             self._shard, self._entry.columns, home, masks=arguments.use_edit_mask, keep=True
         )
-        return [replace(row, key=self._prefix + row.key) for row in rows]
+        return [replace(row, key=self._prefix + row.key) for row in of_entry(rows, self._entry)]
 
 
 def fill_by_shard(config: Config, family: Family, accelerator: Accelerator, say: Callable[[str], None]) -> None:

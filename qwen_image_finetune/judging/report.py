@@ -87,6 +87,7 @@ def data(version: Version) -> str:
             figures.append(f"<figure><figcaption>{escape(str(error))}</figcaption></figure>")
             continue
         caption = row.prompt if row.caption is None else row.caption.read_text(encoding="utf-8-sig", errors="replace")
+        caption = row.prefix + (caption or "").strip()
         names = [f"reference of {row.key}"] * len(row.reference_names) + [f"target of {row.key}"]
         images = "".join(picture(*each, THUMBNAIL_HEIGHT) for each in zip(pictures, names, strict=True))
         figures.append(

@@ -229,4 +229,5 @@ def plan_batches(config: Config, dataset: ImageDataset, processes: int) -> Batch
         shuffle=config.data.shuffle,
         caption_dropout_rate=arguments.caption_dropout_rate,
         reference_dropout_rate=arguments.prompt_image_dropout_rate,
+        repeats=[row.repeats for row in dataset.rows],
     )

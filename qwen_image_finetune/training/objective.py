@@ -61,13 +61,12 @@ class Objective:
             module: the transformer, or the wrapper around it that averages its gradients over processes.
         """
         shape = batch.target.shape[1:]
-        visits = [micro.visit] * len(batch.keys)
         sigma, noise = flow.draw(
-            batch.keys, visits, self.train.seed, shape, self.train.sigma_distribution, self.shift(shape),
+            batch.keys, micro.visits, self.train.seed, shape, self.train.sigma_distribution, self.shift(shape),
             self.weighting.sigma_range,
         )  # fmt: skip
         if self.dropout:  # the only user of the global random state: make it a function of the samples as well
-            torch.manual_seed(flow.seed_of("dropout", self.train.seed, *batch.keys, micro.visit))
+            torch.manual_seed(flow.seed_of("dropout", self.train.seed, *batch.keys, *micro.visits))
         return self.loss(module, batch.to(self.accelerator.device, self.dtype), sigma, noise), sigma
 
     def loss(self, module: nn.Module, batch: Batch, sigma: Tensor, noise: Tensor) -> Tensor:

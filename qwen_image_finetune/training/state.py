@@ -64,6 +64,7 @@ NAMES = {  # of what is stored under a name that is no key
     "micro_batches_per_step": "train.gradient_accumulation_steps times processes",
     "base": "the sum over the files of the base (its transformer, model.transformer_file, model.base_loras)",
     "pairs": "the number of pairs",
+    "visits": "the number of visits in an epoch (repeats of the data sets)",
     "variations": "the number of crops and flips of each sample",
 }
 
@@ -88,7 +89,8 @@ def settings(job: Job) -> dict[str, Any]:
     cached = job.config.cache.use_cache and job.config.data.is_random
     kept["variations"] = job.config.cache.num_variations if cached else None  # without the cache all are new
     kept["seed"], kept["micro_batches_per_step"] = job.config.train.seed, job.micro_batches_per_step
-    return {**kept, "pairs": len(job.rows.dataset)}
+    rows = job.rows.dataset.rows
+    return {**kept, "pairs": len(rows), "visits": sum(row.repeats for row in rows)}
 
 
 def base_sum(checkpoint: Path, model: ModelConfig) -> str:

@@ -72,8 +72,9 @@ class _Reader(torch.utils.data.Dataset[tuple[MicroBatch, Any]]):
     def __getitem__(self, micro: MicroBatch) -> tuple[MicroBatch, Batch | list[Example]]:
         if self.cached:
             # Stacked here: a few large tensors pass from a worker process sooner than several for each sample.
-            return micro, self.rows.read_batch(micro.rows, row_variants(micro), micro.visit)
-        return micro, [self.rows.dataset.load(row, micro.visit) for row in micro.rows]
+            return micro, self.rows.read_batch(micro.rows, row_variants(micro), micro.visits)
+        seen = zip(micro.rows, micro.visits, strict=True)
+        return micro, [self.rows.dataset.load(row, visit) for row, visit in seen]
 
 
 def row_variants(micro: MicroBatch) -> list[TextVariant]:

@@ -68,6 +68,7 @@ batch_size = 2
 image_directory = "targets"
 control_directory = "numbered"
 cache_directory = "theirs"
+num_repeats = 3
 """
 SIMPLETUNER = {
     "model_family": "flux", "model_flavour": "kontext", "model_type": "lora", "--lora_rank": 32,
@@ -271,7 +272,9 @@ def test_our_reader_finds_the_pairs(program: str, desk: Path, capsys: pytest.Cap
     converted(capsys, PROJECTS[program][0], "--output", "ours/mine.yaml")
     assert Path("first/a.png").stat().st_mode & 0o777 == 0o640  # a link leaves a file as it was
     config = load_config(Path("ours/mine.yaml"))
-    folder = Path(str(config.data.init_args.dataset_path))
+    (entry,) = config.data.init_args.entries
+    assert entry.repeats == (3 if program == "musubi-tuner" else 1)
+    folder = Path(entry.path)
     assert folder.parent == Path("ours/mine_pairs")
     rows, problems = read_folder(folder, masks=config.data.init_args.use_edit_mask)
     assert problems == []

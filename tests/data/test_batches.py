@@ -31,6 +31,7 @@ def arguments(draw: st.DrawFn) -> dict[str, Any]:
         "shuffle": draw(st.booleans()),
         "caption_dropout_rate": draw(rates),
         "reference_dropout_rate": draw(rates),
+        "repeats": draw(st.none() | st.lists(st.integers(1, 3), min_size=len(geometries), max_size=len(geometries))),
     }
 
 
@@ -52,13 +53,15 @@ def make(rows: int = 100, **changed: Any) -> Batches:
 def test_every_row_once_an_epoch_and_one_geometry_a_batch(given_arguments: dict[str, Any], epoch: int) -> None:
     batches = Batches(**given_arguments).epoch(epoch)
     geometries = given_arguments["geometries"]
-    assert sorted(row for batch in batches for row in batch.rows) == list(range(len(geometries)))
+    repeats = given_arguments["repeats"] or [1] * len(geometries)
+    seen = sorted(pair for batch in batches for pair in zip(batch.rows, batch.visits, strict=True))
+    # Row 4 with repeats 3 has in epoch 2 its visits 6, 7 and 8: no visit comes twice in a run, none is passed over.
+    assert seen == [(row, epoch * times + each) for row, times in enumerate(repeats) for each in range(times)]
     for batch in batches:
         assert len({geometries[row] for row in batch.rows}) == 1
         assert 1 <= len(batch.rows) == len(batch.drop_caption) <= given_arguments["batch_size"]
-        assert batch.visit == epoch
     # No more batches than the geometries force, whatever is dropped.
-    kinds = Counter(geometries)
+    kinds = Counter(kind for kind, times in zip(geometries, repeats, strict=True) for _ in range(times))
     assert len(batches) == sum(math.ceil(rows / given_arguments["batch_size"]) for rows in kinds.values())
 
 
@@ -78,14 +81,16 @@ def test_batches_follow_one_permutation(given_arguments: dict[str, Any], epoch: 
         current[kind].append(row)
     together = Batches(**given_arguments).epoch(epoch)
     assert [list(batch.rows) for batch in together] == chunks
-    captions = {batch.rows[0]: batch.drop_caption[0] for batch in alone}
-    references = {batch.rows[0]: batch.drop_references for batch in alone}
-    assert all(batch.drop_references == references[batch.rows[0]] for batch in together)
+    captions = {(batch.rows[0], batch.visits[0]): batch.drop_caption[0] for batch in alone}
+    references = {(batch.rows[0], batch.visits[0]): batch.drop_references for batch in alone}
+    assert all(batch.drop_references == references[batch.rows[0], batch.visits[0]] for batch in together)
     assert all(
-        captions[row] == drop for batch in together for row, drop in zip(batch.rows, batch.drop_caption, strict=True)
+        captions[row, visit] == drop
+        for batch in together
+        for row, visit, drop in zip(batch.rows, batch.visits, batch.drop_caption, strict=True)
     )
     if not given_arguments["shuffle"]:
-        assert [batch.rows for batch in alone] == [(row,) for row in range(len(alone))]
+        assert [batch.rows + batch.visits for batch in alone] == sorted(captions)
 
 
 @quick

@@ -247,7 +247,7 @@ def test_a_dropped_prompt_replaces_only_the_configured_embeddings(configure: Con
     assert torch.equal(own["pooled_prompt_embeds"], dropped["pooled_prompt_embeds"])
     assert not torch.equal(own["prompt_embeds"], dropped["prompt_embeds"])
     variants = [TextVariant(), TextVariant(""), TextVariant("")]
-    batch = rows.read_batch((0, 0, 0), variants, 0)
+    batch = rows.read_batch((0, 0, 0), variants, (0, 0, 0))
     expected = collate([rows.read(0, variant) for variant in variants])
     for name, tensor in expected.text.items():
         assert torch.equal(batch.text[name], tensor)
@@ -262,7 +262,7 @@ def test_a_batch_lies_where_it_was_read(configure: Configure, monkeypatch: pytes
     assert len(set(indices)) > 1
     expected = collate([rows.read(index) for index in indices])
     monkeypatch.setattr(torch, "stack", None)  # nothing is copied
-    batch = rows.read_batch(indices, [TextVariant()] * len(indices), 0)
+    batch = rows.read_batch(indices, [TextVariant()] * len(indices), [0] * len(indices))
     assert batch.keys == expected.keys
     assert torch.equal(batch.target, expected.target)
     assert torch.equal(batch.references[0], expected.references[0])

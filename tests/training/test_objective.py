@@ -22,7 +22,7 @@ from qwen_image_finetune.training.objective import Objective
 Configure = Callable[..., Config]
 SCHEDULER = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
 MODULE = torch.nn.Identity()
-MICRO = MicroBatch(rows=(0, 1), visit=3, drop_caption=(False, False), drop_references=False)
+MICRO = MicroBatch(rows=(0, 1), visits=(3, 3), drop_caption=(False, False), drop_references=False)
 
 
 class Tenth(FluxKontext):
@@ -84,7 +84,7 @@ def test_dropout_follows_the_samples_and_nothing_else(configure: Configure) -> N
     given, drawn = objective(configure("FluxKontext", "model.lora.lora_dropout=0.5")), []
     for state, rows, visit in ((1, batch(), 3), (2, batch(), 3), (1, batch(), 4)):
         torch.manual_seed(state)
-        given(MODULE, rows, MicroBatch((0, 1), visit, (False, False), False))
+        given(MODULE, rows, MicroBatch((0, 1), (visit, visit), (False, False), False))
         drawn.append(float(given.family.seen[2]))  # type: ignore[attr-defined]
     assert drawn[0] == drawn[1] != drawn[2]
 

@@ -186,15 +186,23 @@ def _name(folder: Folder, number: int) -> str:
     return f"{number + 1}_{folder.root.name}" if number else folder.root.name or "pairs"
 
 
+def _entry(place: Path, folder: Folder) -> str | dict[str, Any]:
+    """A data set as an entry of dataset_path: its folder, or a section where it is repeated."""
+    repeats = folder.settings.get("repeats", 1)
+    return str(place) if repeats == 1 else {"path": str(place), "repeats": repeats}
+
+
 def _settle(ledger: Ledger, folders: list[Folder], places: list[Path]) -> list[str]:
     """Put the data sets among our keys; what a data set has of its own and cannot have here is said."""
-    entries: list[Any] = [*map(str, places), *ledger.on_hub]
+    own = zip(folders, places, strict=True)
+    entries: list[Any] = [*(_entry(place, folder) for folder, place in own), *ledger.on_hub]
     if not entries:
         return []
     given = [folder.settings for folder in folders]
     ledger.values[DATASET] = entries[0] if len(entries) == 1 and isinstance(entries[0], str) else entries
-    said = []
-    for name in dict.fromkeys(name for settings in given for name in settings):
+    said = [f"repeats: {folder.settings['repeats']} of {folder.key}  ->  repeats: {entry['repeats']} of {entry['path']}"
+            for folder, entry in zip(folders, entries, strict=False) if isinstance(entry, dict)]  # fmt: skip
+    for name in dict.fromkeys(name for settings in given for name in settings if name != "repeats"):
         value = common(list(given), name)
         if name in OF_AN_ENTRY and value is not None:
             largest = max(value) if isinstance(value, list) and name == "resolution" else value

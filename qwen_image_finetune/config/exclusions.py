@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from qwen_image_finetune.config.schema import ModelConfig, OptimizerConfig, TrainConfig
+from qwen_image_finetune.config.schema import LossConfig, ModelConfig, OptimizerConfig, TrainConfig
 from qwen_image_finetune.config.tree import find, shown
 
 
@@ -19,6 +19,8 @@ class Settings(Protocol):
     def train(self) -> TrainConfig: ...
     @property
     def optimizer(self) -> OptimizerConfig: ...
+    @property
+    def loss(self) -> LossConfig: ...
     def model_dump(self) -> dict[str, Any]: ...
 
 
@@ -60,6 +62,10 @@ TOGETHER = Setting(
 )
 ROUNDED = Setting(
     "train.weight_precision", lambda c: c.train.weight_precision == "bf16", ("train.weight_precision=bf16",)
+)
+
+PRESERVATION = Setting(
+    "loss.preservation.weight", lambda c: c.loss.preservation.weight > 0, ("loss.preservation.weight=0.5",)
 )
 
 EXCLUSIONS: tuple[Exclusion, ...] = (
@@ -117,6 +123,12 @@ EXCLUSIONS: tuple[Exclusion, ...] = (
         TOGETHER,
         "weights are widened one after the other, and it may look at all together; use one of torch.optim (not LBFGS) "
         "or bitsandbytes.optim",
+    ),
+    Exclusion(
+        PRESERVATION,
+        FULL,
+        "the model's own answers come from the base, of which full fine-tuning would need a second copy; give "
+        "model.lora, or set loss.preservation.weight=0",
     ),
 )
 

@@ -86,6 +86,7 @@ IDLE: tuple[tuple[str, Condition, str], ...] = (
     *((f"loss.{key}", lambda c: c.loss.type not in ("huber", "pseudo_huber"),
        "loss.type is neither huber nor pseudo_huber")
       for key in ("huber_delta", "huber_schedule")),
+    ("loss.preservation.prompts", lambda c: c.loss.preservation.weight == 0, "loss.preservation.weight is 0"),
     *((f"loss.{key}_weight", lambda c: not c.loss.mask_loss, "loss.mask_loss is false")
       for key in ("foreground", "background")),
 )  # fmt: skip

@@ -489,6 +489,21 @@ class ValidationConfig(Section):
         return self
 
 
+class PreservationConfig(Section):
+    """A second loss term, which keeps what the model answers to other prompts."""
+
+    weight: NotNegative = Field(0.0, description="of the second term; 0 is none, and costs nothing")
+    prompts: Annotated[list[Text], Field(min_length=1), Allowed("list of one text or more")] = Field(
+        ["keep it as it is"],
+        description="sentences that are not the edit; the model answers them about the same pictures as before",
+    )
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """The prompts, each once; none where the term does not count."""
+        return tuple(dict.fromkeys(self.prompts)) if self.weight > 0 else ()
+
+
 class LossConfig(Section):
     """What counts: how an error is measured, at which noise levels, and where in the picture."""
 
@@ -512,6 +527,14 @@ class LossConfig(Section):
     )
     foreground_weight: NotNegative = Field(2.0, description="weight where the mask is white, or the pair differs")
     background_weight: NotNegative = Field(1.0, description="weight everywhere else")
+    preservation: PreservationConfig = Field(
+        PreservationConfig(), description="a second term: the model's own answers to other prompts"
+    )
+
+    @property
+    def preserves(self) -> bool:
+        """Whether the second term counts."""
+        return self.preservation.weight > 0
 
     @model_validator(mode="after")
     def _consistent(self) -> LossConfig:

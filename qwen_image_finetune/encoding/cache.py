@@ -102,7 +102,7 @@ def owner(key: str, processes: int) -> int:
     return int(key[:8], 16) % processes
 
 
-def text_variants(config: Config, family: Family) -> tuple[TextVariant, ...]:
+def text_variants(config: Config, family: Family, trained_on: bool = True) -> tuple[TextVariant, ...]:
     """Every text that rows of this configuration can be trained or sampled with."""
     arguments = config.data.init_args
     prompts: list[str | None] = [None]
@@ -110,6 +110,8 @@ def text_variants(config: Config, family: Family) -> tuple[TextVariant, ...]:
         prompts.append("")
     if config.validation.enabled:
         prompts.append(family.negative_prompt)
+    if trained_on:
+        prompts += [prompt for prompt in config.loss.preservation.asked if prompt not in prompts]
     blind = arguments.prompt_image_dropout_rate > 0 and family.text_sees_references
     return tuple(TextVariant(prompt, seen) for prompt in prompts for seen in ((True, False) if blind else (True,)))
 
@@ -131,7 +133,8 @@ class EncodedDataset:
         number = config.cache.num_variations if config.data.is_random else 1
         self.visits: tuple[int | None, ...] = tuple(range(number)) if trained_on else (None,)
         self.drop_keys = config.cache.prompt_empty_drop_keys
-        self.variants = text_variants(config, family)
+        self.variants = text_variants(config, family, trained_on)
+        self.preserved = config.loss.preservation.asked if trained_on else ()  # prompts besides the rows' own
         self.dtype = str(dtype).removeprefix("torch.")
         self.text_format = config.model.text_format
         self.vae_tiling = config.model.vae_tiling
@@ -329,14 +332,7 @@ class EncodedDataset:
 
     def encode(self, pipe: DiffusionPipeline, example: Example, variant: TextVariant = AS_IT_IS) -> Encoded:
         """The same row straight from the encoders, on the CPU."""
-        shown = zip(example.references, example.reference_sizes, strict=True) if variant.references else ()
-        references = [Reference(*one) for one in shown]
-
-        def embed(wanted: TextVariant) -> dict[str, Tensor]:
-            prompt = example.prompt if wanted.prompt is None else wanted.prompt
-            text = self.family.encode_text(pipe, prompt, references)
-            return {name: tensor.cpu() for name, tensor in text.items()}
-
+        references = _shown(example, variant)
         target = self._latent(pipe, example.target).cpu()
         mask = example.mask
         if self.by_difference:
@@ -348,9 +344,20 @@ class EncodedDataset:
             key=example.key,
             target=target,
             references=tuple(self._latent(pipe, picture).cpu() for picture in fitted),
-            text=self._text(variant, embed),
+            text=self.encode_text(pipe, example, variant),
             mask=None if mask is None else latent_mask(mask, target),
         )
+
+    def encode_text(self, pipe: DiffusionPipeline, example: Example, variant: TextVariant) -> dict[str, Tensor]:
+        """The text of the same row straight from the encoders, on the CPU."""
+        references = _shown(example, variant)
+
+        def embed(wanted: TextVariant) -> dict[str, Tensor]:
+            prompt = example.prompt if wanted.prompt is None else wanted.prompt
+            text = self.family.encode_text(pipe, prompt, references)
+            return {name: tensor.cpu() for name, tensor in text.items()}
+
+        return self._text(variant, embed)
 
     def _text(self, variant: TextVariant, embed: Callable[[TextVariant], dict[str, Tensor]]) -> dict[str, Tensor]:
         """Embeddings of a variant; a dropped prompt ("") replaces only the configured ones."""
@@ -359,6 +366,12 @@ class EncodedDataset:
             return text
         own = embed(variant._replace(prompt=None))
         return {name: text[name] if name in self.drop_keys else own[name] for name in text}
+
+
+def _shown(example: Example, variant: TextVariant) -> list[Reference]:
+    """The pictures that a variant of a row speaks about."""
+    shown = zip(example.references, example.reference_sizes, strict=True) if variant.references else ()
+    return [Reference(*one) for one in shown]
 
 
 def latent_mask(mask: Image, latent: Tensor) -> Tensor:

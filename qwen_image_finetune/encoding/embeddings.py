@@ -56,7 +56,7 @@ def fill_cache(config: Config, rows: EncodedDataset, accelerator: Accelerator, s
         if missing:
             say(f"the cache in {rows.store.folder} lacks {len(missing.texts)} texts and {len(missing.images)} pictures "
                 f"of {missing.entries} entries: encoding them")  # fmt: skip
-            check_prompts(rows.family, rows.checkpoint, rows.dataset, rows.rows_lacking(share))
+            check_prompts(rows.family, rows.checkpoint, rows.dataset, rows.rows_lacking(share), rows.preserved)
             check_pictures(rows.dataset, rows.rows_lacking(share))
             cache.fill(rows, share, homes, shown=team.main)
         else:
@@ -106,7 +106,7 @@ def prepare_embeddings(
         return None
     team = build_team(accelerator)
     if team.main:
-        check_prompts(rows.family, rows.checkpoint, rows.dataset, range(len(rows.dataset)))
+        check_prompts(rows.family, rows.checkpoint, rows.dataset, range(len(rows.dataset)), rows.preserved)
         check_pictures(rows.dataset, range(len(rows.dataset)))
     team.meet("checking the pictures")
     train = config.train
@@ -123,7 +123,7 @@ def prepare_held_out(config: Config, rows: EncodedDataset, accelerator: Accelera
     if config.cache.use_cache:
         fill_cache(config, rows, accelerator, say)
     elif accelerator.is_main_process:
-        check_prompts(rows.family, rows.checkpoint, rows.dataset, range(len(rows.dataset)))
+        check_prompts(rows.family, rows.checkpoint, rows.dataset, range(len(rows.dataset)), rows.preserved)
         check_pictures(rows.dataset, range(len(rows.dataset)))
 
 

@@ -74,8 +74,13 @@ def row_problems(family: Family, dataset: ImageDataset, index: int) -> list[str]
     return [f"{plan.references[place].path}: {fault}" for place, fault in faults]
 
 
-def check_prompts(family: Family, checkpoint: Path, dataset: ImageDataset, rows: Sequence[int]) -> None:
+def check_prompts(
+    family: Family, checkpoint: Path, dataset: ImageDataset, rows: Sequence[int], preserved: Sequence[str] = ()
+) -> None:
     """Refuse captions that the family cannot encode, and say once which are read in part.
+
+    Args:
+        preserved: the prompts of loss.preservation, which every row is seen with too.
 
     Raises:
         DataError: with all of them, one line each.
@@ -85,12 +90,18 @@ def check_prompts(family: Family, checkpoint: Path, dataset: ImageDataset, rows:
     pipe = loading.load_tokenizers(family, checkpoint)
     problems: list[str] = []
     cut: list[str] = []
+    layouts: dict[tuple[Size, tuple[tuple[Size, Size], ...]], None] = {}
     for index in rows:
         row, plan = dataset.rows[index], dataset.plan(index)
-        faults, read = prompt_faults(family, pipe, dataset.prompt(index), plan.target.size, shown_references(plan))
+        shown = shown_references(plan)
+        layouts.setdefault((plan.target.size, tuple(shown)))
+        faults, read = prompt_faults(family, pipe, dataset.prompt(index), plan.target.size, shown)
         name = row.caption or f"the prompt of {row.target}"
         problems += [f"{name}: {fault}" for fault in faults]
         cut += [f"{name}: {read}"] if read else []
+    for prompt in preserved:
+        found = {fault for layout in layouts for fault in prompt_faults(family, pipe, prompt, *layout)[0]}
+        problems += [f"loss.preservation.prompts, {prompt!r}: {fault}" for fault in sorted(found)]
     if problems:
         raise DataError(problems)
     if cut:

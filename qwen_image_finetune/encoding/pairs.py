@@ -188,7 +188,8 @@ def check_all_prompts(config: Config, family: Family, pairs: Pairs) -> None:
     checkpoint = local_checkpoint(config.model)
     for dataset in (pairs.training, pairs.held_out, asked(config, family, pairs.training)):
         if checkpoint is not None and dataset is not None:
-            check_prompts(family, checkpoint, dataset, range(len(dataset)))
+            preserved = config.loss.preservation.asked if dataset is pairs.training else ()
+            check_prompts(family, checkpoint, dataset, range(len(dataset)), preserved)
 
 
 def needed(config: Config, held_out: ImageDataset) -> ImageDataset:

@@ -94,7 +94,7 @@ def fill_by_shard(config: Config, family: Family, accelerator: Accelerator, say:
                 if not missing:
                     continue
                 lacking = rows.rows_lacking(missing)
-                check_prompts(family, checkpoint, dataset, lacking)
+                check_prompts(family, checkpoint, dataset, lacking, rows.preserved)
                 check_pictures(dataset, lacking)
                 if pipe is None:
                     homes = encoder_homes(config.cache, "cache", accelerator.device, team)

@@ -130,6 +130,9 @@ def candidates(estimator: Estimator, card: int, named: speed.Card | None, here: 
             if not estimate.fits(card) or one.config.train.compile is not compiled:  # swapped blocks are not compiled
                 continue
             measured = known.get(remembered.label(format, bool(compiled)))
+            if measured is not None:  # without the passes of loss.preservation
+                plain = one.footprint.operations(one.config.train.recomputation_keeps)
+                measured *= estimate.operations / plain
             seconds = measured
             if seconds is None and named is not None:
                 seconds = supposed(one, estimate, named, _attention(one.config, here))
@@ -157,8 +160,10 @@ def _attention(config: Config, here: bool) -> str:
 def supposed(estimator: Estimator, estimate: Estimate, named: speed.Card, attends: str) -> float:
     """Seconds of an optimizer step; what is fetched from the host is hidden behind computing, or it behind that."""
     train = estimator.config.train
-    step = speed.Step(train.recomputation_keeps, train.compile is True, estimator.format, attends)
-    fetched = 2 * sum(estimate.host.get(part, 0) for part in ("swapped blocks", "activations"))
+    preserves = estimator.config.loss.preserves
+    step = speed.Step(train.recomputation_keeps, train.compile is True, estimator.format, attends, preserves)
+    blocks, activations = (estimate.host.get(part, 0) for part in ("swapped blocks", "activations"))
+    fetched = (5 * blocks + 4 * activations) if preserves else 2 * (blocks + activations)
     computed = speed.supposed(estimator.footprint, step, named)
     return train.gradient_accumulation_steps * max(computed, fetched / LINK)
 

@@ -65,7 +65,7 @@ class Estimate:
     host: dict[str, int]
     host_before: dict[str, int]  # on the host before training, one after the other
     encoding: int  # on the device while the data set is encoded, if that happens there
-    operations: int  # floating-point operations of one forward and backward pass
+    operations: int  # floating-point operations of one forward and backward pass, with those of loss.preservation
 
     @property
     def peak(self) -> int:
@@ -151,7 +151,7 @@ class Estimator:
         encoding = self.encoding(config) if config.cache.use_cache else 0
         before = {"encoders, while they encode": encoding if on_cpu else 0}
         device, host, before = ({key: size for key, size in part.items() if size} for part in (device, host, before))
-        return Estimate(device, host, before, 0 if on_cpu else encoding, found.operations(keep))
+        return Estimate(device, host, before, 0 if on_cpu else encoding, found.operations(keep, config.loss.preserves))
 
     def _weights(self, config: Config, format: str | None) -> tuple[int, list[int]]:
         """Bytes of the weights outside of the blocks, and of those of one block of each kind."""

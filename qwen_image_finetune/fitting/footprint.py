@@ -125,22 +125,28 @@ class Footprint:
             kind.count * (1 << (size - 1).bit_length()) for kind in self.kinds.values() for size in kind.kept(keep)
         )
 
-    def work(self, keep: float | str | None) -> Work:
+    def work(self, keep: float | str | None, preserves: bool = False) -> Work:
         """Operations by what computes them.
 
         A frozen layer has one product in the backward pass, for the gradient of its input; a trained one has two.
+
+        Args:
+            preserves: with loss.preservation: another such pair of passes, and a forward pass of the base.
         """
         kinds, backward = self.kinds.values(), 2 if self.trained_everything else 1
         attention = sum(kind.count * kind.attention_operations for kind in kinds)
+        forward = sum(kind.count * kind.operations for kind in kinds)
+        pairs = 2 if preserves else 1
+        products = (1 + backward) * forward + sum(kind.count * kind.recomputed(keep) for kind in kinds)
         return Work(
-            products=sum(kind.count * ((1 + backward) * kind.operations + kind.recomputed(keep)) for kind in kinds),
-            attention_forward=attention * (2 if keep == "none" else 1),
-            attention_backward=int(2.5 * attention),
+            products=pairs * products + preserves * forward,
+            attention_forward=attention * (pairs * (2 if keep == "none" else 1) + preserves),
+            attention_backward=pairs * int(2.5 * attention),
         )
 
-    def operations(self, keep: float | str | None) -> int:
-        """All floating-point operations of one forward and backward pass."""
-        return self.work(keep).together
+    def operations(self, keep: float | str | None, preserves: bool = False) -> int:
+        """All floating-point operations of one forward and backward pass, and of those of `preserves`."""
+        return self.work(keep, preserves).together
 
 
 class _Watch(TorchDispatchMode):

@@ -113,7 +113,11 @@ def _lines(estimator: Estimator, card: int | None, named: speed.Card | None, her
     if here and card is not None:
         yield from host_warnings(estimate)
     tera = estimate.operations / 1e12
-    yield f"one forward and backward pass: {f'{tera:.1f} TFLOP' if tera >= 0.1 else f'{1000 * tera:.1f} GFLOP'}"
+    passes = "one forward and backward pass"
+    if config.loss.preserves:
+        yield "loss.preservation: a micro-batch passes forward and backward twice, and forward once without the adapter"
+        passes = "all passes of a micro-batch"
+    yield f"{passes}: {f'{tera:.1f} TFLOP' if tera >= 0.1 else f'{1000 * tera:.1f} GFLOP'}"
     yield step_words(estimator, config, estimator.format, named, here)
     if card is None:
         yield "no card here and none named (--card 24GB): whether it fits is not said"
@@ -211,7 +215,8 @@ def _step(config: Config, format: str | None, card: speed.Card, here: bool) -> t
         (card.attained is not None and name not in card.attained.attention, f"{name} attention was not measured"),
     ]
     lacking = next((why for applies, why in unmeasured if applies), None)
-    return speed.Step(train.recomputation_keeps, train.compile is True, format, name), lacking
+    step = speed.Step(train.recomputation_keeps, train.compile is True, format, name, config.loss.preserves)
+    return step, lacking
 
 
 def card_named(text: str | None) -> speed.Card | None:

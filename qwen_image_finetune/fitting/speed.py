@@ -87,6 +87,7 @@ class Step:
     compiled: bool
     format: str | None  # of the frozen base
     attention: str
+    preserves: bool = False  # loss.preservation: each pass twice, and once more forwards
 
 
 def card_called(name: str) -> Card | None:
@@ -124,7 +125,7 @@ def supposed(found: Footprint, step: Step, card: Card) -> float:
 
 
 def _seconds(found: Footprint, step: Step, card: Card, rates: Attained) -> float:
-    work, recomputed = found.work(step.keep), step.keep is not None
+    work, recomputed = found.work(step.keep, step.preserves), step.keep is not None
     in_8_bits = _peak_of_8_bits(step, card) is not None
     forward, backward = rates.attention[step.attention]
     narrow = rates.int8_products if step.format == "int8" else rates.fp8_products
@@ -132,19 +133,22 @@ def _seconds(found: Footprint, step: Step, card: Card, rates: Attained) -> float
     computing += work.attention_forward / forward + work.attention_backward / backward
     # What is recomputed selectively inside a compiled region is part of its backward pass.
     passes = 3 + (recomputed and not (step.compiled and step.keep != "none"))
+    products = 2 + recomputed
+    if step.preserves:
+        passes, products = 2 * passes + 1, 2 * products + 1
     moved = found.kept(None) * passes * (COMPILED_TRAFFIC if step.compiled else EAGER_TRAFFIC)
     if in_8_bits:
         each = EAGER_ROUNDING * (not step.compiled) + INT8_TRAFFIC * (step.format == "int8")
-        moved += found.product_numbers * each * (2 + recomputed)
+        moved += found.product_numbers * each * products
     elif step.format is not None:
         linear = sum(kind.count * kind.linear for kind in found.kinds.values())
-        moved += linear * DEQUANTISED * (2 + recomputed)
+        moved += linear * DEQUANTISED * products
     return computing / TERA + moved / (card.bandwidth * 1e9)
 
 
 def floor(found: Footprint, step: Step, card: Card) -> float:
     """Time of one micro-batch at the peaks of the data sheet, attention in 16 bits, nothing else counted."""
-    work = found.work(step.keep)
+    work = found.work(step.keep, step.preserves)
     attention = (work.attention_forward + work.attention_backward) / card.products
     return (work.products / (_peak_of_8_bits(step, card) or card.products) + attention) / TERA
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 HEIGHT = 256
 CURVES = {  # metric: title, unit
     "loss": ("Training loss", ""),
+    "preservation_loss": ("Distance from the base's own answers (loss.preservation)", ""),
     "held_out_loss": ("Held-out loss", ""),
     "held_out_difference": ("Held-out loss minus the base's (below 0 is better)", ""),
     "learning_rate": ("Learning rate", ""),

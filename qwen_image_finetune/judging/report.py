@@ -117,6 +117,8 @@ def curves(version: Version) -> str:
     difference = Series("difference", version.points("held_out_difference"), band=band)
     figures = [
         Curve("Training loss", [Series("loss", version.points("loss"), smooth=True)]),
+        Curve("Distance from the base's own answers (loss.preservation)",
+              [Series("squared distance", version.points("preservation_loss"), 2, smooth=True)]),
         Curve("Held-out loss", [Series("of the weights", version.points("held_out_loss")),
                                 Series("of their average", version.points("held_out_loss_average"), 2)]),
         Curve("Held-out loss minus the base's, with 95 % interval (below 0 is better)", [difference], zero=True),

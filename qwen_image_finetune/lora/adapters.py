@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import peft
@@ -150,6 +151,22 @@ def set_strength(transformer: nn.Module, strength: float, adapter_name: str | No
                 variant.strength = strength
             else:
                 layer.set_scale(name, strength)
+
+
+@contextmanager
+def at_rest(transformer: nn.Module, strength: float | None) -> Iterator[None]:
+    """The transformer as prediction has it: no dropout, no gradients, adapters at `strength`; None: there are none."""
+    was_training = transformer.training
+    transformer.eval()
+    if strength is not None:
+        set_strength(transformer, strength)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        if strength is not None:
+            set_strength(transformer, 1.0)
+        transformer.train(was_training)
 
 
 def second_factors(transformer: nn.Module, adapter_name: str) -> list[Tensor]:

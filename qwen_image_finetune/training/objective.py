@@ -13,6 +13,7 @@ from qwen_image_finetune import flow, loading
 from qwen_image_finetune.config import Config
 from qwen_image_finetune.data.batches import MicroBatch
 from qwen_image_finetune.families.base import Family
+from qwen_image_finetune.lora import adapters
 from qwen_image_finetune.records import Batch
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Objective:
-    """Loss of one micro-batch."""
+    """Loss of one micro-batch: the error of the velocity and, if that is asked for, how far it left the model's own."""
 
     def __init__(
         self, config: Config, family: Family, transformer: ModelMixin, scheduler_config: Any, accelerator: Accelerator
@@ -60,14 +61,44 @@ class Objective:
         Args:
             module: the transformer, or the wrapper around it that averages its gradients over processes.
         """
+        sigma, noise = self.draw(batch, micro)
+        self._seed_dropout("dropout", batch, micro)
+        return self.loss(module, batch.to(self.accelerator.device, self.dtype), sigma, noise), sigma
+
+    def draw(self, batch: Batch, micro: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Noise levels (B,) and noise (B, C, H, W) of a micro-batch, float32 on the CPU."""
         shape = batch.target.shape[1:]
-        sigma, noise = flow.draw(
+        return flow.draw(
             batch.keys, micro.visits, self.train.seed, shape, self.train.sigma_distribution, self.shift(shape),
             self.weighting.sigma_range,
         )  # fmt: skip
-        if self.dropout:  # the only user of the global random state: make it a function of the samples as well
-            torch.manual_seed(flow.seed_of("dropout", self.train.seed, *batch.keys, *micro.visits))
-        return self.loss(module, batch.to(self.accelerator.device, self.dtype), sigma, noise), sigma
+
+    def _seed_dropout(self, word: str, batch: Batch, micro: MicroBatch) -> None:
+        """Make dropout, the only user of the global random state, a function of the samples as well."""
+        if self.dropout:
+            torch.manual_seed(flow.seed_of(word, self.train.seed, *batch.keys, *micro.visits))
+
+    def preservation(self, module: nn.Module, batch: Batch, micro: MicroBatch) -> Tensor:
+        """Mean squared difference (B,) of the velocity to that without the adapter, float32 on the device.
+
+        Gradients flow through the first alone. Noise and levels are those of the micro-batch, so both see what the
+        first term sees, but for the text.
+
+        Args:
+            module: as of a call.
+            batch: the rows of the micro-batch with the prompts that are not the edit.
+        """
+        device = self.accelerator.device
+        sigma, noise = (drawn.to(device) for drawn in self.draw(batch, micro))
+        batch = batch.to(device, self.dtype)
+        noisy = flow.noisy_latents(batch.target, sigma, noise).to(self.dtype)
+        # Each has an autocast of its own: weights that one casts without gradients would be kept for the other.
+        with adapters.at_rest(self.transformer, 0.0), self.accelerator.autocast():
+            own = self.family.velocity(self.transformer, noisy, sigma, batch, self.guidance)
+        self._seed_dropout("dropout of preservation", batch, micro)
+        with self.accelerator.autocast():
+            learnt = self.family.velocity(module, noisy, sigma, batch, self.guidance)
+        return (learnt.float() - own.float()).square().mean(dim=(1, 2, 3))
 
     def loss(self, module: nn.Module, batch: Batch, sigma: Tensor, noise: Tensor) -> Tensor:
         """Loss (B,) float32 of a batch on the device at noise levels (B,) and noise (B, C, H, W), float32 anywhere."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from qwen_image_finetune.config import ConfigError, EmaConfig, LossConfig, ModelConfig
+from qwen_image_finetune.config import ConfigError, EmaConfig, LossConfig, ModelConfig, PreservationConfig
 from qwen_image_finetune.config.tree import ABSENT, find, shown
 from qwen_image_finetune.disk import checkpoint
 from qwen_image_finetune.disk.files import Staged
@@ -57,7 +57,8 @@ FREE = (
     *(f"train.{key}" for key in (
         "mixed_precision", "weight_precision", "max_grad_norm", "sigma_distribution", "sigma_shift", "guidance_scale")),
     *(f"train.ema.{key}" for key in EmaConfig.model_fields if key != "device"),
-    *(f"loss.{key}" for key in LossConfig.model_fields),
+    *(f"loss.{key}" for key in LossConfig.model_fields if key != "preservation"),
+    *(f"loss.preservation.{key}" for key in PreservationConfig.model_fields),
 )  # fmt: skip
 NAMES = {  # of what is stored under a name that is no key
     "seed": "train.seed",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from qwen_image_finetune import flow
 from qwen_image_finetune.config import DataConfig
 from qwen_image_finetune.data.batches import MicroBatch
 from qwen_image_finetune.encoding import cache
@@ -18,22 +20,33 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
-def micro_batches(job: Job, pipe: DiffusionPipeline | None, first_step: int) -> Iterator[tuple[MicroBatch, Batch]]:
+class Loaded(NamedTuple):
+    """A micro-batch, and what the model is given of it."""
+
+    micro: MicroBatch
+    batch: Batch
+    preserved: Batch | None = None  # the same rows with prompts of loss.preservation, if that is asked for
+
+
+def micro_batches(job: Job, pipe: DiffusionPipeline | None, first_step: int) -> Iterator[Loaded]:
     """This process's micro-batches from `first_step` to the end of the run.
 
     Args:
         pipe: encodes the samples on the way; None reads the cache.
     """
-    reader = _Reader(job.rows, cached=pipe is None)
+    reader = _Reader(job.rows, job.config.train.seed, cached=pipe is None)
     for micro, items in _read_ahead(reader, own_micro_batches(job, first_step), job.config.data):
         if pipe is None:
-            yield micro, items
-        else:
-            variants = row_variants(micro)
-            encoded = [
-                job.rows.encode(pipe, example, variant) for example, variant in zip(items, variants, strict=True)
-            ]
-            yield micro, collate(encoded)
+            yield Loaded(micro, *items)
+            continue
+        variants = row_variants(micro)
+        encoded = [job.rows.encode(pipe, example, variant) for example, variant in zip(items, variants, strict=True)]
+        others = reader.preserved_variants(micro)
+        preserved = [
+            replace(row, text=job.rows.encode_text(pipe, example, variant))
+            for row, example, variant in zip(encoded, items, others, strict=bool(others))
+        ]
+        yield Loaded(micro, collate(encoded), collate(preserved) if preserved else None)
 
 
 def own_micro_batches(job: Job, first_step: int) -> Iterator[MicroBatch]:
@@ -66,15 +79,29 @@ def _read_ahead(
 class _Reader(torch.utils.data.Dataset[tuple[MicroBatch, Any]]):
     """Reads what belongs to a micro-batch. Worker processes get a copy of it."""
 
-    def __init__(self, rows: EncodedDataset, cached: bool) -> None:
-        self.rows, self.cached = rows, cached
+    def __init__(self, rows: EncodedDataset, seed: int, cached: bool) -> None:
+        self.rows, self.seed, self.cached = rows, seed, cached
 
-    def __getitem__(self, micro: MicroBatch) -> tuple[MicroBatch, Batch | list[Example]]:
-        if self.cached:
-            # Stacked here: a few large tensors pass from a worker process sooner than several for each sample.
-            return micro, self.rows.read_batch(micro.rows, row_variants(micro), micro.visits)
+    def __getitem__(self, micro: MicroBatch) -> tuple[MicroBatch, tuple[Batch, Batch | None] | list[Example]]:
+        if not self.cached:
+            seen = zip(micro.rows, micro.visits, strict=True)
+            return micro, [self.rows.dataset.load(row, visit) for row, visit in seen]
+        # Stacked here: a few large tensors pass from a worker process sooner than several for each sample.
+        batch = self.rows.read_batch(micro.rows, row_variants(micro), micro.visits)
+        others = self.preserved_variants(micro)
+        return micro, (batch, self.rows.read_batch(micro.rows, others, micro.visits) if others else None)
+
+    def preserved_variants(self, micro: MicroBatch) -> list[TextVariant]:
+        """Each row with one of the prompts of loss.preservation, drawn by the row and its visit; [] without any.
+
+        So a resumed run, another number of processes or another batch size meets the same.
+        """
+        prompts, rows = self.rows.preserved, self.rows.dataset.rows
+        if not prompts:
+            return []
         seen = zip(micro.rows, micro.visits, strict=True)
-        return micro, [self.rows.dataset.load(row, visit) for row, visit in seen]
+        drawn = [flow.seed_of("preservation", self.seed, rows[row].key, visit) for row, visit in seen]
+        return [TextVariant(prompts[number % len(prompts)], not micro.drop_references) for number in drawn]
 
 
 def row_variants(micro: MicroBatch) -> list[TextVariant]:

@@ -21,26 +21,24 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from qwen_image_finetune import loading
 from qwen_image_finetune.config import Config
-from qwen_image_finetune.data.batches import MicroBatch
 from qwen_image_finetune.encoding.embeddings import prepare_embeddings, prepare_held_out
 from qwen_image_finetune.fitting.out_of_memory import explained
 from qwen_image_finetune.machine import console, journal, processes, terminal
 from qwen_image_finetune.machine.signals import StopSignals, exit_code
-from qwen_image_finetune.records import Batch
 from qwen_image_finetune.training import summary
 from qwen_image_finetune.training.assembly import Learner, assemble
 from qwen_image_finetune.training.job import Due, Job, open_job
 from qwen_image_finetune.training.logbook import Logbook, memory_gib, open_logbook
 from qwen_image_finetune.training.objective import Objective
 from qwen_image_finetune.training.state import Progress, State
-from qwen_image_finetune.training.stream import micro_batches, sample_keys
+from qwen_image_finetune.training.stream import Loaded, micro_batches, sample_keys
 from qwen_image_finetune.training.validate import Validation, open_validation
 
 if TYPE_CHECKING:
@@ -135,7 +133,7 @@ def _loop(
     learner: Learner,
     state: State,
     objective: Objective,
-    stream: Iterator[tuple[MicroBatch, Batch]],
+    stream: Iterator[Loaded],
     validation: Validation | None,
     stopping: StopSignals,
 ) -> None:
@@ -149,9 +147,9 @@ def _loop(
         while progress.step < job.total_steps:
             # The step
             began, learning_rate = time.monotonic(), learner.learning_rate
-            loss, sigmas, waited = _accumulate(job, learner, objective, stream, progress.step)
+            losses, sigmas, waited = _accumulate(job, learner, objective, stream, progress.step)
             gradient_norm = learner.gradient_norm(config.train.max_grad_norm)
-            mean_loss, stop = agree(accelerator, loss, stopping.received)
+            (mean_loss, *preservation), stop = agree(accelerator, losses, stopping.received)
             sound = learner.learn(mean_loss, gradient_norm)
             if not sound and config.train.release_gradients:
                 raise TrainingStopped(RELEASED_NOT_FINITE.format(progress.step + 1))
@@ -167,6 +165,7 @@ def _loop(
                 job.say(f"step {progress.step}: {compiled}")
             values = {
                 "loss": mean_loss,
+                **({"preservation_loss": preservation[0]} if preservation else {}),
                 "grad_norm": gradient_norm,
                 "learning_rate": learning_rate,
                 "epoch": job.batches.epoch_of(progress.step - 1),
@@ -197,35 +196,48 @@ def _loop(
             if due.validates:
                 whole = _validate(job, book, validation, due, lambda: stopping.received != 0)
                 received = 0 if last and whole else stopping.received  # nothing is left to stop
-                if stop := agree(accelerator, torch.zeros((), device=accelerator.device), received)[1]:
+                if stop := agree(accelerator, torch.zeros(1, device=accelerator.device), received)[1]:
                     _stop(job, book, state, stop, saved=due.saves)
 
 
 def _accumulate(
-    job: Job, learner: Learner, objective: Objective, stream: Iterator[tuple[MicroBatch, Batch]], step: int
+    job: Job, learner: Learner, objective: Objective, stream: Iterator[Loaded], step: int
 ) -> tuple[Tensor, list[Tensor], float]:
     """Gradients of a step (0-based): of the mean loss over all its samples, in all micro-batches and processes.
 
     Returns:
-        This process's part of that mean, () float32 on the device; the noise levels of its samples; the seconds until
-        these were there, encoded or read.
+        This process's part of that mean and, where the model's own answers are preserved, of that second term before it
+        is weighted, (1,) or (2,) float32 on the device; the noise levels of its samples; the seconds until these were
+        there, encoded or read.
     """
     accelerator, count = job.accelerator, job.config.train.gradient_accumulation_steps
+    weight = job.config.loss.preservation.weight
     samples = sum(len(micro.rows) for micro in job.batches.at(step))
-    total, sigmas, waited = torch.zeros((), device=accelerator.device), [], 0.0
+    total, sigmas, waited = torch.zeros(1 + (weight > 0), device=accelerator.device), [], 0.0
     for place in range(count):
         job.team.enter(f"reading the samples of step {step + 1}")
         began = time.monotonic()
-        micro, batch = next(stream)
+        micro, batch, preserved = next(stream)
         waited += time.monotonic() - began
         job.team.enter(f"computing step {step + 1}")
-        with contextlib.nullcontext() if place == count - 1 else accelerator.no_sync(learner.wrapped):
+        last = place == count - 1
+        with _sent(accelerator, learner, last and preserved is None):
             loss, sigma = objective(learner.wrapped, batch, micro)
             # Gradients are averaged over processes, each of which has its part of the sum.
             accelerator.backward(loss.sum() * job.team.size / samples)
-        total += loss.detach().sum() / samples
+        total[0] += loss.detach().sum() / samples
         sigmas.append(sigma)
+        if preserved is not None:  # a backward pass of its own: what waits for the first one is gone by now
+            with _sent(accelerator, learner, last):
+                difference = objective.preservation(learner.wrapped, preserved, micro)
+                accelerator.backward(weight * difference.sum() * job.team.size / samples)
+            total[1] += difference.detach().sum() / samples
     return total, sigmas, waited
+
+
+def _sent(accelerator: Accelerator, learner: Learner, now: bool) -> contextlib.AbstractContextManager[Any]:
+    """Around a forward and backward pass: whether its gradients, and those before, are averaged over processes now."""
+    return contextlib.nullcontext() if now else accelerator.no_sync(learner.wrapped)
 
 
 def _stop(job: Job, book: Logbook, state: State, number: int, saved: bool) -> NoReturn:
@@ -258,10 +270,10 @@ def patience(config: Config) -> timedelta:
     return timedelta(seconds=given or 20)
 
 
-def agree(accelerator: Accelerator, loss: Tensor, signal_number: int) -> tuple[float, int]:
-    """Mean loss over all processes, and the signal that any of them received (0 for none)."""
+def agree(accelerator: Accelerator, losses: Tensor, signal_number: int) -> tuple[list[float], int]:
+    """Sums of some losses (N,) over all processes, and the signal that any of them received (0 for none)."""
     if accelerator.num_processes == 1:
-        return float(loss), signal_number
-    shared = torch.stack([loss.float(), torch.tensor(float(signal_number), device=loss.device)])
+        return losses.tolist(), signal_number
+    shared = torch.cat([losses.float(), torch.tensor([float(signal_number)], device=losses.device)])
     gathered = accelerator.gather(shared[None])
-    return float(gathered[:, 0].sum()), int(gathered[:, 1].max())
+    return gathered[:, :-1].sum(dim=0).tolist(), int(gathered[:, -1].max())

@@ -9,13 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from PIL import Image
 
 from qwen_image_finetune.config import Config
@@ -273,26 +272,15 @@ class Validation:
             validation,
             train,
             model,
-            config.loss.model_dump(),
+            config.loss.model_dump(exclude={"preservation"}),  # held-out pairs have the first term alone
             config.data.model_dump(mode="json", include={"class_path", "init_args"}),
             keys,
         ]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-    @contextmanager
-    def _at_rest(self, strength: float = 1.0) -> Iterator[None]:
-        """The transformer as prediction has it: no dropout, no gradients, the adapter at `strength`."""
-        was_training, has_adapter = self.transformer.training, self.config.model.lora is not None
-        self.transformer.eval()
-        if has_adapter:
-            adapters.set_strength(self.transformer, strength)
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            if has_adapter:
-                adapters.set_strength(self.transformer, 1.0)
-            self.transformer.train(was_training)
+    def _at_rest(self, strength: float = 1.0) -> AbstractContextManager[None]:
+        """The transformer as prediction has it, the adapter at `strength`."""
+        return adapters.at_rest(self.transformer, None if self.config.model.lora is None else strength)
 
 
 def sample_measures(examples: Sequence[Example], drawn: Sequence[Image.Image]) -> list[dict[str, float | None]]:

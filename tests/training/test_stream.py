@@ -32,5 +32,5 @@ def test_epochs_of_different_lengths_are_read_in_order(workers: int, configure: 
     for _ in range(4):  # threads that were in each other's way were so by chance
         again = replace(job, batches=plan_batches(config, rows, 1))
         read = list(micro_batches(again, None, first_step=20))
-        assert [micro for micro, _ in read] == expected
-        assert all(list(batch.keys) == [rows.rows[row].key for row in micro.rows] for micro, batch in read)
+        assert [micro for micro, *_ in read] == expected
+        assert all(list(batch.keys) == [rows.rows[row].key for row in micro.rows] for micro, batch, _ in read)

@@ -26,8 +26,7 @@ OPTIONS = (
 FULL = "model.lora=null"
 TWICE = "train.gradient_accumulation_steps=2"
 SAMPLES = ("validation.enabled=true", "validation.steps=3", "validation.num_validation_samples=3",
-           "validation.num_inference_steps=2", "train.ema={enabled: true, decay: 0.5}",
-           "loss.preservation.weight=0.5")  # fmt: skip
+           "validation.num_inference_steps=2", "train.ema={enabled: true, decay: 0.5}")  # fmt: skip
 
 
 def test_shared_equals_whole(task: Callable[..., Any], run_all: Callable[..., Any], alone: Callable[..., Path]) -> None:

@@ -81,6 +81,7 @@ def test_it_is_the_squared_distance_of_two_models(configure: Configure) -> None:
                 assert torch.equal(text if tensor.ndim == 1 else text[: len(tensor)], tensor)
     assert asked == {0, 1}
 
+    assert preserved is not None
     found = objective.preservation(adapted, preserved, micro)
     gradients = torch.autograd.grad(found.sum(), learner.parameters, allow_unused=True)
 

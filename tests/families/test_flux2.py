@@ -139,7 +139,8 @@ def test_a_distilled_checkpoint_draws_without_guidance(distilled: Path) -> None:
 def test_a_distilled_checkpoint_is_named_before_it_is_trained(
     distilled: Path, configure: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = configure("Flux2Klein", f"model.pretrained_model_name_or_path={distilled}", "train.max_train_steps=1")
+    options = ("train.max_train_steps=1", f"cache.cache_dir={tmp_path / 'cache'}")
+    config = configure("Flux2Klein", f"model.pretrained_model_name_or_path={distilled}", *options)
     file = tmp_path / "distilled.yaml"
     file.write_text(config.to_yaml())
     for command in (["check"], ["train", "--dry-run"]):

@@ -122,6 +122,12 @@ def test_a_run_keeps_what_was_chosen_on_resume(configure: Configure) -> None:
     assert load_config(run / "config.yaml").model.quantize == "int8"
 
 
+@pytest.fixture
+def cache_folder(tmp_path: Path) -> Path:
+    """Its own: what was measured is kept there."""
+    return tmp_path / "cache"
+
+
 def test_quick_measures_the_candidates_and_keeps_them(
     configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

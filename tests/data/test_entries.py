@@ -31,6 +31,12 @@ def few(pairs: Path, tmp_path: Path) -> Path:
     return tmp_path / "few"
 
 
+@pytest.fixture
+def cache_folder(tmp_path: Path) -> Path:
+    """Its own: what is encoded is looked at."""
+    return tmp_path / "cache"
+
+
 def test_prefix_and_repeats(configure: Configure, pairs: Path, few: Path) -> None:
     """The prompt is what a caption with the prefix in it would be, in the cache as well; two of nine count thrice."""
     entry = f"data.init_args.dataset_path=[{pairs}, {{path: {few}, repeats: 3, prefix: 'ink, '}}]"

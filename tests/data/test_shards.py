@@ -210,6 +210,12 @@ def test_tables_of_the_guides_columns(
     assert seen(ours) == seen(dataset(str(folder), tmp_path))
 
 
+@pytest.fixture
+def cache_folder(tmp_path: Path) -> Path:
+    """Its own: what is encoded is looked at."""
+    return tmp_path / "cache"
+
+
 def test_the_cache_is_that_of_the_folder(
     tmp_path: Path, configure: Callable[..., Config], write_pairs: Callable[..., Path]
 ) -> None:

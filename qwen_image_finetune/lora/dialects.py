@@ -22,7 +22,7 @@ from torch import Tensor
 
 from qwen_image_finetune.lora.header import Declared, LoraFileError
 from qwen_image_finetune.lora.layers import Changed, Layer
-from qwen_image_finetune.lora.names import PARTS, Names, Native, Places, flattened, numbered, split_key
+from qwen_image_finetune.lora.names import PARTS, Names, Native, Places, authors_home, flattened, numbered, split_key
 from qwen_image_finetune.lora.other_layers import Hadamard, Kronecker, Other, Rotation
 
 # What keys are of that belong to no plain LoRA of a transformer, by an expression in them.
@@ -100,12 +100,11 @@ def write_state(layers: Mapping[str, Changed], names: Names, dialect: str) -> di
 
 def under_authors_names(layers: Mapping[str, Changed], names: Names) -> dict[str, Changed]:
     """Layers by the names that a model's authors give its modules; those of a fused matrix put together."""
-    homes = {part: (name, native) for name, native in names.items() for part in native.modules}
+    home = authors_home(names)
     groups: dict[str, tuple[Native, dict[str, Changed]]] = {}
     for module, layer in layers.items():
-        template, number = numbered(module)
-        name, native = homes.get(template, (module, Native((template,))))
-        groups.setdefault(name.replace("{}", number), (native, {}))[1][template] = layer
+        name, native, template = home(module)
+        groups.setdefault(name, (native, {}))[1][template] = layer
     return {name: _under_one_name(parts, native) for name, (native, parts) in groups.items()}
 
 

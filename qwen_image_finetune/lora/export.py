@@ -19,7 +19,7 @@ from qwen_image_finetune.lora.files import write
 from qwen_image_finetune.lora.header import ADAPTER_METADATA, LoraFileError, read_metadata
 from qwen_image_finetune.lora.layers import Changed, Layer, kind_of
 from qwen_image_finetune.lora.metadata import adapter_metadata, network_metadata
-from qwen_image_finetune.lora.names import Names, Naming, Native, exactly, numbered
+from qwen_image_finetune.lora.names import Names, Naming, Native, authors_home, exactly
 from qwen_image_finetune.lora.readers import readers_words
 from qwen_image_finetune.lora.reading import read_lora
 from qwen_image_finetune.lora.sources import TRANSFORMER, find_lora, find_tuned
@@ -121,14 +121,13 @@ def _export_transformer(folder: Path, destination: Path, names: Names) -> list[s
 
 def authors_state(state: Mapping[str, Tensor], names: Names, folder: Path) -> dict[str, Tensor]:
     """The tensors of a transformer in diffusers' layout as its authors' code has them."""
-    homes = {part: (name, native) for name, native in names.items() for part in native.modules}
+    home = authors_home(names)
     parts: dict[str, tuple[Native, dict[str, Tensor]]] = {}
     for key, tensor in state.items():
         module, _, ending = key.rpartition(".")
-        template, number = numbered(module)
-        name, native = homes.get(template, (module, Native((template,))))
+        name, native, template = home(module)
         ending = native.weight if ending == "weight" else ending
-        parts.setdefault(f"{name.replace('{}', number)}.{ending}", (native, {}))[1][template] = tensor
+        parts.setdefault(f"{name}.{ending}", (native, {}))[1][template] = tensor
     whole: dict[str, Tensor] = {}
     for key, (native, tensors) in parts.items():
         if missing := [module for module in native.modules if module not in tensors]:

@@ -104,6 +104,21 @@ def numbered(module: str) -> tuple[str, str]:
     return (module, "") if match is None else (module[: match.start(1)] + "{}" + module[match.end() :], match[1])
 
 
+def authors_home(names: Names) -> Callable[[str], tuple[str, Native, str]]:
+    """What finds, of a module of diffusers, its authors' name for where it is, what that holds, and its own template.
+
+    A module that they call the same has a home of its own.
+    """
+    homes = {part: (name, native) for name, native in names.items() for part in native.modules}
+
+    def find(module: str) -> tuple[str, Native, str]:
+        template, number = numbered(module)
+        name, native = homes.get(template, (module, Native((template,))))
+        return name.replace("{}", number), native, template
+
+    return find
+
+
 def exactly(modules: Iterable[str]) -> str:
     """An expression that matches these names and no other; endings would match more."""
     return "|".join(re.escape(module) for module in modules)

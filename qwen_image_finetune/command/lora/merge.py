@@ -26,7 +26,7 @@ from qwen_image_finetune.levers.stored_precision import FP8_SCALES, SIDE_NOTES
 from qwen_image_finetune.lora.export import EXPORTED, authors_state
 from qwen_image_finetune.lora.header import LoraFileError
 from qwen_image_finetune.lora.merging import Change, read_change_of
-from qwen_image_finetune.lora.names import Names, Native, numbered
+from qwen_image_finetune.lora.names import Names, authors_home
 from qwen_image_finetune.lora.sources import TRANSFORMER
 from qwen_image_finetune.lora.targets import linear_modules
 
@@ -207,11 +207,9 @@ class _Writer:
 
 def _groups(keys: Iterable[str], names: Names) -> Iterator[list[str]]:
     """Keys of diffusers' layout that become one tensor of the authors' layout, in the order of their first one."""
-    homes = {part: (name, native) for name, native in names.items() for part in native.modules}
+    home = authors_home(names)
     found: dict[str, list[str]] = {}
     for key in keys:
         module, _, part = key.rpartition(".")
-        template, place = numbered(module)
-        name, _ = homes.get(template, (module, Native((template,))))
-        found.setdefault(f"{name.replace('{}', place)}.{part}", []).append(key)
+        found.setdefault(f"{home(module)[0]}.{part}", []).append(key)
     yield from found.values()

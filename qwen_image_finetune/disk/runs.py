@@ -188,7 +188,7 @@ def reopen_version(path: Path) -> Run:
                     f"{path} is in use by {owner}, which still runs: two runs must not write one version. Wait for it, "
                     "stop it, or start afresh with train.resume_from_checkpoint=null"
                 ) from error
-            clean_leftovers(path)
+            _clean(path)
             return _begin(Run(path, lock), history.steps_of(path))
     except DiskFull:
         raise
@@ -268,11 +268,18 @@ def _tidy_own(version: Path) -> None:
     except BlockingIOError:
         return
     try:
-        clean_leftovers(version)
+        _clean(version)
         if _is_short(version) and not _is_resumable(version):
             remove_folder(version)
     finally:
         lock.release()
+
+
+def _clean(version: Path) -> None:
+    """Remove what a killed process left half-written, before a resume sets folders aside: its lock is held."""
+    for folder in (version, version / "samples", *version.glob("samples/*/")):
+        if folder.is_dir() and not folder.is_symlink():
+            clean_leftovers(folder)
 
 
 def _is_short(version: Path) -> bool:

@@ -21,7 +21,7 @@ from qwen_image_finetune.config import Config
 from qwen_image_finetune.data.images import open_upright
 from qwen_image_finetune.data.part import spread
 from qwen_image_finetune.disk import runs
-from qwen_image_finetune.disk.files import clean_leftovers, write_atomic
+from qwen_image_finetune.disk.files import write_atomic
 from qwen_image_finetune.disk.reading import Unreadable, read_json
 from qwen_image_finetune.drawing import samples
 from qwen_image_finetune.judging import metrics
@@ -98,9 +98,6 @@ class Validation:
         number = config.validation.num_loss_pairs if loss else 0
         self.loss, self.measured_rows = loss, spread(number, len(self.rows.dataset)) if number else []
         self.folder = None if run is None else run.path / "samples"
-        for killed in [] if self.folder is None else [self.folder, *self.folder.glob("*/")]:
-            if killed.is_dir():
-                clean_leftovers(killed)
         self.best = Best(run) if run is not None and self.measured_rows else None
         self.base: Seen | None = None  # before anything was learnt
         self.last: Measured | None = None

@@ -651,6 +651,21 @@ def test_rewind_sets_later_checkpoints_and_samples_aside(run: Run, project: Path
     assert find_checkpoint(project, "latest", pytest.fail) == run.path / "checkpoint-0-6"
 
 
+def test_a_resume_sets_nothing_half_written_aside(run: Run) -> None:
+    """A picture that a killed process was writing goes before its folder moves, where nobody would look for it."""
+    add_checkpoint(run.path, 2)
+    for name in ("", "step-3"):
+        folder = run.path / "samples" / name
+        folder.mkdir(exist_ok=True)
+        (folder / "0.png").touch()
+        files.hidden(folder / "0.png", "partial").touch()
+    run.close()
+    again = reopen_version(run.path)
+    again.rewind(2)
+    assert [path.name for path in run.path.rglob(".*.partial-*")] == []
+    assert os.listdir(run.path / "superseded" / "step-3.1") == ["0.png"]
+
+
 # Retention
 
 

@@ -4,7 +4,7 @@ A configuration is YAML with ``${section.key}`` interpolation. `load_config` rea
 overrides, moves older spellings to today's, and validates the rest; whatever is wrong comes back in one `ConfigError`
 that names the key, what was given and what is allowed.
 
-    schema, lora    the sections and their keys           values         what keys may hold
+    schema, data, lora    the sections and their keys     values         what keys may hold
     root           a whole run
     spellings      older names of keys                  exclusions     what no run has together
     text           YAML, safely                         interpolation  ${section.key}
@@ -13,17 +13,13 @@ that names the key, what was given and what is allowed.
 """
 
 from qwen_image_finetune.config.classes import import_class
+from qwen_image_finetune.config.data import OUR_DATASETS, Columns, DataConfig, DataEntry, DatasetArguments
 from qwen_image_finetune.config.family import resolve_family
 from qwen_image_finetune.config.load import load_config
 from qwen_image_finetune.config.lora import BaseLora, LoraConfig
 from qwen_image_finetune.config.root import Config
 from qwen_image_finetune.config.schema import (
-    OUR_DATASETS,
     CacheConfig,
-    Columns,
-    DataConfig,
-    DataEntry,
-    DatasetArguments,
     EmaConfig,
     LoggingConfig,
     LossConfig,

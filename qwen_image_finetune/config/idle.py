@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from qwen_image_finetune.config.data import OUR_DATASETS
 from qwen_image_finetune.config.family import resolve_family
 from qwen_image_finetune.config.root import Config
-from qwen_image_finetune.config.schema import OUR_DATASETS
 from qwen_image_finetune.config.tree import ABSENT, find, shown
 from qwen_image_finetune.config.words import known_keys
 

@@ -8,10 +8,10 @@ from typing import Any
 from omegaconf import OmegaConf
 from pydantic import PrivateAttr, model_validator
 
+from qwen_image_finetune.config.data import DataConfig
 from qwen_image_finetune.config.exclusions import contradictions
 from qwen_image_finetune.config.schema import (
     CacheConfig,
-    DataConfig,
     LoggingConfig,
     LossConfig,
     ModelConfig,

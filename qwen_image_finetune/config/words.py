@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from qwen_image_finetune.config.data import OUR_DATASETS, DatasetArguments
 from qwen_image_finetune.config.root import Config
-from qwen_image_finetune.config.schema import OUR_DATASETS, DatasetArguments
 from qwen_image_finetune.config.tree import find, shown
 from qwen_image_finetune.config.values import Allowed, Section
 

@@ -35,10 +35,17 @@ OPTIMIZERS = (
     "torch.optim.Adam",
     "torch.optim.SGD",
     "torch.optim.Adafactor",
+    "torch.optim.Muon",
     "bitsandbytes.optim.AdamW8bit",
     "bitsandbytes.optim.Adam8bit",
     "bitsandbytes.optim.PagedAdamW8bit",
+    "bitsandbytes.optim.Lion8bit",
+    "bitsandbytes.optim.AdEMAMix8bit",
     "prodigyopt.Prodigy",
+    "pytorch_optimizer.Lion",
+    "pytorch_optimizer.CAME",
+    "pytorch_optimizer.Muon",
+    "schedulefree.AdamWScheduleFree",
 )
 
 # The keys that matter, in the order of the form: what they are called there, and what to know about them.

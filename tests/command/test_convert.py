@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from PIL import Image
 
 from qwen_image_finetune.command.cli import main
+from qwen_image_finetune.command.convert import terms
 from qwen_image_finetune.config import load_config
+from qwen_image_finetune.config.classes import import_class
 from qwen_image_finetune.data.sources import read_folder
+from qwen_image_finetune.studio import form
 
 Project = tuple[str, dict[str, Any]]  # the file to convert, and what ours must say, by dotted key
 
@@ -376,3 +380,12 @@ def test_a_model_may_be_named(desk: Path, capsys: pytest.CaptureFixture[str]) ->
     Path("options.toml").write_text('[all]\ndataset_config = "sets.toml"\nnetwork_module = "networks.lora_flux"\n')
     converted(capsys, "options.toml", "--overwrite")
     assert "Kontext" in load_config(Path("my_run.yaml")).model.pretrained_model_name_or_path
+
+
+def test_optimizers_are_what_they_are_called() -> None:
+    """Every class that a name stands for exists, and the names of trainers with and without strokes mean the same."""
+    for path in {*terms.OPTIMIZERS.values(), *form.OPTIMIZERS}:
+        assert import_class(path, "optimizer.class_path", torch.optim.Optimizer).__name__ == path.rsplit(".", 1)[1]
+    assert terms.optimizer("SCHEDULE_FREE_ADAMW") == terms.optimizer("schedulefree.AdamWScheduleFree")
+    assert terms.optimizer("AdEMAMix_8bit") == "bitsandbytes.optim.AdEMAMix8bit"
+    assert terms.optimizer("lookahead") is None and terms.optimizer(3) is None

@@ -21,7 +21,17 @@ OPTIMIZERS = {
     "rmsprop": "torch.optim.RMSprop",
     "adafactor": "torch.optim.Adafactor",
     "prodigy": "prodigyopt.Prodigy",
+    "ademamix": "bitsandbytes.optim.AdEMAMix",
+    "came": "pytorch_optimizer.CAME",
+    "muon": "pytorch_optimizer.Muon",
+    "adamwschedulefree": "schedulefree.AdamWScheduleFree",
+    "schedulefreeadamw": "schedulefree.AdamWScheduleFree",
 }
+# Of a class that is named by its path.
+PACKAGES = tuple(
+    f"{package}."
+    for package in ("torch.optim", "bitsandbytes.optim", "pytorch_optimizer", "schedulefree", "prodigyopt")
+)
 SCHEDULES = {
     name: name for name in ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts",
                             "polynomial")
@@ -41,7 +51,7 @@ def optimizer(name: Any) -> str | None:
         return None
     plain = name.lower().replace("_", "").replace("-", "").removeprefix("optimi").removeprefix("bnb")
     plain = plain.removesuffix("bf16").removesuffix("fp32")
-    return OPTIMIZERS.get(plain) or (name if name.startswith(("torch.optim.", "bitsandbytes.optim.")) else None)
+    return OPTIMIZERS.get(plain) or (name if name.startswith(PACKAGES) else None)
 
 
 def base_format(name: Any) -> str | None:

@@ -25,7 +25,7 @@ from typing import Any, cast
 import peft
 import torch
 from accelerate import init_empty_weights
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -42,6 +42,7 @@ from qwen_image_finetune.levers.attention import attention_of
 from qwen_image_finetune.levers.compile import compilation_of
 from qwen_image_finetune.levers.quantize import candidates, replace
 from qwen_image_finetune.levers.quantized_linear import quantised
+from qwen_image_finetune.lora import adapters
 from qwen_image_finetune.records import Batch
 
 BASELINE = "baseline"
@@ -132,7 +133,7 @@ class Timed:
         self.device = _device()
         self.dtype = torch.bfloat16
         format = str(variant.quantize) if variant is not None and variant.quantize else None
-        self.model: Any = _random_transformer(family, about, self.device, self.dtype, format)
+        self.model: Any = random_transformer(family, about, self.device, self.dtype, format)
         if variant is None:
             _as_others_do(self.model, options)
         else:
@@ -152,19 +153,32 @@ class Timed:
 
     def step(self) -> float:
         """One optimizer step; returns the loss, after everything is done."""
-        guidance = 1.0 if self.family.distilled_guidance(self.model.config) else None
-        sigma = torch.full((len(self.noise),), 0.5, device=self.device)
-        noisy = 0.5 * self.batch.target + 0.5 * self.noise
         others = self.variant is None
         # Models that leave the choice of an attention to torch get its flash attention and no other.
         flash = sdpa_kernel(SDPBackend.FLASH_ATTENTION) if others else nullcontext()
-        with flash, torch.autocast(self.device.type, self.dtype, enabled=not others):
-            velocity = self.family.velocity(self.model, noisy, sigma.to(noisy.dtype), self.batch, guidance)
-            loss = functional.mse_loss(velocity.float(), (self.noise - self.batch.target).float())
+        with flash:
+            with torch.autocast(self.device.type, self.dtype, enabled=not others):
+                loss = functional.mse_loss(self._velocity(), (self.noise - self.batch.target).float())
             loss.backward()
+            if self.variant is not None and self.variant.config is not None and self.variant.config.loss.preserves:
+                self._preserve(self.variant.config.loss.preservation.weight)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return float(loss.detach())
+
+    def _velocity(self) -> Tensor:
+        guidance = 1.0 if self.family.distilled_guidance(self.model.config) else None
+        sigma = torch.full((len(self.noise),), 0.5, device=self.device)
+        noisy = 0.5 * self.batch.target + 0.5 * self.noise
+        return self.family.velocity(self.model, noisy, sigma.to(noisy.dtype), self.batch, guidance).float()
+
+    def _preserve(self, weight: float) -> None:
+        """The passes of the second loss term, as `training.objective` has them; the prompt has another text alone."""
+        with adapters.at_rest(self.model, 0.0), torch.autocast(self.device.type, self.dtype):
+            own = self._velocity()
+        with torch.autocast(self.device.type, self.dtype):
+            difference = functional.mse_loss(self._velocity(), own)
+        (weight * difference).backward()
 
     def timed_step(self) -> None:
         """A step whose time, in milliseconds, counts."""
@@ -358,7 +372,7 @@ def _as_others_do(model: Any, options: Options) -> None:
         parameter.data = parameter.data.to(torch.bfloat16)
 
 
-def _random_transformer(
+def random_transformer(
     family: Family, about: dict[str, Any], device: torch.device, dtype: torch.dtype, format: str | None = None
 ) -> Any:
     """A frozen model made where it runs, layer by layer: neither disk nor host memory sees its weights, and the card

@@ -102,6 +102,7 @@ class Estimator:
         self.sizes = tuple(sizes) if sizes else self._usual_sizes()
         self.text_tokens = family.text_tokens(self.sizes[1:])
         self.format = self._format()
+        self._others: dict[torch.dtype, Estimator] = {}  # by the precision of the weights that are trained
 
     @cached_property
     def footprint(self) -> Footprint:
@@ -119,6 +120,10 @@ class Estimator:
             format: of the frozen base; default: what checkpoint and configuration say.
         """
         config = config or self.config
+        if (dtype := trained_dtype(config)) != trained_dtype(self.config):  # of which the footprint is another
+            if dtype not in self._others:
+                self._others[dtype] = Estimator(self.family, config, self.folder, self.sizes)
+            return self._others[dtype].estimate(config, format)
         train, found, keep = config.train, self.footprint, config.train.recomputation_keeps
         outside, blocks = self._weights(config, format or self.format)
         in_blocks = sum(kind.count * size for kind, size in zip(found.kinds.values(), blocks, strict=True))

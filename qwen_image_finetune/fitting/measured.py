@@ -64,6 +64,7 @@ def about(estimator: Estimator) -> dict[str, Any]:
         "sizes": [list(size) for size in estimator.sizes],
         "batch": config.data.batch_size,
         "accumulation": train.gradient_accumulation_steps,
+        "preserves": config.loss.preserves,
         "precision": train.mixed_precision,
         "attention": train.attention,
         "memory": [train.memory, train.gradient_checkpointing, train.keep_activations, train.blocks_to_swap,

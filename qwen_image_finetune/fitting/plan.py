@@ -100,18 +100,20 @@ def _losses(estimator: Estimator) -> Iterator[tuple[dict[str, Any], list[str]]]:
         for format in () if estimator.format else ("fp8", "nf4"):
             yield {"model.quantize": format}, ["precision of the frozen base"]
         return
-    released = {"train.release_gradients": True, "train.max_grad_norm": None}
-    rounded = {"optimizer.class_path": "bitsandbytes.optim.AdamW8bit"}
-    optimizer, clipping, rounding = estimator.config.optimizer, "gradients are not clipped", "the optimizer's precision"
+    optimizer = estimator.config.optimizer
+    choices: list[tuple[dict[str, Any], str]] = [
+        ({"train.release_gradients": True, "train.max_grad_norm": None}, "gradients are not clipped"),
+        ({"train.weight_precision": "bf16"}, "steps are rounded by chance"),
+    ]
     # The other class takes the same arguments, but has another default of lr.
-    can_round = optimizer.class_path == "torch.optim.AdamW" and "init_args" in optimizer.model_fields_set
-    can_release = not contradictions(with_keys(estimator.config, released))
-    if can_release:
-        yield released, [clipping]
-    if can_round:
-        yield rounded, [rounding]
-    if can_release and can_round:
-        yield {**released, **rounded}, [clipping, rounding]
+    if optimizer.class_path == "torch.optim.AdamW" and "init_args" in optimizer.model_fields_set:
+        choices.append(({"optimizer.class_path": "bitsandbytes.optim.AdamW8bit"}, "the optimizer's precision"))
+    # By the worst of what is lost, then by how much else is.
+    for number in range(1, 1 << len(choices)):
+        taken = [choice for place, choice in enumerate(choices) if number >> place & 1]
+        keys = {key: value for one, _ in taken for key, value in one.items()}
+        if not contradictions(with_keys(estimator.config, keys)):
+            yield keys, [loss for _, loss in taken]
 
 
 def fastest_that_fits(estimator: Estimator, card: int) -> tuple[Change, Estimate] | None:

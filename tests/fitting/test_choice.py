@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from qwen_image_finetune.command.cli import main
 from qwen_image_finetune.config import Config, ConfigError, load_config
@@ -135,7 +136,18 @@ def test_quick_measures_the_candidates_and_keeps_them(
     monkeypatch.setattr(quick, "STEPS", 1)
     monkeypatch.setattr(quick, "MOST", 2)
     monkeypatch.setattr(bench, "WARM_UP", 0)
-    assert main(["bench", str(tmp_path / "config.yaml"), "--quick", "train.mixed_precision=bf16"]) == 0
+    family, passes = type(get_family("FluxKontext")), list[bool]()
+    velocity = family.velocity
+
+    def counted(*arguments: Any) -> Any:
+        passes.append(torch.is_grad_enabled())
+        return velocity(*arguments)
+
+    monkeypatch.setattr(family, "velocity", counted)
+    overrides = ["train.mixed_precision=bf16", "loss.preservation.weight=0.5"]
+    assert main(["bench", str(tmp_path / "config.yaml"), "--quick", *overrides]) == 0
+    # The planner counts one; then two steps of two candidates, each with the two passes of the second term.
+    assert passes == [True] + [True, False, True] * 4
     said = capsys.readouterr().out
     rows = [line.partition(":")[0] for line in said.splitlines() if " s a step, the first " in line]
     assert rows == ["16 bits", "int8"]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from quality_rows import BASES, DEFAULTS, ROWS, Row
+from quality_rows import ATTENTION, BASES, DEFAULTS, ROWS, Row
 
 from qwen_image_finetune.disk.files import write_atomic
 from qwen_image_finetune.judging.intervals import t_interval
@@ -74,6 +74,11 @@ def in_words(compared: tuple[int, list[float]] | None) -> str:
     return f"{middle:+.3f} ({low:+.3f} to {high:+.3f}) at {step}"
 
 
+def in_steps(steps: float | None) -> str:
+    """A number of steps; before the first measurement there is no line to read it from."""
+    return "" if steps is None else f"below {SHOWN[0]}" if steps < SHOWN[0] else f"{steps:.0f}"
+
+
 def number(value: float | None, digits: int = 3) -> str:
     """Blank where nothing is known."""
     return "" if value is None else f"{value:.{digits}f}"
@@ -91,27 +96,36 @@ def of_base(written: Mapping[str, Any], base: str, rows: Sequence[Row]) -> Itera
         found = curves(written, base, row)
         cells = [row.name, *(number(mean(found, step)) for step in SHOWN)]
         cells.append("" if row is DEFAULTS else in_words(difference(found, reference)))
-        cells += [number(steps_to(found, before, goal), 0) for goal in GOALS]
+        cells += [in_steps(steps_to(found, before, goal)) for goal in GOALS]
         cells += [number(mean(found, 200, "loss")), str(len(found) or "")]
         yield f"| {' | '.join(cells)} |".replace("  ", " ")
 
 
 def of_peers(written: Mapping[str, Any]) -> Iterator[str]:
-    """How many of our steps do what a peer's do."""
-    yield "| base | trainer | steps there | IoU | our defaults have it after | half the steps |"
-    yield "|---" * 6 + "|"
+    """How many of our steps do what a peer's do, with either default for the layers."""
+    columns = ("base", "trainer", "steps there", "IoU", "our defaults have it after", "half the steps",
+               "with attention alone", "half the steps")  # fmt: skip
+    yield f"| {' | '.join(columns)} |"
+    yield "|---" * len(columns) + "|"
     for base, title in BASES.items():
-        before, reference = written["before"].get(base, {}).get("iou", 0.0), curves(written, base, DEFAULTS)
         for row in (row for row in ROWS if row.kind == "peer"):
             found = curves(written, base, row)
-            for step in (step for step in SHOWN[1:] if mean(found, step) is not None):
-                value = mean(found, step)
-                assert value is not None
-                ours = steps_to(reference, before, value)
-                longest = max((step for marks in reference.values() for step in marks), default=0)
-                words = f"not in {longest} steps" if ours is None else f"{ours:.0f} steps"
-                verdict = "no" if ours is None or ours > step / 2 else "yes"
-                yield f"| `{title}` | {row.name} | {step} | {value:.3f} | {words} | {verdict} |"
+            for step in SHOWN[1:]:
+                if (value := mean(found, step)) is not None:
+                    ours = [cell for one in (DEFAULTS, ATTENTION) for cell in reached(written, base, one, step, value)]
+                    yield f"| `{title}` | {row.name} | {step} | {value:.3f} | {' | '.join(ours)} |".replace("  ", " ")
+
+
+def reached(written: Mapping[str, Any], base: str, row: Row, step: int, value: float) -> tuple[str, str]:
+    """After how many steps a row has an IoU, and whether these are half of `step`; blank if that was not measured."""
+    found = curves(written, base, row)
+    if not found:
+        return "", ""
+    ours = steps_to(found, written["before"][base]["iou"], value)
+    if ours is None:
+        longest = max(step for marks in found.values() for step in marks)
+        return f"not in {longest} steps", "no" if longest >= step / 2 else ""
+    return f"{in_steps(ours)} steps", "yes" if ours <= step / 2 else "no"
 
 
 def spread(written: Mapping[str, Any]) -> Iterator[str]:

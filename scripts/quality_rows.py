@@ -64,6 +64,7 @@ def lora(rank: int, alpha: float) -> tuple[str, str]:
 
 
 DEFAULTS = Row("our defaults")
+ATTENTION = Row("attention alone", ("model.lora.target_modules=null",))  # the default for models of full size
 ROWS = (
     DEFAULTS,
     Row("sigma_shift 8", ("train.sigma_shift=8",)),
@@ -85,7 +86,7 @@ ROWS = (
     }, words="the commands of its docs: Kontext with rank 32, the model's shift and rate 1e-4, Qwen-Image with rank "
              "16, a shift of 2.2 and rate 5e-5; alpha is 1, as it is there where no other is given"),
     Row("uniform levels", ("train.sigma_distribution=uniform",)),
-    Row("attention alone", ("model.lora.target_modules=null",)),
+    ATTENTION,
     Row("twice the rate", (rate(2),)),
     Row("half the rate", (rate(0.5),)),
     Row("EMA 0.99", ("train.ema={enabled: true, decay: 0.99}",)),

@@ -121,18 +121,8 @@ def check(sharding: Sharding | None, config: Config, processes: int) -> None:
     lora = config.model.lora
     if lora is not None and lora.use_dora:
         raise ConfigError(
-            "model.lora.use_dora=true with FSDP: the lengths of the base's rows are needed before a process has read "
-            "its part of them; train it with configs/accelerate/ddp.yaml"
-        )
-    if lora is not None and lora.type != "lora":
-        raise ConfigError(
-            f"model.lora.type={lora.type} with FSDP: its cut weights were tried with plain LoRAs, and with no other "
-            "adapter; train it with configs/accelerate/ddp.yaml"
-        )
-    if lora is not None and lora.max_norm is not None:
-        raise ConfigError(
-            f"model.lora.max_norm={lora.max_norm:g} with FSDP: the norm is of whole factors, of which a process has a "
-            "part; set model.lora.max_norm=null"
+            "model.lora.use_dora=true with FSDP: its file holds lengths of the base's rows, of which the process "
+            "that writes it has a part; train it with configs/accelerate/ddp.yaml"
         )
     start = "" if lora is None else str(lora.initialisation)
     if start.startswith(("pissa", "olora")):

@@ -17,6 +17,7 @@ import peft
 import torch
 from diffusers.utils import recurse_remove_peft_layers
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from qwen_image_finetune.config import ConfigError, LoraConfig
 from qwen_image_finetune.lora import variants
@@ -183,10 +184,12 @@ def limit_norms(transformer: nn.Module, limit: float) -> None:
             parts = {part: tensor for part, _, tensor in own_tensors(layer, name) if part != MAGNITUDE}
             if not all(tensor.requires_grad for tensor in parts.values()):
                 continue
-            norm = kind_of_layer(layer).changed(parts, full_scale(layer, name)).norm()
+            # Of factors that are cut over processes, each puts the whole ones together and scales its own part.
+            whole = {part: one.full_tensor() if isinstance(one, DTensor) else one for part, one in parts.items()}
+            norm = kind_of_layer(layer).changed(whole, full_scale(layer, name)).norm()
             ratio = (limit / norm).clamp(max=1.0) ** (1 / len(parts))  # of zero: infinity, so 1
             for tensor in parts.values():
-                tensor.mul_(ratio)
+                (tensor.to_local() if isinstance(tensor, DTensor) else tensor).mul_(ratio)
 
 
 def merge_lora(transformer: nn.Module, strength: float = 1.0) -> None:

@@ -30,7 +30,9 @@ SAMPLES = ("validation.enabled=true", "validation.steps=3", "validation.num_vali
 
 
 def test_shared_equals_whole(task: Callable[..., Any], run_all: Callable[..., Any], alone: Callable[..., Path]) -> None:
-    kinds = [(name, more) for name in FAMILY_NAMES for more in (SAMPLES, (FULL,))]
+    other = (*SAMPLES, "model.lora.init_lora_weights=true", "model.lora.type=lokr", "model.lora.max_norm=0.5")
+    kinds = [(name, more) for name, adapted in zip(FAMILY_NAMES, (SAMPLES, other), strict=True)
+             for more in (adapted, (FULL,))]  # fmt: skip
     tasks = [task(name, f"{name}-{len(more)}", *OPTIONS, *more) for name, more in kinds]
     references = [alone(job, TWICE) for job in tasks]
     results = run_all([accelerated("fsdp2.yaml", 2)], tasks)
@@ -48,7 +50,7 @@ def test_shared_equals_whole(task: Callable[..., Any], run_all: Callable[..., An
         )
         assert abs(result["bytes"] - other["bytes"]) < 0.1 * result["bytes"]
         assert result["bytes"] < 1.1 * (4 * base / 2)
-        if more == SAMPLES:
+        if more != (FULL,):
             drawn = [sorted((Path(each) / "samples/step-3").glob("*.png")) for each in (run, reference)]
             assert [path.name for path in drawn[0]] == ["0.png", "1.png", "2.png"]
             for pair in zip(*drawn, strict=True):
@@ -90,3 +92,13 @@ def test_another_number_of_processes(
     assert furthest(weights(quarter[0][0]["run"]), weights(reference), weights(reference, 1)) < BOUND
     for result in quarter:
         assert result[0]["bytes"] == pytest.approx(held["bytes"] / 2, rel=0.1)
+
+
+def test_every_kind_of_adapter_is_cut(torchrun: Callable[..., Any], tmp_path: Path) -> None:
+    """Answers, gradients, steps and limited norms are those of whole adapters; both processes have the same batch."""
+    done = torchrun(2, "tests/distributed/cut_adapters.py", str(tmp_path / "found"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in range(2):
+        found = dict(line.split() for line in (tmp_path / f"found.{rank}").read_text().splitlines())
+        assert found.keys() == {"lora", "lokr", "loha", "oft"}
+        assert all(float(distance) < 1e-5 for distance in found.values()), found

@@ -79,6 +79,7 @@ def test_launch_configurations_that_are_refused(
             "model.lora=null train.mixed_precision=bf16 train.weight_precision=bf16",
             r"weight_precision=bf16 with FSDP: .*weight_precision=fp32",
         ),
+        ("model.lora.use_dora=true", r"use_dora=true with FSDP: its file holds lengths of the base's rows.*ddp\.yaml"),
         ("model.lora.init_lora_weights=pissa", r"init_lora_weights='pissa' with FSDP .*gaussian"),
         ("model.lora.init_lora_weights=olora", r"init_lora_weights='olora' with FSDP"),
     ],
@@ -88,6 +89,12 @@ def test_runs_that_are_refused(override: str, message: str, configure: Callable[
     with pytest.raises(ConfigError, match=message):
         check(Sharding(), config, processes=2)
     check(None, config, processes=2)
+
+
+@pytest.mark.parametrize("override", ["type=lokr", "type=loha", "type=oft", "max_norm=1.0", "lora_dropout=0.1"])
+def test_adapters_that_can_be_cut(override: str, configure: Callable[..., Config]) -> None:
+    config = configure("FluxKontext", "model.lora.init_lora_weights=true", f"model.lora.{override}")
+    check(Sharding(), config, processes=2)
 
 
 def test_one_process_has_nobody_to_share_with(configure: Callable[..., Config]) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
+from qwen_image_finetune.levers.joined import JoinNarrowProducts
 from qwen_image_finetune.levers.recompute import Keep, Runner, recompute
 from qwen_image_finetune.levers.rotation import use_real_rotation
 
@@ -23,6 +24,8 @@ MOST_GRAPHS = 1 << 12
 # Sizes of pictures, text and batch that get kernels of their own. Prompts can have hundreds of lengths, and each would
 # take a compilation: those beyond share kernels whose sizes are variables, which fits all of them.
 STATIC = 8
+# Of inductor, the compiler of torch; others that are named (for tests) take none.
+OPTIONS: dict[str, Any] = {"post_grad_custom_pre_pass": JoinNarrowProducts()}
 
 
 class Compilation:
@@ -43,8 +46,9 @@ class Compilation:
 
     def wrap(self, run: Runner) -> Runner:
         """`run` (block, ..., *arguments), compiled; for `recompute`."""
-        static = torch.compile(run, dynamic=False, backend=self.backend)
-        symbolic = torch.compile(run, dynamic=True, backend=self.backend)
+        options = OPTIONS if self.backend == "inductor" else None
+        static = torch.compile(run, dynamic=False, backend=self.backend, options=options)
+        symbolic = torch.compile(run, dynamic=True, backend=self.backend, options=options)
 
         def run_compiled(*arguments: Any) -> Any:
             geometry = tuple(item.shape for item in arguments if isinstance(item, Tensor))

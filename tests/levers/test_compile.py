@@ -17,6 +17,7 @@ from qwen_image_finetune.config import LoraConfig
 from qwen_image_finetune.levers import compile
 from qwen_image_finetune.levers.attention import use_attention
 from qwen_image_finetune.levers.compile import STATIC, Compilation
+from qwen_image_finetune.levers.joined import COUNTER
 from qwen_image_finetune.levers.quantize import quantize
 from qwen_image_finetune.levers.recompute import blocks, recompute
 from qwen_image_finetune.lora import adapters
@@ -34,9 +35,13 @@ class ToyBlock(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.to_q, self.to_out = nn.Linear(width, width), nn.Linear(width, width)
+        self.down, self.up = (
+            nn.ModuleList(nn.Linear(*sides, bias=False) for _ in range(2)) for sides in ((width, 2), (2, width))
+        )
 
     def forward(self, hidden: Tensor, scale: Tensor) -> Tensor:
-        query = self.to_q(hidden).unflatten(-1, (2, -1)).transpose(1, 2)
+        adapted = [up(down(hidden)) for down, up in zip(self.down, self.up, strict=True)]
+        query = (self.to_q(hidden) + adapted[0] + adapted[1]).unflatten(-1, (2, -1)).transpose(1, 2)
         attended = functional.scaled_dot_product_attention(query, query, query).transpose(1, 2).flatten(2)
         return hidden + scale * self.to_out(functional.gelu(attended))
 
@@ -91,6 +96,7 @@ def test_compiled_equals_eager(keep: float | None) -> None:
     for name, gradient in expected.items():
         assert float((found[name] - gradient).norm()) <= 1e-5 * float(gradient.norm()), name
     assert 0 < compilation.num_graphs <= most_graphs(compiled, 1)
+    assert set(torch._dynamo.utils.counters[COUNTER]) == {"_same_first", "_same_second", "_summed"}
     with torch.no_grad():
         assert torch.equal(compiled(hidden), eager(hidden))  # as samples are drawn: not compiled
 

@@ -63,8 +63,8 @@ def add_adapter(transformer: nn.Module, config: LoraConfig, seed: int, ranks: Ma
             torch.cuda.default_generators[device.index].manual_seed(seed)
         starts: dict[str, tuple[Tensor, Tensor] | None] = {}
         for module, layer in adapted_layers(transformer, name):
-            starts[module] = initialise(layer, name, initialisation) if kind is KINDS["lora"] else None
-            if kind is not KINDS["lora"]:
+            starts[module] = initialise(layer, name, initialisation) if kind.start is None else None
+            if kind.start is not None:
                 kind.start(layer, name)
                 layer.dropouts[name] = (config.rank_dropout, config.module_dropout)
         if any(start is not None for start in starts.values()):
@@ -187,6 +187,7 @@ def limit_norms(transformer: nn.Module, limit: float) -> None:
             # Of factors that are cut over processes, each puts the whole ones together and scales its own part.
             whole = {part: one.full_tensor() if isinstance(one, DTensor) else one for part, one in parts.items()}
             norm = kind_of_layer(layer).changed(whole, full_scale(layer, name)).norm()
+            assert norm is not None, "model.lora.max_norm is refused for rotations"
             ratio = (limit / norm).clamp(max=1.0) ** (1 / len(parts))  # of zero: infinity, so 1
             for tensor in parts.values():
                 (tensor.to_local() if isinstance(tensor, DTensor) else tensor).mul_(ratio)

@@ -38,7 +38,8 @@ class Kind:
         config: peft's configuration, from ours and the fields that all kinds have.
         parts: names under which a layer keeps tensors: a module each, or a parameter.
         changed: what tensors of a layer, with a scale, do to a weight.
-        start: gives the parts of a layer their first values, in float32, drawn on the CPU.
+        start: gives the parts of a layer their first values, in float32, drawn on the CPU; None of a LoRA, which has
+            more than one way to start (starts.py).
         put: gives them those of a file, whatever their shapes.
         config_of: peft's configuration for the layers of a file, to be filled by `put`.
         rank_of: the tensor of a checkpoint whose rows are as many as the rank; None where none shows it.
@@ -50,7 +51,7 @@ class Kind:
     config: Callable[..., peft.PeftConfig]
     parts: tuple[str, ...]
     changed: Callable[[Parts, float], Changed]
-    start: Callable[[Any, str], None]
+    start: Callable[[Any, str], None] | None
     put: Callable[[Any, str, Changed], None]
     config_of: Callable[[Mapping[str, Any]], peft.PeftConfig]
     rank_of: str | None = None
@@ -130,10 +131,6 @@ def _put_rotation(layer: Any, name: str, changed: Changed) -> None:
     layer.oft_R[name].weight.requires_grad_(False).data.copy_(changed.tensors["oft_R.weight"])
 
 
-def _start_lora(layer: Any, name: str) -> None:
-    raise NotImplementedError("a LoRA has more than one way to start: starts.py")
-
-
 def _put_lora(layer: Any, name: str, changed: Changed) -> None:
     assert isinstance(changed, Layer)
     for part, values in (("lora_A", changed.down), ("lora_B", changed.up)):
@@ -150,7 +147,7 @@ KINDS: dict[str, Kind] = {
     "lora": Kind(
         "LoRA", LoraModel, LoraLayer, _lora, ("lora_A", "lora_B", "lora_magnitude_vector"),
         lambda parts, scale: Layer(parts["lora_A"], parts["lora_B"], scale * len(parts["lora_A"])),
-        _start_lora, _put_lora, _lora_of, rank_of="lora_A.weight",
+        None, _put_lora, _lora_of, rank_of="lora_A.weight",
     ),
     "lokr": Kind(
         "LoKr", KroneckerModel, LoKrLayer, _lokr,

@@ -38,8 +38,8 @@ class Changed(ABC):
         """The same change by other tensors, in front of which stands this scale."""
 
     @abstractmethod
-    def norm(self) -> Tensor:
-        """() Frobenius norm of the change; of a DoRA's before rows get their lengths."""
+    def norm(self) -> Tensor | None:
+        """() Frobenius norm of the change, of a DoRA's before rows get lengths; None where the weight decides it."""
 
     @abstractmethod
     def change(self, weight: Tensor, first_row: int = 0) -> Tensor:

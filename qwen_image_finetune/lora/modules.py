@@ -7,6 +7,7 @@ are peft's.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, cast
 
 import peft
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 
-class Pass:
+class Pass(ABC):
     """Output of the base plus strength times the change of each active adapter.
 
     Attributes:
@@ -65,9 +66,9 @@ class Pass:
             change = change * (torch.rand((), device=change.device) >= of_passes)
         return change
 
+    @abstractmethod
     def added(self, name: str, x: Tensor, base: Tensor) -> Tensor:
         """The change of the output (..., out)."""
-        raise NotImplementedError
 
 
 class KroneckerLinear(Pass, LoKrLinear):

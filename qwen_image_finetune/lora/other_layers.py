@@ -211,9 +211,8 @@ class Rotation(Other):
         """Itself: a rotation has no scale."""
         return self
 
-    def norm(self) -> Tensor:
-        """Not known without the weight; lengths of its rows stay."""
-        raise NotImplementedError
+    def norm(self) -> None:
+        """See `Changed`; lengths of rows stay."""
 
     def blocks(self) -> Tensor:
         """R, (blocks, b, b)."""

@@ -36,9 +36,9 @@ def folder(tiny_checkpoints: dict[str, Path]) -> Path:
 def write(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`write(seed, rank)`: a LoRA file in which nothing is zero."""
 
-    def build(seed: int, rank: int = 6, targets: Any = ("to_q", "to_k", "ff.net.2")) -> Path:
+    def build(seed: int, rank: int = 6, targets: Any = ("to_q", "to_k", "ff.net.2"), **more: Any) -> Path:
         model: Any = loading.load_transformer(FAMILY, folder, torch.float32)
-        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(targets))
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(targets), **more)
         adapters.add_adapter(model, config, seed=seed)
         generator = torch.Generator().manual_seed(seed)
         for parameter in model.parameters():
@@ -106,6 +106,14 @@ def test_show(one: Path, capsys: pytest.CaptureFixture[str]) -> None:
     total = sum(float(delta.norm()) ** 2 for delta in deltas(one).values()) ** 0.5
     assert sum(value**2 for value in found["norms"].values()) ** 0.5 == pytest.approx(total, rel=1e-5)
     assert found["metadata"]["ss_steps"] == "7" and found["ranks"] == [6]
+
+
+def test_show_a_rotation(write: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    """How long its change is, nobody can say who has not the weights."""
+    path = write(1, type="oft", oft_block_size=8)
+    assert main(["lora", "show", str(path)]) == 0
+    said = capsys.readouterr().out
+    assert "OFT for FluxKontext" in said and "the weight decides" in said and "#" not in said
 
 
 def test_convert_and_back(one: Path, tmp_path: Path) -> None:

@@ -44,7 +44,9 @@ def show(source: Path, family: str | None) -> dict[str, Any]:
             tensor.numel() for layer in file.layers.values() for tensor in layer.folded().tensors.values()
         ),
         "norms": {
-            block: _total(float(layer.norm()) for layer in layers) for block, layers in by_block(file.layers).items()
+            block: _total(norms)
+            for block, layers in by_block(file.layers).items()
+            if (norms := [float(norm) for layer in layers if (norm := layer.norm()) is not None])
         },
         "metadata": {key: file.metadata[key] for key in SHOWN if key in file.metadata},
         "read by": readers_words(naming.readers, dialect, modules, kind),
@@ -59,7 +61,8 @@ def show_words(found: dict[str, Any]) -> list[str]:
         f"{found['layers']} layers, {found['parameters']:,} numbers, rank {_few(found['ranks'])}"
         + (f", scale {_few(found['scales'])}" if found["scales"] else ""),
         *(f"{key:22} {value}" for key, value in found["metadata"].items()),
-        "", "change of the weights, block by block (Frobenius norm)",
+        "", "change of the weights, block by block (Frobenius norm)" if found["norms"] else
+        "it turns the inputs of its layers; how far that changes a weight, the weight decides",
     ]  # fmt: skip
     most = max(found["norms"].values(), default=0.0) or 1.0
     for block, value in found["norms"].items():

@@ -89,32 +89,26 @@ def load(
             if key not in shapes:
                 continue
             home = "cpu" if key.startswith(swapped) else device
+            changes = change if change is not None and change.touches(name) and key.endswith(".weight") else None
+            format, may_compute_in_8_bits, noted = precision.format if key in wanted else None, True, errors
             if name in linear and _is_quantised(checkpoint.tensors, name):
                 layer = _stored_layer(checkpoint, name, shapes[key], home, may_compute_in_8_bits=name in inside)
-                changed = change is not None and change.touches(name)
-                if not changed:
+                if changes is None:
                     replace(model, name, layer)
                     continue
-                assert change is not None
-                weight = change.added_to(name, layer.dequantised(torch.float32))
-                new, error = quantised_within_bound(weight, layer.format)
-                (kept if new is None else merged)[name] = error
+                weight, noted = layer.dequantised(torch.float32), merged
+                format, may_compute_in_8_bits = layer.format, layer.may_compute_in_8_bits
+            else:
+                _check_shape(checkpoint.source, key, checkpoint.tensors[key].shape, shapes[key])
+                weight = checkpoint.read(key).to(home)
+            if changes is not None:
+                weight = changes.added_to(name, weight)
+            if format is not None:
+                new, error = quantised_within_bound(weight, format)
+                (kept if new is None else noted)[name] = error
                 if new is not None:
-                    new.may_compute_in_8_bits = layer.may_compute_in_8_bits
+                    new.may_compute_in_8_bits = may_compute_in_8_bits
                     new.will_run_on(new.weight.device)
-                    replace(model, name, new)
-                    continue
-                _put(model, key, weight.to(dtype))
-                continue
-            _check_shape(checkpoint.source, key, checkpoint.tensors[key].shape, shapes[key])
-            weight = checkpoint.read(key).to(home)
-            if change is not None and key.endswith(".weight") and change.touches(name):
-                weight = change.added_to(name, weight)
-            if key in wanted:
-                assert precision.format is not None
-                new, error = quantised_within_bound(weight, precision.format)
-                (kept if new is None else errors)[name] = error
-                if new is not None:
                     replace(model, name, new)
                     continue
             precise = not keeps.isdisjoint(key.split("."))

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 # gain nothing from more, and tests that run side by side would only take the cores from each other.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# torch's compiler would start a pool of processes, each of which imports torch, for the few kernels that tests need.
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"

@@ -150,11 +150,18 @@ class Predictor:
         """A reference as the VAE sees it."""
         return fitted(image, self.scaled(image, size, references), size, self.family.resampling)
 
-    def encode(self, prompt: str, images: Sequence[Image], size: tuple[int, int]) -> Encoded:
-        """Conditions of one picture of `size`; the target latent only carries the shape of what is to be drawn."""
+    def encode(
+        self, prompt: str, images: Sequence[Image], size: tuple[int, int], references: Sequence[Tensor] | None = None
+    ) -> Encoded:
+        """Conditions of one picture of `size`; the target latent only carries the shape of what is to be drawn.
+
+        Args:
+            references: latents of `images` at that size, each (C, H, W), where another prompt had them encoded already.
+        """
         vae = self.pipe.vae
         seen = [Reference(image, self.seen(image, size, len(images))) for image in images]
-        references = [self.family.encode_image(self.pipe, self.fitted(*one, len(images))) for one in seen]
+        if references is None:
+            references = [self.family.encode_image(self.pipe, self.fitted(*one, len(images))) for one in seen]
         shape = self.family.latent_shape(*size, self.transformer.config, getattr(self.pipe, "vae_scale_factor", None))
         return Encoded(
             key=prompt,
@@ -210,7 +217,10 @@ class Predictor:
         seeds = [seed] if isinstance(seed, int) else list(seed)
 
         def batch(words: str, pictures: Sequence[Image]) -> Batch:
-            row = wanted if words == prompt and pictures == images else self.encode(words, pictures, size)
+            if pictures != images:
+                row = self.encode(words, pictures, size)
+            else:
+                row = wanted if words == prompt else self.encode(words, images, size, wanted.references)
             return collate([row] * len(seeds))
 
         negative = family.negative_prompt if negative_prompt is None else negative_prompt

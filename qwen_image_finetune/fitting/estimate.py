@@ -56,6 +56,9 @@ VAE_PARAMETERS = 0.13e9  # of one that is not on this machine: those of Qwen-Ima
 
 ENCODER_PARTS = ("text_encoder", "text_encoder_2", "vae_encoder")
 
+# By all that decides one. A full-size model takes seconds, and a plan asks for several runs of the same one.
+_footprints: dict[tuple[Any, ...], Footprint] = {}
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -106,11 +109,15 @@ class Estimator:
 
     @cached_property
     def footprint(self) -> Footprint:
-        """Measured once: only the geometry, the adapter and the model decide it."""
+        """Measured once in a process: only the geometry, the adapter and the model decide it."""
         about = transformer_config(self.family, self.folder, self.published)
-        dtype = weight_dtype(self.config.train.mixed_precision)
-        batch = stand_in(self.family, about, self.sizes, self.config.data.batch_size, self.text_tokens)
-        return footprint(self.family, about, batch, self.config.model.lora, dtype, trained_dtype(self.config))
+        lora, rows = self.config.model.lora, self.config.data.batch_size
+        dtypes = weight_dtype(self.config.train.mixed_precision), trained_dtype(self.config)
+        key = (type(self.family), repr(about), self.sizes, rows, self.text_tokens, repr(lora), *dtypes)
+        if key not in _footprints:
+            batch = stand_in(self.family, about, self.sizes, rows, self.text_tokens)
+            _footprints[key] = footprint(self.family, about, batch, lora, *dtypes)
+        return _footprints[key]
 
     def estimate(self, config: Config | None = None, format: str | None = None) -> Estimate:
         """What a run takes.

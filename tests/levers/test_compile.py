@@ -119,9 +119,12 @@ def test_compilations_are_bounded_by_geometries(keep: float | None) -> None:
 
 
 def test_prompts_of_many_lengths_share_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gradients of a tiny Qwen-Image-Edit, to the bit: the compiler's own kernels are left out."""
+    """Gradients of a tiny Qwen-Image-Edit, to the bit: the compiler's own kernels are left out.
+
+    Of one block: with sizes as variables the compiler takes long for each.
+    """
     monkeypatch.setattr("qwen_image_finetune.levers.compile.STATIC", 1)
-    models = [tiny_transformer("qwen") for _ in range(2)]
+    models = [tiny_transformer("qwen", layers=1) for _ in range(2)]
     for model in models:
         adapters.add_adapter(model.train(), LoraConfig(r=4), seed=1)
         disturb(model)
@@ -135,13 +138,13 @@ def test_prompts_of_many_lengths_share_what_is_compiled(monkeypatch: pytest.Monk
         for (name, expected), found in zip(eager.named_parameters(), compiled.parameters(), strict=True):
             if expected.grad is not None:
                 assert torch.equal(found.grad, expected.grad), name
-    assert compilation.num_graphs <= most_graphs(compiled, 4) == 4
+    assert compilation.num_graphs == 2 <= most_graphs(compiled, 4)
 
 
 @pytest.mark.parametrize(("family", "keep"), [("flux", 0.5), ("qwen", "none")])
 def test_blocks_are_compiled_whole(family: str, keep: Any) -> None:
     """With everything that a run puts into them; one piece that no compiler sees through leaves a block eager."""
-    model = tiny_transformer(family)
+    model = tiny_transformer(family, layers=1)
     quantize(model, "fp8")
     adapters.add_adapter(model.train(), LoraConfig(r=4), seed=1)
     use_attention(model, "auto", "bf16")

@@ -12,16 +12,17 @@ HEAD = {"attention_head_dim": 16, "num_attention_heads": 2, "axes_dims_rope": (4
 PIPELINES: dict[str, type[Any]] = {"flux": FluxKontextPipeline, "qwen": QwenImageEditPipeline}
 
 
-def tiny_transformer(family: str, dtype: torch.dtype = torch.float32) -> Any:
-    """The same random weights at every call; the global random state is not moved."""
+def tiny_transformer(family: str, dtype: torch.dtype = torch.float32, layers: int = 2) -> Any:
+    """The same random weights at every call, with so many blocks of each kind; the global random state is not moved."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
         if family == "flux":
             model: Any = FluxTransformer2DModel(
-                in_channels=8, num_layers=2, num_single_layers=2, pooled_projection_dim=12, guidance_embeds=True, **HEAD
-            )
+                in_channels=8, num_layers=layers, num_single_layers=layers, pooled_projection_dim=12,
+                guidance_embeds=True, **HEAD,
+            )  # fmt: skip
         else:
-            model = QwenImageTransformer2DModel(in_channels=8, out_channels=2, num_layers=2, **HEAD)
+            model = QwenImageTransformer2DModel(in_channels=8, out_channels=2, num_layers=layers, **HEAD)
         return model.eval() if dtype == torch.float32 else model.eval().to(dtype)
 
 

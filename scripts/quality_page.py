@@ -140,30 +140,41 @@ def spread(written: Mapping[str, Any]) -> Iterator[str]:
 
 def of_adapters(written: Mapping[str, Any]) -> Iterator[str]:
     """Kinds of adapters, both bases side by side."""
-    titles = " | ".join(f"`{title}` | against a plain LoRA" for title in BASES.values())
-    yield f"| IoU after 200 steps | {titles} |"
-    yield "|---" * (1 + 2 * len(BASES)) + "|"
-    for row in (row for row in ROWS if row is DEFAULTS or row.kind == "adapter" or row.name in ADAPTERS):
-        cells = ["LoRA, rank 16" if row is DEFAULTS else row.name]
-        for base in BASES:
-            found = curves(written, base, row)
-            compared = in_words(difference(found, curves(written, base, DEFAULTS)))
-            cells += [number(mean(found, 200)), "" if row is DEFAULTS else compared]
-        yield f"| {' | '.join(cells)} |".replace("  ", " ")
+    rows = [row for row in ROWS if row.kind == "adapter" or row.name in ADAPTERS]
+    known = [
+        row for row in rows if any(200 in marks for base in BASES for marks in curves(written, base, row).values())
+    ]
+    if known:
+        titles = " | ".join(f"`{title}` | against a plain LoRA" for title in BASES.values())
+        yield f"| IoU after 200 steps | {titles} |"
+        yield "|---" * (1 + 2 * len(BASES)) + "|"
+        for row in (DEFAULTS, *known):
+            cells = ["LoRA, rank 16" if row is DEFAULTS else row.name]
+            for base in BASES:
+                found = curves(written, base, row)
+                compared = in_words(difference(found, curves(written, base, DEFAULTS)))
+                cells += [number(mean(found, 200)), "" if row is DEFAULTS else compared]
+            yield f"| {' | '.join(cells)} |".replace("  ", " ")
+        yield ""
+    yield from unknown(rows, known)
+
+
+def unknown(rows: Sequence[Row], known: Sequence[Row]) -> Iterator[str]:
+    """Which rows nobody has measured."""
+    if names := [row.name for row in rows if row not in known]:
+        yield f"Not measured yet: {'; '.join(names)}."
 
 
 def tables(written: Mapping[str, Any], rows: Sequence[Row] = ROWS) -> Iterator[str]:
     """The section of docs/defaults.md."""
+    known = [row for row in rows if any(curves(written, base, row) for base in BASES)]
     for base in BASES:
-        yield from (*of_base(written, base, rows), "")
+        yield from (*of_base(written, base, known), "")
+    yield from (*unknown(rows, known), "")
     yield from (*(line + "\n" for line in spread(written)), "### Half the steps?", "")
-    yield from (
-        *of_peers(written),
-        "",
-        "Where their settings come from; rates are multiplied by 40, as ours is for these bases:",
-        "",
-    )
-    yield from (f"- {row.name}: {row.words}." for row in rows if row.words)
+    yield from (*of_peers(written), "")
+    yield "Where their settings come from; rates are multiplied by 40, as ours is for these bases:"
+    yield from ("", *(f"- {row.name}: {row.words}." for row in rows if row.words))
 
 
 def with_section(text: str, lines: Iterator[str]) -> str:

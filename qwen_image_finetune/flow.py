@@ -56,21 +56,26 @@ def draw(
     distribution: str,
     shift: float,
     bounds: Sequence[float] = WHOLE,
+    strata: Sequence[tuple[int, int]] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Noise levels (B,) and noise (B, *shape), float32 on the CPU: a pure function of (seed, sample, its visit).
 
-    Because nothing else enters, a resumed run, another number of processes or another batch size sees the same noise.
+    Because nothing else enters, but for strata, a resumed run, another number of processes or another batch size sees
+    the same noise.
 
     Args:
         distribution: "logit_normal" (mean 0, deviation 1; Esser et al. 2024) or "uniform".
         shift: factor of `shifted`, applied after the draw.
         bounds: least and most level after it.
+        strata: of each sample (k, n): its level is among those with the shares k / n to (k + 1) / n of the distribution
+            below them.
     """
     levels, noises = [], []
-    for key, visit in zip(keys, visits, strict=True):
+    for key, visit, (part, parts) in zip(keys, visits, strata or [(0, 1)] * len(keys), strict=True):
         generator = torch.Generator().manual_seed(seed_of("noise", seed, key, visit))
-        if tuple(bounds) != WHOLE:
-            share = torch.rand((), generator=generator, dtype=torch.float64).clamp(1e-9, 1 - 1e-9)
+        if tuple(bounds) != WHOLE or parts > 1:
+            inside = torch.rand((), generator=generator, dtype=torch.float64)
+            share = ((part + inside) / parts).clamp(1e-9, 1 - 1e-9)
             level = levels_at(share, distribution, shift, bounds).float()
         elif distribution == "uniform":
             level = torch.rand((), generator=generator)

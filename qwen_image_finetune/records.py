@@ -27,6 +27,7 @@ class Example:
     reference_sizes: tuple[tuple[int, int], ...]  # (width, height) for the VAE, one per reference
     target: Image  # at its final size
     mask: Image | None = None  # mode L, size of the target; white is foreground
+    area: int | None = None  # in pixels, that its pictures are brought to; None is the model's own
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ def main() -> None:
                 assert data.check() == []
         with measured("order one epoch, find step 1,000,000"):
             batches = Batches(
-                [0] * len(data),
+                [(0,)] * len(data),
                 batch_size=4,
                 micro_batches_per_step=2,
                 seed=0,

@@ -11,6 +11,7 @@ import torch
 from scipy import stats
 
 from qwen_image_finetune import flow, loading
+from qwen_image_finetune.data.batches import MicroBatch, stratified
 from qwen_image_finetune.families import get_family
 
 # (width, height), tokens, mu and e^mu of FLUX Kontext, the same of Qwen-Image-Edit
@@ -83,6 +84,30 @@ def test_noise_levels_follow_the_stated_distribution(distribution: str, shift: f
     else:
         test = stats.kstest(unshifted, "uniform")
     assert test.pvalue > 1e-3
+
+
+@pytest.mark.parametrize("bounds", [(0.0, 1.0), (0.2, 0.7)])
+def test_strata_cover_the_distribution_evenly(bounds: tuple[float, float]) -> None:
+    """Of a step's samples each has another part of the distribution, by its own cumulative function; all of them over
+    many steps are distributed as without."""
+    micros = [MicroBatch((0, 1, 2), (0, 0, 0), (False,) * 3, False), MicroBatch((3, 4), (0, 0), (False,) * 2, False)]
+    ends = [float(stats.norm.cdf(np.log(end / (1 - end)))) if 0 < end < 1 else end for end in
+            (bound / (2 + bound - 2 * bound) for bound in bounds)]  # fmt: skip
+    shares = []
+    for step in range(400):
+        found = stratified(micros, 7, step)
+        strata = [each for micro in found for each in micro.strata or ()]
+        assert [micro.rows for micro in found] == [micro.rows for micro in micros]
+        assert sorted(strata) == [(part, 5) for part in range(5)]
+        keys = [f"{step} {row}" for micro in found for row in micro.rows]
+        sigma = flow.draw(keys, [0] * 5, 7, (1, 1, 1), "logit_normal", 2.0, bounds, strata)[0].double().numpy()
+        below = stats.norm.cdf(np.log(sigma / (2 + sigma - 2 * sigma) / (1 - sigma / (2 + sigma - 2 * sigma))))
+        shares.append((below - ends[0]) / (ends[1] - ends[0]))
+        assert [int(share * 5) for share in shares[-1]] == [part for part, _ in strata]
+    assert stats.kstest(np.concatenate(shares), "uniform").pvalue > 1e-3
+    assert stats.kstest(np.array(shares)[:, 0], "uniform").pvalue > 1e-3  # of one place in the step too
+    alone = flow.draw(["a"], [3], 7, (1, 1, 1), "uniform", 2.0)
+    assert torch.equal(flow.draw(["a"], [3], 7, (1, 1, 1), "uniform", 2.0, strata=[(0, 1)])[0], alone[0])
 
 
 def test_shift_equals_the_schedulers(tiny_checkpoints: dict[str, Path]) -> None:

@@ -73,7 +73,8 @@ def test_levels_of_a_range_are_those_of_the_whole_that_lie_in_it(distribution: s
 @pytest.mark.parametrize(
     "options",
     [("loss.type=pseudo_huber", "loss.huber_schedule=exponential", "loss.weighting=cosmap"),
-     ("loss.type=l1", "loss.sigma_range=[0.2,0.8]", "loss.weighting=min_snr")],
+     ("loss.type=l1", "loss.sigma_range=[0.2,0.8]", "loss.weighting=min_snr",
+      "train.sigma_stratified=true", "data.batch_size=2")],
     ids=["huber", "range"],
 )  # fmt: skip
 def test_a_run_learns_resumes_and_is_held_to_it(options: tuple[str, ...], configure: Callable[..., Config]) -> None:

@@ -13,7 +13,7 @@ that names the key, what was given and what is allowed.
 """
 
 from qwen_image_finetune.config.classes import import_class
-from qwen_image_finetune.config.data import OUR_DATASETS, Columns, DataConfig, DataEntry, DatasetArguments
+from qwen_image_finetune.config.data import OUR_DATASETS, Columns, DataConfig, DataEntry, DatasetArguments, areas
 from qwen_image_finetune.config.family import resolve_family
 from qwen_image_finetune.config.load import load_config
 from qwen_image_finetune.config.lora import BaseLora, LoraConfig
@@ -61,6 +61,7 @@ __all__ = [
     "SchedulerConfig",
     "TrainConfig",
     "ValidationConfig",
+    "areas",
     "import_class",
     "load_config",
     "no_folder",

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from math import isqrt
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from qwen_image_finetune.config.values import (
     Allowed,
     ClassPath,
     Count,
     Natural,
+    Positive,
     Rate,
     Repeats,
     Section,
@@ -34,14 +36,48 @@ class Columns(Section):
     mask: Text | None = Field(None, description="the edit mask")
 
 
+Resolution = Annotated[
+    Side | Annotated[list[Side], Field(min_length=1)], Allowed("whole number from 1 to 65536, or a list of them")
+]
+
+
+def areas(resolution: int | list[int] | None) -> tuple[int, ...]:
+    """The pixel areas of a resolution or of several, each once, the largest first; none of None."""
+    sides = [] if resolution is None else [resolution] if isinstance(resolution, int) else resolution
+    return tuple(side * side for side in sorted(set(sides), reverse=True))
+
+
 class DataEntry(Section):
     """One data set of several, or one that needs more than its place."""
 
     path: Text = Field(description="folder, table, or hf://OWNER/NAME[/FOLDER][@REVISION]")
     columns: Columns | None = Field(None, description="target, references, prompt, mask; default: known by name")
     split: Text = Field("train", description="files with this word in their name, where there are several splits")
+    weight: Positive | None = Field(
+        None, description="its share of the visits, beside the weights of the others; default: by its samples"
+    )
     repeats: Repeats = Field(1, description="visits of an epoch to each of its samples")
     prefix: Text | None = Field(None, description="stands before every prompt of it")
+    prompt_per_line: Switch = Field(False, description="each line of a caption is a prompt; one is drawn a visit")
+    identity: Text | Annotated[list[Text], Field(min_length=1)] | None = Field(
+        None, description="its pairs become: the source as it is, asked for with this sentence, or one of a list"
+    )
+    image_size: Size | None = Field(None, description="in place of that, and of the resolution, of data.init_args")
+    resolution: Resolution | None = Field(None, description="the same")
+    caption_dropout_rate: Rate | None = Field(None, description="in place of that of data.init_args")
+    prompt_image_dropout_rate: Rate | None = Field(None, description="the same")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DataEntry:
+        problems = []
+        for one, other in (("image_size", "resolution"), ("weight", "repeats")):
+            values = [getattr(self, name) for name in (one, other)]
+            if values[0] is not None and values[1] not in (None, 1):
+                problems.append(
+                    f"{one}={values[0]} and {other}={values[1]} of {self.path} exclude each other: give one of them"
+                )
+        refuse(problems)
+        return self
 
     @property
     def on_hub(self) -> bool:
@@ -49,19 +85,32 @@ class DataEntry(Section):
         return self.path.startswith("hf://")
 
 
+def _all_weighed(entries: list[str | DataEntry]) -> list[str | DataEntry]:
+    without = [one if isinstance(one, str) else one.path for one in entries if isinstance(one, str) or not one.weight]
+    if 0 < len(without) < len(entries):
+        raise ValueError(
+            f"weight is given for some data sets and not for {', '.join(without)}: give it to all, or none"
+        )
+    return entries
+
+
+DatasetPath = (
+    Text
+    | Annotated[
+        list[Text | DataEntry],
+        Field(min_length=1),
+        AfterValidator(_all_weighed),
+        Allowed("list of texts, or of sections, path and what a set has of its own"),
+    ]
+)
+
+
 class DatasetArguments(Section):
     """Arguments of the dataset class. A class of your own may take others; they are passed on."""
 
     model_config = ConfigDict(extra="allow")  # a class of the user's own may take more; ours is checked in DataConfig
 
-    dataset_path: (
-        Text
-        | Annotated[
-            list[Text | DataEntry],
-            Field(min_length=1),
-            Allowed("list of texts, or of sections: path, columns, split, repeats, prefix"),
-        ]
-    ) = Field(
+    dataset_path: DatasetPath = Field(
         "data/face_seg",
         description="a folder of pairs or of shards (parquet, arrow, tar), a table, hf://OWNER/NAME, or a list of them",
     )
@@ -71,8 +120,15 @@ class DatasetArguments(Section):
     image_size: Size | None = Field(
         None, description="[width, height] in pixels of every target; without it the aspect ratio is kept"
     )
-    resolution: Side | None = Field(
-        None, description="side, in pixels, of the square whose area pictures are scaled to; default: the model's own"
+    resolution: Resolution | None = Field(
+        None,
+        description="side, in pixels, of the square whose area pictures are scaled to; of several, visits take turns; "
+        "default: the model's own",
+    )
+    max_buckets: Count | None = Field(
+        None,
+        description="most sizes that targets have, at each resolution; a picture of another shape is cropped to the "
+        "nearest; default: each keeps its shape",
     )
     streaming: Switch = Field(
         False,
@@ -102,6 +158,11 @@ class DatasetArguments(Section):
                 f"data.init_args.image_size={self.image_size} and data.init_args.resolution={self.resolution} exclude "
                 "each other: give one of them"
             )
+        if self.max_buckets is not None and self.streaming:
+            problems.append(
+                f"data.init_args.max_buckets={self.max_buckets} and data.init_args.streaming=true exclude each other: "
+                "which sizes are kept follows from all pictures, and a shard shows its own; give image_size"
+            )
         if self.center_crop and self.random_crop:
             problems.append(
                 "data.init_args.center_crop=true and data.init_args.random_crop=true exclude each other: give one"
@@ -115,10 +176,38 @@ class DatasetArguments(Section):
 
     @property
     def area(self) -> int | None:
-        """Pixel area that pictures are scaled to; None is the model's own."""
+        """Pixel area that pictures are scaled to, the largest of several; None is the model's own."""
         if self.image_size is not None:
             return self.image_size[0] * self.image_size[1]
-        return None if self.resolution is None else self.resolution**2
+        return next(iter(areas(self.resolution)), None)
+
+    def sized_by(self, entry: DataEntry) -> DataEntry | DatasetArguments:
+        """What says the sizes of a data set: its own section, or, where that says nothing of them, this one."""
+        return self if entry.image_size is None and entry.resolution is None else entry
+
+    @property
+    def largest(self) -> tuple[tuple[int, int], int | None]:
+        """(width, height) of the largest pictures that are asked for, and their area; 1024 x 1024 and None for the
+        model's own."""
+        found: list[tuple[tuple[int, int], int | None]] = []
+        for one in map(self.sized_by, self.entries):
+            area = next(iter(areas(one.resolution)), None)
+            side = 1024 if area is None else isqrt(area)
+            width, height = one.image_size or (side, side)
+            found.append(((width, height), area if one.image_size is None else width * height))
+        return max(found, key=lambda each: each[0][0] * each[0][1])
+
+    @property
+    def drops_captions(self) -> bool:
+        """Whether any sample is trained on the empty prompt."""
+        return any((self.caption_dropout_rate if one is None else one) > 0 for one in
+                   (entry.caption_dropout_rate for entry in self.entries))  # fmt: skip
+
+    @property
+    def drops_references(self) -> bool:
+        """Whether any sample is trained without its references."""
+        return any((self.prompt_image_dropout_rate if one is None else one) > 0 for one in
+                   (entry.prompt_image_dropout_rate for entry in self.entries))  # fmt: skip
 
     @property
     def entries(self) -> tuple[DataEntry, ...]:

@@ -28,6 +28,11 @@ def _qwen(config: Config) -> bool:
     return family.startswith("Qwen") and "assumed" not in source
 
 
+def _all_fixed(config: Config) -> bool:
+    arguments = config.data.init_args
+    return all(arguments.sized_by(entry).image_size is not None for entry in arguments.entries)
+
+
 def _schedule_is_not(*types: str) -> Condition:
     return lambda config: config.lr_scheduler.scheduler_type not in types
 
@@ -44,6 +49,7 @@ IDLE: tuple[tuple[str, Condition, str], ...] = (
     *((f"data.init_args.{key}", lambda c: not (c.data.init_args.random_crop or _own_class(c)),
        "data.init_args.random_crop is false")
       for key in ("crop_size", "crop_scale")),
+    ("data.init_args.max_buckets", _all_fixed, "every data set has an image_size"),
     ("data.init_args.use_edit_mask", lambda c: c.loss.mask_loss is not True and not _own_class(c),
      "loss.mask_loss is not true"),
     *((f"train.{key}_device", lambda c: c.cache.use_cache,
@@ -69,7 +75,7 @@ IDLE: tuple[tuple[str, Condition, str], ...] = (
       for key in ("vae_encoder", "text_encoder", "text_encoder_2")),
     *((f"{section}.text_encoder_2{ending}", _qwen, "Qwen-Image-Edit has one text encoder")
       for section, ending in (("train", "_device"), ("cache", "_device"), ("predict.devices", ""))),
-    ("cache.prompt_empty_drop_keys", lambda c: c.data.init_args.caption_dropout_rate == 0,
+    ("cache.prompt_empty_drop_keys", lambda c: not c.data.init_args.drops_captions,
      "data.init_args.caption_dropout_rate is 0"),
     ("cache.num_variations", _without_cache, "cache.use_cache is false, and every visit has its own crop and flip"),
     ("cache.num_variations", lambda c: not c.data.is_random,
@@ -86,7 +92,10 @@ IDLE: tuple[tuple[str, Condition, str], ...] = (
     *((f"loss.{key}", lambda c: c.loss.type not in ("huber", "pseudo_huber"),
        "loss.type is neither huber nor pseudo_huber")
       for key in ("huber_delta", "huber_schedule")),
-    ("loss.preservation.prompts", lambda c: c.loss.preservation.weight == 0, "loss.preservation.weight is 0"),
+    *((f"loss.preservation.{key}", lambda c: c.loss.preservation.weight == 0, "loss.preservation.weight is 0")
+      for key in ("prompts", "dataset_path")),
+    ("loss.preservation.prompts", lambda c: c.loss.preservation.dataset_path is not None,
+     "the pairs of loss.preservation.dataset_path have prompts of their own"),
     *((f"loss.{key}_weight", lambda c: not c.loss.mask_loss, "loss.mask_loss is false")
       for key in ("foreground", "background")),
 )  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from qwen_image_finetune.config.data import DataEntry
+from qwen_image_finetune.config.data import DatasetPath
 from qwen_image_finetune.config.lora import BaseLora, LoraConfig
 from qwen_image_finetune.config.tree import shown
 from qwen_image_finetune.config.values import (
@@ -181,6 +181,9 @@ class TrainConfig(Section):
     sigma_shift: Literal["model"] | Shift = Field(
         "model", description='"model": the checkpoint\'s own resolution-dependent shift; or a constant factor'
     )
+    sigma_stratified: Switch = Field(
+        False, description="noise levels of a step spread evenly: of n samples, each gets one in another n-th of them"
+    )
     guidance_scale: Positive = Field(1.0, description="value of the guidance embedding, for models that have one")
     attention: Literal["auto", "flash4", "flash", "efficient", "math"] = Field(
         "auto", description="which attention runs (docs/attention.md); auto: the fastest on this machine"
@@ -316,15 +319,7 @@ class ValidationConfig(Section):
 
     enabled: Switch = Field(False, description="draw samples during training, and measure the held-out loss")
     steps: Count = Field(500, description="optimizer steps between rounds of samples")
-    dataset_path: (
-        Text
-        | Annotated[
-            list[Text | DataEntry],
-            Field(min_length=1),
-            Allowed("list of texts, or of sections: path, columns, split, repeats, prefix"),
-        ]
-        | None
-    ) = Field(None, description="held-out pairs, named like data.init_args.dataset_path")
+    dataset_path: DatasetPath | None = Field(None, description="held-out pairs, named like data.init_args.dataset_path")
     share: Annotated[float, Field(ge=0.0, lt=1.0), Allowed("number from 0 to below 1")] = Field(
         0.0, description="share of the dataset to hold out instead, chosen by content; it is not trained on"
     )
@@ -358,11 +353,16 @@ class PreservationConfig(Section):
         ["keep it as it is"],
         description="sentences that are not the edit; the model answers them about the same pictures as before",
     )
+    dataset_path: DatasetPath | None = Field(
+        None,
+        description="pairs that are not the edit, in place of `prompts`, named like data.init_args.dataset_path: the "
+        "model answers their prompts about their pictures as before",
+    )
 
     @property
     def asked(self) -> tuple[str, ...]:
-        """The prompts, each once; none where the term does not count."""
-        return tuple(dict.fromkeys(self.prompts)) if self.weight > 0 else ()
+        """The prompts, each once; none where the term does not count, or has pairs of its own."""
+        return tuple(dict.fromkeys(self.prompts)) if self.weight > 0 and self.dataset_path is None else ()
 
 
 class LossConfig(Section):

@@ -172,8 +172,8 @@ def problems(error: ValidationError, tree: Mapping[str, Any]) -> list[str]:
     explained = [_locate(detail["loc"])[0] for detail in details if detail["type"] == "value_error"]
     for detail in details:
         key, field = _locate(detail["loc"])
-        if line := _in_entry(detail["loc"], detail["type"], tree):
-            lines[line] = None
+        if (line := _in_entry(detail["loc"], detail["type"], tree)) is not None:
+            lines.update({line: None} if line else {})
         elif detail["type"] == "value_error":  # our own validators name their keys themselves
             lines.update(dict.fromkeys(str(detail["ctx"]["error"]).splitlines()))
         elif key in explained or detail["type"] == "default_factory_not_called":
@@ -188,22 +188,57 @@ def problems(error: ValidationError, tree: Mapping[str, Any]) -> list[str]:
 
 
 def _in_entry(location: Sequence[int | str], kind: str, tree: Mapping[str, Any]) -> str | None:
-    """The line about an entry of a list of sections, such as validation.samples; None about anything else."""
+    """The line about an entry of a list of sections, such as validation.samples; None about anything else.
+
+    "" where it is not worth one: of an entry that is a section, the errors of what else it might have been.
+    """
+    key, field = _locate(location)
+    section, given = _listed_section(field.annotation), find(tree, key)
+    if section is None or not isinstance(given, list) or kind == "value_error":
+        return None  # our own validators name their keys themselves
     numbers = [place for place, part in enumerate(location) if isinstance(part, int)]
-    key, field = _locate(location[: numbers[0]]) if numbers else ("", FieldInfo(annotation=None))
-    section = next((each for each in get_args(field.annotation) if section_of(each) is each), None)
-    if section is None:
-        return None
+    if not numbers:  # that the list is no text
+        return "" if any(isinstance(entry, dict) for entry in given) else None
     number, *inside = location[numbers[0] :]
-    entry = find(tree, key)[number]
-    if not inside:
-        return f"{key}[{number}]={shown(entry)} is refused; allowed: a section with {', '.join(section.model_fields)}"
-    known, name = section.model_fields.get(str(inside[0])), f"{key}[{number}].{inside[0]}"
+    entry = given[int(number)]
+    plain = _plain_entries(field.annotation)
+    if not isinstance(entry, dict):
+        return f"{key}[{number}]={shown(entry)} is refused; allowed: {plain}a section with {_keys_of(section)}"
+    name, known = f"{key}[{number}]", None
+    value: Any = entry
+    for part in map(str, inside):
+        if section is None or not isinstance(value, dict) or (part not in section.model_fields and part not in value):
+            continue  # a member of a union
+        if part not in section.model_fields:
+            return f"'{name}.{part}' is not a key; {name} has {_keys_of(section)}{_hint(tree, key)}"
+        name, value, known = f"{name}.{part}", value.get(part), section.model_fields[part]
+        section = section_of(known.annotation)
     if known is None:
-        return f"{name!r} is not a key; {key}[{number}] has {', '.join(section.model_fields)}"
+        return ""
     if kind == "missing":
         return f"{name} is missing: {known.description}"
-    return f"{name}={shown(entry[inside[0]])} is refused; allowed: {allowed(known.annotation, known.metadata)}"
+    return f"{name}={shown(value)} is refused; allowed: {allowed(known.annotation, known.metadata)}"
+
+
+def _keys_of(section: type[Section]) -> str:
+    return ", ".join(section.model_fields)
+
+
+def _listed_section(annotation: Any) -> type[Section] | None:
+    """The section that entries of a list may be, DataEntry for ``Text | list[Text | DataEntry]``."""
+    if get_origin(annotation) is list:
+        member = get_args(annotation)[0]
+        return section_of(member)
+    found = (_listed_section(member) for member in get_args(annotation) if not isinstance(member, str))
+    return next((one for one in found if one is not None), None)
+
+
+def _plain_entries(annotation: Any) -> str:
+    """ "a text, or " where entries of the list may be that as well."""
+    if get_origin(annotation) is list:
+        member = get_args(annotation)[0]
+        return "" if section_of(member) is member else "a text, or "
+    return next((one for member in get_args(annotation) if (one := _plain_entries(member))), "")
 
 
 def _hint(tree: Mapping[str, Any], key: str) -> str:

@@ -6,14 +6,13 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL.Image import Image, Resampling, Transpose
 
-from qwen_image_finetune.data import looks, suspects
+from qwen_image_finetune.data import looks, suspects, told
+from qwen_image_finetune.data.captions import has_several, prompts_of
 from qwen_image_finetune.data.geometry import (
     Crop,
     Extent,
@@ -21,6 +20,7 @@ from qwen_image_finetune.data.geometry import (
     Plan,
     Scaled,
     Size,
+    drawn,
     fit,
     generator,
     same_aspect,
@@ -29,12 +29,13 @@ from qwen_image_finetune.data.geometry import (
 )
 from qwen_image_finetune.data.images import DataError, fitted, open_upright, size_upright
 from qwen_image_finetune.data.left_out import LeftOut
-from qwen_image_finetune.data.listing import LONGEST_CAPTION, Row, RowFault
-from qwen_image_finetune.data.sources import read_source
+from qwen_image_finetune.data.listing import Row, RowFault
+from qwen_image_finetune.data.sizes import Sizes, fixed_notes, rounded
+from qwen_image_finetune.data.sources import read_sets
 from qwen_image_finetune.records import Example
 
 if TYPE_CHECKING:
-    from qwen_image_finetune.config import DataEntry, DatasetArguments
+    from qwen_image_finetune.config import DatasetArguments
 
 _CHUNK = 64  # rows that one thread checks at a time
 
@@ -89,10 +90,11 @@ class ImageDataset:
         self.rows: Sequence[Row]
         self._size, self._scaled, self._max_references, self._seed = size, scaled, max_references, seed
         self.resampling, self._follow = resampling, follow
-        self._image_size, self._area = self._final(arguments, side_multiple)
         self._crop, self._random_flip = _crop(arguments), arguments.random_flip
+        self._side_multiple, self._max_buckets = side_multiple, arguments.max_buckets
         self._problems: list[str] = []
         self.rows = self._list(arguments)
+        self.notes += fixed_notes(self.rows, side_multiple)
         self._use_edit_mask = arguments.use_edit_mask
         self._seen: dict[int, _Checked] = {}  # of rows that `faults` has looked at, for the next check
         self._prepare()
@@ -100,6 +102,9 @@ class ImageDataset:
     def _prepare(self) -> None:
         """What follows from the rows."""
         self._noted = len(self.notes)
+        self._sizes = Sizes(
+            self.rows, self._size, self._side_multiple, self._seed, self._crop, self._max_buckets, self._target_extent
+        )
         self._note_rows(self._use_edit_mask)
         # Upright sizes of all files, row after row (target, references, mask); 0 where not yet read.
         counts = [1 + len(row.reference_names) + (row.mask_name is not None) for row in self.rows]
@@ -126,7 +131,8 @@ class ImageDataset:
         problems = dict.fromkeys(self._problems)  # in order, and once where rows share a file
         problems.update((line, None) for row in checked.values() for line in row.problems)
         if rows is None and not problems:
-            problems.update(dict.fromkeys(suspects.unchanged_problem(self.rows)))
+            edits = [row for row in self.rows if not row.shared.identity]
+            problems.update(dict.fromkeys(suspects.unchanged_problem(edits)))
         if not problems:
             self._note_checked(checked, everything=rows is None)
         return list(problems)
@@ -152,6 +158,7 @@ class ImageDataset:
         self, decode: bool, progress: Callable[[int, int], None] | None, rows: Sequence[int] | None
     ) -> dict[int, _Checked]:
         wanted = range(len(self)) if rows is None else rows
+        self._sizes.settle()
         checked, self._seen = {index: self._seen[index] for index in wanted if index in self._seen}, {}
         chosen = [index for index in wanted if index not in checked] if checked else wanted
         chunks = [chosen[start : start + _CHUNK] for start in range(0, len(chosen), _CHUNK)]
@@ -169,8 +176,8 @@ class ImageDataset:
         """What becomes of the pictures of a row, from the headers of its files.
 
         Args:
-            visit: how often the row was seen before; random crops and flips differ from visit to visit. None:
-                nothing is random, as pairs are seen that are not trained on.
+            visit: how often the row was seen before; random crops and flips differ from visit to visit, and sizes take
+                turns. None: nothing is random, and the largest size, as pairs are seen that are not trained on.
 
         Raises:
             DataError: a header that cannot be read, or a picture too long and narrow.
@@ -178,13 +185,15 @@ class ImageDataset:
         row = self.rows[index]
         extents = self._read_extents(index)
         images = extents[: 1 + len(row.reference_names)]
-        nominal = self._crop.nominal(images[0], self._image_size)
+        image_size, area = self._sizes.of(row, visit)
+        nominal = self._crop.nominal(images[0], image_size)
+        snap = None if image_size is not None else self._sizes.snap(area)
         random = self._crop.random or self._random_flip
         draw = generator(self._seed, row.key, visit) if random and visit is not None else None
         box = self._crop.box(images[0], nominal, draw)
         mirrored = draw is not None and self._random_flip and bool(draw.integers(2))
         try:
-            parts = fit(images, box, nominal, self._size, self._image_size, self._area, self._follow)
+            parts = fit(images, box, nominal, self._size, image_size, area, self._follow, snap)
         except DataError as error:
             raise DataError([f"{row.target}: {line}" for line in error.problems]) from None
         paths = (row.target, *row.references)
@@ -192,93 +201,80 @@ class ImageDataset:
         mask = None
         if row.mask is not None:
             mask = Picture(row.mask, transfer(target.box, images[0], extents[-1]), target.size, mirrored)
-        return Plan(target, tuple(references), mask)
+        return Plan(target, tuple(references), mask, area)
 
-    def geometry(self, index: int) -> tuple[Extent, ...]:
-        """Final sizes of the target and the references of a row, the same at every visit."""
-        plan = self.plan(index)
+    def geometry(self, index: int, visit: int | None = None) -> tuple[Extent, ...]:
+        """Final sizes of the target and the references of a row; the same at every visit but for `turns`."""
+        plan = self.plan(index, visit)
         return (plan.target.size, *(picture.size for picture in plan.references))
 
-    def scaled(self, picture: Extent, size: Extent, references: int) -> Extent:
-        """Size to which a picture of a row with so many references is resized before it is brought to `size`."""
-        return self._scaled(picture, size, self._area, references)
+    def turns(self, index: int) -> int:
+        """How many sizes a row has; its visits take turns at them."""
+        return max(1, len(self.rows[index].shared.areas))
 
-    def fitted(self, image: Image, size: Extent, references: int) -> Image:
+    def scaled(self, picture: Extent, size: Extent, references: int, area: int | None) -> Extent:
+        """Size to which a picture of a row with so many references is resized before it is brought to `size`.
+
+        Args:
+            area: that of its plan.
+        """
+        return self._scaled(picture, size, area, references)
+
+    def fitted(self, image: Image, size: Extent, references: int, area: int | None) -> Image:
         """A picture at its final size, as the family's pipeline brings it there."""
-        return fitted(image, self.scaled(image.size, size, references), size, self.resampling)
+        return fitted(image, self.scaled(image.size, size, references, area), size, self.resampling)
 
     def prompt(self, index: int) -> str:
-        """The caption of a row after the prefix of its data set, without byte order mark and surrounding white space,
-        lines ended by a line feed.
+        """The prompt of a row, or the first of several.
 
         Raises:
             DataError: the file is gone or not UTF-8.
         """
+        return prompts_of(self.rows[index])[0]
+
+    def prompts(self, index: int) -> tuple[str, ...]:
+        """All prompts of a row, of which one is drawn at a visit. Raises DataError as `prompt`."""
         row = self.rows[index]
-        if row.caption is None:
-            assert row.prompt is not None
-            text = row.prompt
-        else:
-            try:
-                if (size := row.caption.stat().st_size) > LONGEST_CAPTION:
-                    raise DataError(f"{row.caption}: {size} bytes; a caption has at most {LONGEST_CAPTION}")
-                text = row.caption.read_bytes().decode("utf-8-sig")
-            except UnicodeDecodeError as error:
-                raise DataError(f"{row.caption}: not UTF-8 ({error}); save it as UTF-8") from error
-            except OSError as error:
-                raise DataError(f"{row.caption}: cannot be read ({error})") from error
-        return (row.prefix + text.replace("\r\n", "\n").replace("\r", "\n").strip()).strip()
+        return prompts_of(row) if has_several(row) else (self.prompt(index),)
+
+    def wording(self, index: int, visit: int | None, number: int) -> int:
+        """Which of so many prompts of a row a visit has; None: the first."""
+        if visit is None or number == 1:
+            return 0
+        return drawn("prompt", self._seed, self.rows[index].key, visit, number)
 
     def load(self, index: int, visit: int | None = None) -> Example:
         """Read a row: the target and its mask at their final size, the references cropped but at their own size.
+
+        Args:
+            visit: as that of `plan`; with one, a prompt is drawn where there are several.
 
         Raises:
             DataError: a file that cannot be read, or has changed since its header was.
         """
         plan = self.plan(index, visit)
         extents = self._read_extents(index)
-        target = self.fitted(cropped(plan.target, extent=extents[0]), plan.target.size, len(plan.references))
+        target = self.fitted(cropped(plan.target, extent=extents[0]), plan.target.size, len(plan.references), plan.area)
         mask = None
         if plan.mask is not None:
             whole = cropped(plan.mask, True, extents[-1]).convert("L")
-            mask = self.fitted(whole, plan.mask.size, len(plan.references))
+            mask = self.fitted(whole, plan.mask.size, len(plan.references), plan.area)
+        prompts = self.prompts(index)
         return Example(
             key=self.rows[index].key,
-            prompt=self.prompt(index),
+            prompt=prompts[self.wording(index, visit, len(prompts))],
             references=tuple(
                 cropped(picture, extent=extents[place]) for place, picture in enumerate(plan.references, start=1)
             ),
             reference_sizes=tuple(picture.size for picture in plan.references),
             target=target,
             mask=mask,
+            area=plan.area,
         )
 
-    def _final(self, arguments: DatasetArguments, side_multiple: int) -> tuple[Extent | None, int | None]:
-        """(size of every target or None, pixel area of pictures that keep their aspect ratio)."""
-        if arguments.image_size is None:
-            return None, None if arguments.resolution is None else arguments.resolution**2
-        width, height = (side // side_multiple * side_multiple for side in arguments.image_size)
-        if not width or not height:
-            raise DataError(
-                f"data.init_args.image_size={arguments.image_size}: this model takes sides that are multiples of "
-                f"{side_multiple}; give at least that"
-            )
-        if [width, height] != arguments.image_size:
-            self.notes.append(
-                f"data.init_args.image_size={arguments.image_size} is rounded down to [{width}, {height}]: this model "
-                f"takes sides that are multiples of {side_multiple}"
-            )
-        return (width, height), width * height
-
     def _list(self, arguments: DatasetArguments) -> list[Row]:
+        rows, self._problems = read_sets(arguments, masks=arguments.use_edit_mask)
         entries = arguments.entries
-        home = Path(arguments.shards_dir).expanduser()
-        rows: list[Row] = []
-        for entry, prefix in zip(entries, prefixes(entries), strict=True):
-            listed, problems = read_source(entry, home, masks=arguments.use_edit_mask, streaming=arguments.streaming)
-            self._problems += [RowFault(line, prefix + line.row) if isinstance(line, RowFault) else line
-                               for line in problems]  # fmt: skip
-            rows += [replace(row, key=prefix + row.key) for row in listed] if prefix else listed
         if not entries:
             self._problems.append("data.init_args.dataset_path is an empty list; name at least one folder")
         if rows and arguments.use_edit_mask and all(row.mask_name is None for row in rows):
@@ -290,6 +286,7 @@ class ImageDataset:
         return rows
 
     def _note_rows(self, use_edit_mask: bool) -> None:
+        self.notes += told.about_sets(self.rows)
         counts = Counter(len(row.reference_names) for row in self.rows)
         if set(counts) == {0}:
             self.notes.append("no row has a reference: training on captions alone")
@@ -309,10 +306,14 @@ class ImageDataset:
             found += suspects.caption_note(self.rows, [index for index, row in checked.items() if row.empty])
             found += suspects.aspect_note(self.rows, self._extents, self._first)
             found += suspects.enlarged_note(self.rows, {index: row.enlargement for index, row in checked.items()})
-            if self._image_size is not None and self._crop == Crop():
-                found += suspects.cut_off_note(self._extents[self._first[:-1]], self._image_size)
+            found += self._sizes.notes()
+            fixed = [row.shared.image_size for row in self.rows]
+            for given in dict.fromkeys(size for size in fixed if size is not None and self._crop == Crop()):
+                own = [index for index, size in enumerate(fixed) if size == given]
+                found += suspects.cut_off_note(self._extents[self._first[own]], rounded(given, self._side_multiple))
         decoded = {index: row.decoded for index, row in checked.items() if row.decoded is not None}
-        looked = {index: each.look for index, each in decoded.items() if each.look is not None}
+        looked = {index: each.look for index, each in decoded.items()
+                  if each.look is not None and not self.rows[index].shared.identity}  # fmt: skip
         found += suspects.look_notes(self.rows, looked)
         found += suspects.remark_notes(self.rows, decoded)
         prompts = {index: checked[index].prompt for index in decoded}
@@ -334,6 +335,9 @@ class ImageDataset:
                 raise DataError(problems)
         return [(width, height) for width, height in extents.tolist()]
 
+    def _target_extent(self, index: int) -> Extent:
+        return self._read_extents(index)[0]
+
     def _check_rows(self, rows: Sequence[int], decode: bool) -> list[_Checked]:
         return [self._check_row(index, decode) for index in rows]
 
@@ -345,7 +349,7 @@ class ImageDataset:
                 f"{row.target}: {len(row.reference_names)} references; this model takes at most {self._max_references}"
             )
         try:
-            prompt = self.prompt(index)
+            prompt = "\n".join(self.prompts(index))
         except DataError as error:
             problems += error.problems
         try:
@@ -361,22 +365,6 @@ class ImageDataset:
             return checked
         decoded = looks.decode(_files(row), row.mask_name is not None, prompt)
         return checked._replace(problems=problems + decoded.problems, decoded=decoded, prompt=prompt)
-
-
-def prefixes(entries: Sequence[DataEntry]) -> list[str]:
-    """What the keys of each data set's rows begin with; nothing where there is one."""
-    names = [_name(entry) for entry in entries]
-    if len(names) == 1:
-        return [""]
-    if len(set(names)) < len(names):
-        names = [f"{number}-{name}" for number, name in enumerate(names, start=1)]
-    return [f"{name}/" for name in names]
-
-
-def _name(entry: DataEntry) -> str:
-    if entry.on_hub:
-        return entry.path.removeprefix("hf://").partition("@")[0].strip("/").replace("/", "--")
-    return Path(entry.path).expanduser().resolve().name
 
 
 def _crop(arguments: DatasetArguments) -> Crop:

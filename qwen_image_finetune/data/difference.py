@@ -38,7 +38,7 @@ def map_of_row(dataset: ImageDataset, index: int) -> tuple[Image.Image, Image.Im
     example = dataset.load(index)
     if not example.references:
         return None
-    source = dataset.fitted(example.references[0], example.target.size, len(example.references))
+    source = dataset.fitted(example.references[0], example.target.size, len(example.references), example.area)
     return source, example.target, difference_map(source, example.target)
 
 

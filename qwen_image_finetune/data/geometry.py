@@ -44,6 +44,7 @@ class Plan:
     target: Picture
     references: tuple[Picture, ...]
     mask: Picture | None
+    area: int | None = None  # in pixels, that they are brought to; None is the model's own
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,12 @@ def generator(seed: int, key: str, visit: int) -> np.random.Generator:
     """Random numbers of one visit to one row: a function of its arguments, on every machine."""
     digest = hashlib.blake2b(f"{seed}\n{visit}\n{key}".encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
+
+
+def drawn(what: str, seed: int, key: str, visit: int, number: int) -> int:
+    """One of `number` for a visit to a row: a function of its arguments, on every machine."""
+    digest = hashlib.blake2b(f"{what}\n{seed}\n{visit}\n{key}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % number
 
 
 def centered(box: Box, extent: Extent) -> Box:
@@ -138,6 +145,7 @@ def fit(
     image_size: Extent | None,
     area: int | None,
     follow: bool = False,
+    snap: Callable[[Extent], Extent] | None = None,
 ) -> list[tuple[Box, Extent]]:
     """(box, final size) of the target and each reference.
 
@@ -149,10 +157,13 @@ def fit(
         image_size: final size of every target, None to keep aspect ratios.
         area: pixel area of the pictures whose aspect ratio is kept; None is the model's own.
         follow: references have the final size of the target (`Family.references_follow`).
+        snap: which size of a bounded number stands for the one that a picture would have; without, none does.
     """
     target, first = extents[0], extents[1:2]
-    kept = box if image_size is None else cover(box, image_size)
     references = len(extents) - 1
+    if image_size is None and snap is not None:
+        image_size = snap(final_size(size, nominal, area, references))
+    kept = box if image_size is None else cover(box, image_size)
     parts = [(kept, final_size(size, nominal, area, references) if image_size is None else image_size)]
     for extent in extents[1:]:
         own = transfer(box, target, extent)
@@ -163,7 +174,8 @@ def fit(
             parts.append((own, parts[0][1]))
         else:
             share = transfer((0, 0, *nominal), target, extent)
-            parts.append((own, final_size(size, (share[2], share[3]), area, references)))
+            final = final_size(size, (share[2], share[3]), area, references)
+            parts.append((own, final) if snap is None else (cover(own, snap(final)), snap(final)))
     return parts
 
 

@@ -13,6 +13,26 @@ PICTURES = (".jpg", ".jpeg", ".png", ".webp")  # endings of picture files, in an
 
 
 @dataclass(frozen=True, slots=True)
+class Shared:
+    """What all rows of one data set have in common."""
+
+    number: int = 0  # of the set among several
+    name: str = ""
+    weight: float | None = None  # share of the visits, beside those of the other sets
+    repeats: int = 1  # visits in an epoch
+    prefix: str = ""  # stands before the prompts
+    per_line: bool = False  # each line of a caption is a prompt
+    identity: tuple[str, ...] = ()  # the rows want their source as it is, and ask for it so
+    image_size: tuple[int, int] | None = None  # of every target, as it was given
+    areas: tuple[int, ...] = ()  # in pixels, that visits take turns at, the largest first; none: the model's own
+    caption_dropout: float = 0.0
+    reference_dropout: float = 0.0
+
+
+ALONE = Shared()
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
     """One sample of a data set: where its files are. File names are relative to the folder, which all rows share.
 
@@ -26,8 +46,8 @@ class Row:
     caption_name: str | None  # file of the prompt
     prompt: str | None  # or the prompt itself
     mask_name: str | None
-    prefix: str = ""  # stands before the prompt
-    repeats: int = 1  # visits in an epoch
+    more_prompts: tuple[str, ...] = ()  # beside `prompt`
+    shared: Shared = ALONE
 
     @property
     def target(self) -> Path:

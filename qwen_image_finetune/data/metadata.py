@@ -62,6 +62,8 @@ def read_metadata(tree: Tree, name: str, *, masks: bool, columns: Columns | None
 def with_prompts(tree: Tree, name: str, prompts: Mapping[str, str]) -> str:
     """The text of a table with other prompts for the samples of these keys. Other lines of JSON stay as they are.
 
+    Where a sample has a list of prompts, the lines of the new one are.
+
     Raises:
         KeyError: the table has no sample of a key.
     """
@@ -87,7 +89,8 @@ def _json_with(text: str, prompt_of: Callable[[Mapping[str, Any]], str | None]) 
             continue
         fields = _parsed(line)
         if (prompt := prompt_of(fields)) is not None:
-            fields[_one(fields, PROMPT)[0]] = prompt
+            column, given = _one(fields, PROMPT)
+            fields[column] = prompt.split("\n") if isinstance(given, list) else prompt
             lines[place] = json.dumps(fields, ensure_ascii=False) + line[len(line.rstrip("\r\n")) :]
     return "".join(lines)
 
@@ -174,13 +177,15 @@ def _row(tree: Tree, fields: Mapping[str, Any], masks: bool) -> Row:
             raise _Fault(f"both {column} and {numbered[0][1]} name references")
         first = [_path(tree, column, each) for each in (given if isinstance(given, list) else [given])]
         references = first + references
-    column, prompt = _one(fields, PROMPT)
-    if not isinstance(prompt, str):
-        raise _Fault(f'{column} is {prompt!r}, not a text; the empty prompt is written ""')
-    if broken := unwritable(prompt):
-        raise _Fault(f"{column} {broken}")
-    if len(prompt) > LONGEST_CAPTION:
-        raise _Fault(f"{column} has {len(prompt)} characters; a caption has at most {LONGEST_CAPTION}")
+    column, given = _one(fields, PROMPT)
+    prompts = given if isinstance(given, list) and given else [given]  # several: one is drawn a visit
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            raise _Fault(f'{column} is {prompt!r}, not a text; the empty prompt is written ""')
+        if broken := unwritable(prompt):
+            raise _Fault(f"{column} {broken}")
+        if len(prompt) > LONGEST_CAPTION:
+            raise _Fault(f"{column} has {len(prompt)} characters; a caption has at most {LONGEST_CAPTION}")
     mask = next((fields[column] for column in MASK if fields.get(column) is not None), None) if masks else None
     return Row(
         key=target,
@@ -188,7 +193,8 @@ def _row(tree: Tree, fields: Mapping[str, Any], masks: bool) -> Row:
         target_name=target,
         reference_names=tuple(references),
         caption_name=None,
-        prompt=prompt,
+        prompt=prompts[0],
+        more_prompts=tuple(prompts[1:]),
         mask_name=None if mask is None else _path(tree, "mask", mask),
     )
 

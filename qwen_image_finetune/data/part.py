@@ -33,14 +33,23 @@ class Part(ImageDataset):
     def plan(self, index: int, visit: int | None = None) -> Plan:
         return self.whole.plan(self.indices[index], visit)
 
-    def geometry(self, index: int) -> tuple[Extent, ...]:
-        return self.whole.geometry(self.indices[index])
+    def geometry(self, index: int, visit: int | None = None) -> tuple[Extent, ...]:
+        return self.whole.geometry(self.indices[index], visit)
 
-    def scaled(self, picture: Extent, size: Extent, references: int) -> Extent:
-        return self.whole.scaled(picture, size, references)
+    def turns(self, index: int) -> int:
+        return self.whole.turns(self.indices[index])
+
+    def scaled(self, picture: Extent, size: Extent, references: int, area: int | None) -> Extent:
+        return self.whole.scaled(picture, size, references, area)
 
     def prompt(self, index: int) -> str:
         return self.whole.prompt(self.indices[index])
+
+    def prompts(self, index: int) -> tuple[str, ...]:
+        return self.whole.prompts(self.indices[index])
+
+    def wording(self, index: int, visit: int | None, number: int) -> int:
+        return self.whole.wording(self.indices[index], visit, number)
 
     def load(self, index: int, visit: int | None = None) -> Example:
         return self.whole.load(self.indices[index], visit)

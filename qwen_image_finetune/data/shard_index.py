@@ -22,7 +22,7 @@ from qwen_image_finetune.disk.reading import MEBIBYTE, Unreadable, read_json
 if TYPE_CHECKING:
     from qwen_image_finetune.config import Columns
 
-FORMAT = 2  # raise it when an index holds something else
+FORMAT = 3  # raise it when an index holds something else
 LARGEST = 1024 * MEBIBYTE
 
 
@@ -87,10 +87,11 @@ def read_shard(
             target_name=f"{shard.name}/{target}",
             reference_names=tuple(f"{shard.name}/{name}" for name in references),
             caption_name=None,
-            prompt=prompt,
+            prompt=prompts[0],
+            more_prompts=tuple(prompts[1:]),
             mask_name=f"{shard.name}/{mask}" if masks and mask else None,
         )
-        for key, prompt, target, references, mask in found["rows"]
+        for key, prompts, target, references, mask in found["rows"]
     ]
     bad = [RowFault(f"{shard.path}, row {key}: {line}", f"{shard.name}/{key}") for key, line in found["bad_rows"]]
     return rows, [*(f"{shard.path}: {line}" for line in found["problems"]), *bad]
@@ -118,12 +119,12 @@ def _row(key: str, row: dict[str, tuple[str, Any]], layout: Layout, pictures: Se
     first = next(name for name in pictures if name == target or name.startswith(f"{target}/"))
     mask = row[layout.mask][0] if layout.mask in row else None
     references = [name for name in pictures if name not in (first, mask)]
-    return [key, _prompt(row.get(layout.prompt, ("", None))[1], layout.prompt), first, references, mask]
+    given = row.get(layout.prompt, ("", None))[1]
+    said = [each for each in given if each] if isinstance(given, list) else []  # several ways to say it
+    return [key, [_prompt(each, layout.prompt) for each in said or [given]], first, references, mask]
 
 
 def _prompt(value: Any, column: str) -> str:
-    if isinstance(value, list):  # several ways to say it: the first
-        value = next((each for each in value if each), None)
     if not isinstance(value, str):
         raise DataError(f"{column} is {value!r}, not a text")
     if broken := unwritable(value):

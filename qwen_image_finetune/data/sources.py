@@ -10,17 +10,17 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwen_image_finetune.config import no_folder
+from qwen_image_finetune.config import areas, no_folder
 from qwen_image_finetune.data.hub import hub_shards, of_split
 from qwen_image_finetune.data.images import DataError
-from qwen_image_finetune.data.listing import PICTURES, Row, RowFault, Tree, same
+from qwen_image_finetune.data.listing import PICTURES, Row, RowFault, Shared, Tree, same
 from qwen_image_finetune.data.metadata import METADATA, read_metadata
 from qwen_image_finetune.data.shard_index import Shard, local_shard, place_of, read_shard
 from qwen_image_finetune.data.shards import ENDINGS, TABLES
 from qwen_image_finetune.machine import console
 
 if TYPE_CHECKING:
-    from qwen_image_finetune.config import Columns, DataEntry
+    from qwen_image_finetune.config import Columns, DataEntry, DatasetArguments
 
 TARGETS, REFERENCES = "training_images", "control_images"
 _OTHER_PICTURES = (".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jxl", ".jfif")
@@ -31,26 +31,86 @@ Rows = tuple[list[Row], list[str]]
 Names = dict[str, str]  # stem -> name of the file, relative to the data set's folder
 
 
-def read_source(entry: DataEntry, home: Path, *, masks: bool, streaming: bool = False) -> Rows:
+def read_sets(arguments: DatasetArguments, *, masks: bool) -> Rows:
+    """The rows of all data sets, with keys that no two of them share, and every problem, one line each."""
+    entries, home = arguments.entries, Path(arguments.shards_dir).expanduser()
+    rows: list[Row] = []
+    problems: list[str] = []
+    for number, (entry, prefix) in enumerate(zip(entries, prefixes(entries), strict=True)):
+        listed, found = _read(entry, home, masks, arguments.streaming)
+        listed, more = of_set(listed, shared_of(arguments, number))
+        problems += [RowFault(line, prefix + line.row) if isinstance(line, RowFault) else line
+                     for line in [*found, *more]]  # fmt: skip
+        rows += [replace(row, key=prefix + row.key) for row in listed] if prefix else listed
+    return rows, problems
+
+
+def shared_of(arguments: DatasetArguments, number: int) -> Shared:
+    """What the rows of a data set have in common: settings of its own, or those of all sets."""
+    entry = arguments.entries[number]
+    sized = arguments.sized_by(entry)
+    dropouts = [
+        getattr(arguments if getattr(entry, name) is None else entry, name)
+        for name in ("caption_dropout_rate", "prompt_image_dropout_rate")
+    ]
+    return Shared(
+        number=number,
+        name=prefixes(arguments.entries)[number].rstrip("/") or _name(entry),
+        weight=entry.weight,
+        repeats=entry.repeats,
+        prefix=entry.prefix or "",
+        per_line=entry.prompt_per_line,
+        identity=(entry.identity,) if isinstance(entry.identity, str) else tuple(entry.identity or ()),
+        image_size=None if sized.image_size is None else (sized.image_size[0], sized.image_size[1]),
+        areas=areas(sized.resolution),
+        caption_dropout=dropouts[0],
+        reference_dropout=dropouts[1],
+    )
+
+
+def of_set(rows: list[Row], shared: Shared) -> Rows:
+    """Rows with what all of their set have in common, and what is wrong with those that cannot have it."""
+    if not shared.identity:
+        return [replace(row, shared=shared) for row in rows], []
+    problems: list[str] = [
+        RowFault(f"{row.target}: no reference, which a pair of an identity set is made of", row.key)
+        for row in rows
+        if not row.reference_names
+    ]
+    first, *more = shared.identity
+    return [
+        replace(
+            row, shared=shared, target_name=row.reference_names[0], caption_name=None, prompt=first,
+            more_prompts=tuple(more), mask_name=None,
+        )
+        for row in rows
+        if row.reference_names
+    ], problems  # fmt: skip
+
+
+def prefixes(entries: Sequence[DataEntry]) -> list[str]:
+    """What the keys of each data set's rows begin with; nothing where there is one."""
+    names = [_name(entry) for entry in entries]
+    if len(names) == 1:
+        return [""]
+    if len(set(names)) < len(names):
+        names = [f"{number}-{name}" for number, name in enumerate(names, start=1)]
+    return [f"{name}/" for name in names]
+
+
+def _name(entry: DataEntry) -> str:
+    if entry.on_hub:
+        return entry.path.removeprefix("hf://").partition("@")[0].strip("/").replace("/", "--")
+    return Path(entry.path).expanduser().resolve().name
+
+
+def _read(entry: DataEntry, home: Path, masks: bool, streaming: bool) -> Rows:
     """Rows of a data set, wherever it is, and every problem with it, one line each. Opens no picture of a folder.
 
     Args:
         home: `data.init_args.shards_dir`.
         streaming: shards of the hub that are looked into for the first time do not stay on the disk.
     """
-    rows, problems = _read(entry, home, masks, streaming)
-    return of_entry(rows, entry), problems
-
-
-def of_entry(rows: list[Row], entry: DataEntry) -> list[Row]:
-    """Rows with what their entry in the configuration says of all of them."""
-    prefix = entry.prefix or ""
-    if not prefix and entry.repeats == 1:
-        return rows
-    return [replace(row, prefix=prefix, repeats=entry.repeats) for row in rows]
-
-
-def _read(entry: DataEntry, home: Path, masks: bool, streaming: bool) -> Rows:
     if entry.on_hub:
         try:
             return _read_shards(hub_shards(entry, home), entry, home, masks, keep=not streaming)

@@ -41,7 +41,7 @@ ReadEntry: TypeAlias = Callable[[str], dict[str, Tensor]]  # key of an entry -> 
 class TextVariant(NamedTuple):
     """One way a row can be described to the model."""
 
-    prompt: str | None = None  # None: the row's own; "": a dropped one
+    prompt: str | None = None  # None: the row's own, or one of them; "": a dropped one
     references: bool = True  # False: as if there were none
 
 
@@ -53,7 +53,12 @@ class RowKeys(NamedTuple):
 
     target: str
     references: tuple[str, ...]
-    texts: tuple[str, ...]  # in the order of `EncodedDataset.variants`
+    texts: tuple[tuple[str, ...], ...]  # in the order of `EncodedDataset.variants`; of each one for every prompt
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        """All of them."""
+        return (self.target, *self.references, *(key for text in self.texts for key in text))
 
 
 class PictureSource(NamedTuple):
@@ -61,6 +66,7 @@ class PictureSource(NamedTuple):
 
     picture: Picture
     references: int  # of its row
+    area: int | None  # of its plan
     mask: Picture | None
     source: Picture | None = None  # what the picture is compared with, where the difference is its mask
 
@@ -106,13 +112,13 @@ def text_variants(config: Config, family: Family, trained_on: bool = True) -> tu
     """Every text that rows of this configuration can be trained or sampled with."""
     arguments = config.data.init_args
     prompts: list[str | None] = [None]
-    if arguments.caption_dropout_rate > 0:
+    if arguments.drops_captions:
         prompts.append("")
     if config.validation.enabled:
         prompts.append(family.negative_prompt)
     if trained_on:
         prompts += [prompt for prompt in config.loss.preservation.asked if prompt not in prompts]
-    blind = arguments.prompt_image_dropout_rate > 0 and family.text_sees_references
+    blind = arguments.drops_references and family.text_sees_references
     return tuple(TextVariant(prompt, seen) for prompt in prompts for seen in ((True, False) if blind else (True,)))
 
 
@@ -130,8 +136,8 @@ class EncodedDataset:
     ) -> None:
         self.family, self.dataset = family, dataset
         # Crops and flips that are stored: visits of training take turns, other pairs are seen as they are.
-        number = config.cache.num_variations if config.data.is_random else 1
-        self.visits: tuple[int | None, ...] = tuple(range(number)) if trained_on else (None,)
+        self.variations = config.cache.num_variations if config.data.is_random else 1
+        self.trained_on = trained_on
         self.drop_keys = config.cache.prompt_empty_drop_keys
         self.variants = text_variants(config, family, trained_on)
         self.preserved = config.loss.preservation.asked if trained_on else ()  # prompts besides the rows' own
@@ -142,18 +148,22 @@ class EncodedDataset:
         self.by_difference = config.loss.mask_loss == "difference"
         self.store, self.fingerprints = Store(folder), Fingerprints(folder)
         self.checkpoint = checkpoint
-        self._row_keys: list[list[RowKeys]] = []  # of each row, for each of `visits`
+        self._row_keys: list[list[RowKeys]] = []  # of each row, for each of `stored`
+
+    def stored(self, index: int) -> tuple[int | None, ...]:
+        """Visits to a row of which the pictures are stored; later ones take turns at them."""
+        return tuple(range(self.variations * self.dataset.turns(index))) if self.trained_on else (None,)
 
     def example(self, index: int) -> Example:
         """The pictures behind `read` at the first visit."""
-        return self.dataset.load(index, self.visits[0])
+        return self.dataset.load(index, self.stored(index)[0])
 
     def content(self, index: int) -> tuple[str, str]:
-        """Hashes, 16 digits each, of a row's prompt and of the files of its pictures: what it is, wherever it lies."""
-        plan = self.dataset.plan(index, self.visits[0])
+        """Hashes, 16 digits each, of a row's prompts and of the files of its pictures: what it is, wherever it lies."""
+        plan, prompts = self.dataset.plan(index, self.stored(index)[0]), self.dataset.prompts(index)
         pictures = [*plan.references, plan.target, *([] if plan.mask is None else [plan.mask])]
         files = [self.fingerprints.file(picture.path) for picture in pictures]
-        return entry_key(text=self.dataset.prompt(index))[:16], entry_key(files=files)[:16]
+        return entry_key(text=prompts[0] if len(prompts) == 1 else prompts)[:16], entry_key(files=files)[:16]
 
     # Naming and filling the store
 
@@ -171,7 +181,7 @@ class EncodedDataset:
         images: dict[str, PictureSource] = {}
         texts: dict[str, TextSource] = {}
         self._row_keys = [
-            [self._name_row(index, visit, encoders, images, texts) for visit in self.visits]
+            [self._name_row(index, visit, encoders, images, texts) for visit in self.stored(index)]
             for index in range(len(self.dataset))
         ]
         self.fingerprints.save()
@@ -195,11 +205,11 @@ class EncodedDataset:
         images: dict[str, PictureSource],
         texts: dict[str, TextSource],
     ) -> RowKeys:
-        plan, own_prompt = self.dataset.plan(index, visit), self.dataset.prompt(index)
+        plan, own_prompts = self.dataset.plan(index, visit), self.dataset.prompts(index)
 
         def identity(picture: Picture) -> list[Any]:
             left, upper, right, lower = picture.box
-            scaled = self.dataset.scaled((right - left, lower - upper), picture.size, len(plan.references))
+            scaled = self.dataset.scaled((right - left, lower - upper), picture.size, len(plan.references), plan.area)
             extra = ["mirrored"] if picture.mirrored else []
             extra += [f"cut out of {scaled}"] if scaled != picture.size else []  # or filled around it
             return [self.fingerprints.file(picture.path), READING, list(picture.box), list(picture.size), *extra]
@@ -211,11 +221,10 @@ class EncodedDataset:
             if self._tiles(picture.size):
                 extra["tiled"] = [tiling.TILE, tiling.STRIDE]
             key = entry_key(image=identity(picture), vae=encoders["vae"], dtype=self.dtype, **extra)
-            images.setdefault(key, PictureSource(picture, len(plan.references), mask, source))
+            images.setdefault(key, PictureSource(picture, len(plan.references), plan.area, mask, source))
             return key
 
-        def text(variant: TextVariant) -> str:
-            prompt = own_prompt if variant.prompt is None else variant.prompt
+        def text(variant: TextVariant, prompt: str) -> str:
             seen = plan.references if self.family.text_sees_references and variant.references else ()
             # Families may share an encoder and ask it in other words: the family decides as well.
             extra = {} if self.text_format is None else {"weights": self.text_format}
@@ -230,7 +239,10 @@ class EncodedDataset:
         return RowKeys(
             target=image(plan.target, None if self.by_difference else plan.mask, source),
             references=tuple(image(picture) for picture in plan.references),
-            texts=tuple(text(variant) for variant in self.variants),
+            texts=tuple(
+                tuple(text(variant, one) for one in (own_prompts if variant.prompt is None else (variant.prompt,)))
+                for variant in self.variants
+            ),
         )
 
     def _damaged(self, keys: list[str]) -> Iterator[str]:
@@ -245,7 +257,7 @@ class EncodedDataset:
         return [
             index
             for index, variations in enumerate(self._row_keys)
-            if any(not lacking.isdisjoint((keys.target, *keys.references, *keys.texts)) for keys in variations)
+            if any(not lacking.isdisjoint(keys.all) for keys in variations)
         ]
 
     def encode_texts(self, pipe: DiffusionPipeline, texts: dict[str, TextSource]) -> Iterator[str]:
@@ -263,16 +275,16 @@ class EncodedDataset:
 
         def load(item: tuple[str, PictureSource]) -> Image:
             made_of = item[1]
-            return self.dataset.fitted(cropped(made_of.picture), made_of.picture.size, made_of.references)
+            return self.dataset.fitted(cropped(made_of.picture), made_of.picture.size, made_of.references, made_of.area)
 
         for (key, made_of), picture in ahead(images.items(), load):
             entry = {"latent": self._latent(pipe, picture)}
             if made_of.mask is not None:
                 whole = cropped(made_of.mask, mask=True).convert("L")
-                mask = self.dataset.fitted(whole, made_of.mask.size, made_of.references)
+                mask = self.dataset.fitted(whole, made_of.mask.size, made_of.references, made_of.area)
                 entry["mask"] = latent_mask(mask, entry["latent"])
             elif made_of.source is not None:
-                source = self.dataset.fitted(cropped(made_of.source), picture.size, made_of.references)
+                source = self.dataset.fitted(cropped(made_of.source), picture.size, made_of.references, made_of.area)
                 entry["mask"] = latent_mask(difference.difference_map(source, picture), entry["latent"])
             self.store.write(key, entry)
             yield key
@@ -312,13 +324,15 @@ class EncodedDataset:
 
     def _row(self, index: int, variant: TextVariant, visit: int, read: ReadEntry) -> Encoded:
         """A row of what `read` gives for the keys of its entries."""
-        keys = self._row_keys[index][visit % len(self.visits)]
+        variations = self._row_keys[index]
+        keys = variations[visit % len(variations)]
 
         def embed(wanted: TextVariant) -> dict[str, Tensor]:
             # Where the text encoder is blind, a row has one text with and without its references.
             seen = wanted.references or not self.family.text_sees_references
-            place = self.variants.index(TextVariant(wanted.prompt, seen))
-            return read(keys.texts[place])
+            wordings = keys.texts[self.variants.index(TextVariant(wanted.prompt, seen))]
+            drawn = self.dataset.wording(index, visit if self.trained_on else None, len(wordings))
+            return read(wordings[drawn])
 
         target = read(keys.target)
         pictures = keys.references if variant.references else ()
@@ -336,10 +350,10 @@ class EncodedDataset:
         target = self._latent(pipe, example.target).cpu()
         mask = example.mask
         if self.by_difference:
-            number = len(example.references)
-            sources = [self.dataset.fitted(one, example.target.size, number) for one in example.references[:1]]
+            number, area = len(example.references), example.area
+            sources = [self.dataset.fitted(one, example.target.size, number, area) for one in example.references[:1]]
             mask = difference.difference_map(sources[0], example.target) if sources else None
-        fitted = [self.dataset.fitted(*one, len(example.references)) for one in references]
+        fitted = [self.dataset.fitted(*one, len(example.references), example.area) for one in references]
         return Encoded(
             key=example.key,
             target=target,

@@ -95,10 +95,11 @@ def check_prompts(
         row, plan = dataset.rows[index], dataset.plan(index)
         shown = shown_references(plan)
         layouts.setdefault((plan.target.size, tuple(shown)))
-        faults, read = prompt_faults(family, pipe, dataset.prompt(index), plan.target.size, shown)
         name = row.caption or f"the prompt of {row.target}"
-        problems += [f"{name}: {fault}" for fault in faults]
-        cut += [f"{name}: {read}"] if read else []
+        for prompt in dataset.prompts(index):
+            faults, read = prompt_faults(family, pipe, prompt, plan.target.size, shown)
+            problems += [f"{name}: {fault}" for fault in faults]
+            cut += [f"{name}: {read}"] if read else []
     for prompt in preserved:
         found = {fault for layout in layouts for fault in prompt_faults(family, pipe, prompt, *layout)[0]}
         problems += [f"loss.preservation.prompts, {prompt!r}: {fault}" for fault in sorted(found)]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from qwen_image_finetune.config import OUR_DATASETS, Config, ConfigError, import_class
+from qwen_image_finetune.config import OUR_DATASETS, Config, ConfigError, PreservationConfig, import_class
 from qwen_image_finetune.data import alike, left_out
 from qwen_image_finetune.data.asked import AskedDataset
 from qwen_image_finetune.data.dataset import ImageDataset
@@ -124,16 +124,18 @@ def bad_rows(family: Family, dataset: ImageDataset, decode: bool) -> dict[str, l
 
 
 class Pairs(NamedTuple):
-    """What is trained on, and what is not; None where nothing is held out."""
+    """What is trained on, and what is not; None where nothing is held out, or preserved with pairs of its own."""
 
     training: ImageDataset
     held_out: ImageDataset | None
+    preserved: ImageDataset | None = None  # pairs of loss.preservation.dataset_path
 
 
 def open_pairs(
     config: Config, family: Family, decode: bool = False, before: Sequence[LeftOut] = (), share: Share = alone
 ) -> Pairs:
-    """The data set of a configuration, checked, and the pairs that validation holds out of it or reads beside it.
+    """The data set of a configuration, checked, the pairs that validation holds out of it or reads beside it, and those
+    of loss.preservation.
 
     No held-out row has an input that looks like one that is trained on. Of pairs beside it none is left out.
 
@@ -144,6 +146,29 @@ def open_pairs(
         DataError: with all problems, before any model is loaded.
         ConfigError: validation.share cannot be held out.
     """
+    preserved = None
+    if config.loss.preserves and config.loss.preservation.dataset_path is not None:
+        preserved = open_dataset(preservation_settings(config), family, decode)
+    return _with_held_out(config, family, decode, before, share)._replace(preserved=preserved)
+
+
+def preservation_settings(config: Config) -> Config:
+    """The configuration by which the pairs of loss.preservation are read and encoded: none of them is dropped or
+    left out, nothing is masked, and no samples are drawn of them."""
+    plain = {
+        "dataset_path": config.loss.preservation.dataset_path, "streaming": False, "use_edit_mask": False,
+        "caption_dropout_rate": 0.0, "prompt_image_dropout_rate": 0.0,
+    }  # fmt: skip
+    arguments = config.data.init_args.model_copy(update=plain)
+    sections: dict[str, Any] = {
+        "data": config.data.model_copy(update={"init_args": arguments, "max_bad_share": 0.0}),
+        "loss": config.loss.model_copy(update={"mask_loss": False, "preservation": PreservationConfig()}),
+        "validation": config.validation.model_copy(update={"enabled": False}),
+    }
+    return config.model_copy(update=sections)
+
+
+def _with_held_out(config: Config, family: Family, decode: bool, before: Sequence[LeftOut], share: Share) -> Pairs:
     dataset, settings = open_dataset(config, family, decode, before, share), config.validation
     for line in few_note(len(dataset)):
         console.note(line)
@@ -155,6 +180,8 @@ def open_pairs(
         except ValueError as error:
             raise ConfigError(f"validation.share={settings.share}: {error}") from error
         left = sorted(set(range(len(dataset))) - set(chosen))
+        # An identity pair is kept away from training with its edit, and says nothing of how well that is learnt.
+        chosen = [row for row in chosen if not dataset.rows[row].shared.identity] or chosen
         console.note(
             f"{len(chosen)} of {len(dataset)} pairs are held out of training (validation.share={settings.share})"
         )
@@ -186,7 +213,7 @@ def check_all_prompts(config: Config, family: Family, pairs: Pairs) -> None:
         DataError: with all of them.
     """
     checkpoint = local_checkpoint(config.model)
-    for dataset in (pairs.training, pairs.held_out, asked(config, family, pairs.training)):
+    for dataset in (*pairs, asked(config, family, pairs.training)):
         if checkpoint is not None and dataset is not None:
             preserved = config.loss.preservation.asked if dataset is pairs.training else ()
             check_prompts(family, checkpoint, dataset, range(len(dataset)), preserved)
@@ -235,21 +262,26 @@ class EncodedPairs(NamedTuple):
     training: EncodedDataset
     held_out: EncodedDataset | None
     asked: EncodedDataset | None
+    preserved: EncodedDataset | None
 
 
 def encoded(config: Config, family: Family, pairs: Pairs, checkpoint: Path, dtype: torch.dtype) -> EncodedPairs:
-    """Rows to train on, held-out rows as far as validation needs them, prompts of one's own; with their texts.
+    """Rows to train on, held-out rows as far as validation needs them, prompts of one's own, pairs of
+    loss.preservation; with their texts.
 
     Raises:
         DataError: see `asked`.
     """
     prompts = asked(config, family, pairs.training)
     own = None if prompts is None else EncodedDataset(config, family, prompts, checkpoint, dtype, trained_on=False)
+    kept = None
+    if pairs.preserved is not None:
+        kept = EncodedDataset(preservation_settings(config), family, pairs.preserved, checkpoint, dtype)
     if pairs.held_out is None:
-        return EncodedPairs(EncodedDataset(config, family, pairs.training, checkpoint, dtype), None, own)
+        return EncodedPairs(EncodedDataset(config, family, pairs.training, checkpoint, dtype), None, own, kept)
     held_out = EncodedDataset(config, family, needed(config, pairs.held_out), checkpoint, dtype, trained_on=False)
     settings = training_settings(config, held_out=True)
-    return EncodedPairs(EncodedDataset(settings, family, pairs.training, checkpoint, dtype), held_out, own)
+    return EncodedPairs(EncodedDataset(settings, family, pairs.training, checkpoint, dtype), held_out, own, kept)
 
 
 def training_settings(config: Config, held_out: bool) -> Config:

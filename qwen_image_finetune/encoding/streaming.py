@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from qwen_image_finetune import loading
-from qwen_image_finetune.config import Config, DataEntry, DatasetArguments
-from qwen_image_finetune.data.dataset import ImageDataset, prefixes
+from qwen_image_finetune.config import Config, DatasetArguments
+from qwen_image_finetune.data.dataset import ImageDataset
 from qwen_image_finetune.data.hub import hub_shards
 from qwen_image_finetune.data.images import DataError
 from qwen_image_finetune.data.left_out import LeftOut
 from qwen_image_finetune.data.listing import Row
 from qwen_image_finetune.data.shard_index import Shard, read_shard, remove
-from qwen_image_finetune.data.sources import of_entry
+from qwen_image_finetune.data.sources import of_set, prefixes, shared_of
 from qwen_image_finetune.encoding.cache import EncodedDataset
 from qwen_image_finetune.encoding.embeddings import check_pictures
 from qwen_image_finetune.encoding.limits import check_prompts, reference_problems
@@ -36,8 +36,12 @@ if TYPE_CHECKING:
 class _OneShard(ImageDataset):
     """The rows of one shard, with the keys that they have in the whole data set: random crops follow from them."""
 
-    def __init__(self, shard: Shard, entry: DataEntry, prefix: str, config: Config, family: Family) -> None:
-        self._shard, self._entry, self._prefix = shard, entry, prefix
+    def __init__(self, shard: Shard, number: int, prefix: str, config: Config, family: Family) -> None:
+        """
+        Args:
+            number: of its data set among those of the configuration.
+        """
+        self._shard, self._number, self._prefix = shard, number, prefix
         super().__init__(
             config.data.init_args, family.size, family.side_multiple, family.max_references, config.train.seed,
             family.scaled, family.resampling,
@@ -45,10 +49,11 @@ class _OneShard(ImageDataset):
 
     def _list(self, arguments: DatasetArguments) -> list[Row]:
         home = Path(arguments.shards_dir).expanduser()
-        rows, self._problems = read_shard(
-            self._shard, self._entry.columns, home, masks=arguments.use_edit_mask, keep=True
-        )
-        return [replace(row, key=self._prefix + row.key) for row in of_entry(rows, self._entry)]
+        columns = arguments.entries[self._number].columns
+        rows, found = read_shard(self._shard, columns, home, masks=arguments.use_edit_mask, keep=True)
+        rows, more = of_set(rows, shared_of(arguments, self._number))
+        self._problems = found + more
+        return [replace(row, key=self._prefix + row.key) for row in rows]
 
 
 def fill_by_shard(config: Config, family: Family, accelerator: Accelerator, say: Callable[[str], None]) -> None:
@@ -67,8 +72,8 @@ def fill_by_shard(config: Config, family: Family, accelerator: Accelerator, say:
     entries = config.data.init_args.entries
     home = Path(config.data.init_args.shards_dir).expanduser()
     every = [
-        (shard, entry, prefix)
-        for entry, prefix in zip(entries, prefixes(entries), strict=True)
+        (shard, number, prefix)
+        for number, (entry, prefix) in enumerate(zip(entries, prefixes(entries), strict=True))
         if entry.on_hub
         for shard in hub_shards(entry, home)
     ]
@@ -78,11 +83,11 @@ def fill_by_shard(config: Config, family: Family, accelerator: Accelerator, say:
     dtype = loading.encoder_dtype(config.train.mixed_precision)
     held_out = config.validation.enabled and config.validation.dataset_path is not None
     settings = training_settings(config, held_out=held_out)
-    for place, (shard, entry, prefix) in enumerate(every):
+    for place, (shard, number, prefix) in enumerate(every):
         if place % team.size != team.rank:
             continue
         try:
-            dataset = _OneShard(shard, entry, prefix, config, family)
+            dataset = _OneShard(shard, number, prefix, config, family)
             if config.data.max_bad_share:  # whether they are too many is known once all shards are
                 bad = bad_rows(family, dataset, decode=False)
                 dataset.leave_out([LeftOut(key, tuple(lines)) for key, lines in bad.items()])

@@ -243,9 +243,12 @@ class Estimator:
         return narrow if not weights else (quantised * narrow + (weights - quantised) * wide) / weights
 
     def _usual_sizes(self) -> tuple[Size, ...]:
-        arguments = self.config.data.init_args
-        width, height = arguments.image_size or (arguments.resolution or 1024,) * 2
-        return usual_sizes(self.family, self.family.size(width, height, arguments.area))
+        arguments, kept = self.config.data.init_args, self.config.loss.preservation
+        found = [arguments.largest]
+        if kept.weight > 0 and kept.dataset_path is not None:  # pairs that may have sizes of their own
+            found.append(arguments.model_copy(update={"dataset_path": kept.dataset_path}).largest)
+        (width, height), area = max(found, key=lambda each: each[0][0] * each[0][1])
+        return usual_sizes(self.family, self.family.size(width, height, area))
 
 
 def _quantisable(path: Path) -> int:

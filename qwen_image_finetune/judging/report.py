@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from qwen_image_finetune.data.captions import prompts_of
 from qwen_image_finetune.data.images import DataError, open_upright
 from qwen_image_finetune.data.listing import Row
 from qwen_image_finetune.disk.files import write_atomic
@@ -83,16 +84,15 @@ def data(version: Version) -> str:
         row = rows[place * len(rows) // number]
         try:
             pictures = [open_upright(path) for path in (*row.references, row.target)]
+            caption = " / ".join(prompts_of(row))
         except DataError as error:
             figures.append(f"<figure><figcaption>{escape(str(error))}</figcaption></figure>")
             continue
-        caption = row.prompt if row.caption is None else row.caption.read_text(encoding="utf-8-sig", errors="replace")
-        caption = row.prefix + (caption or "").strip()
         names = [f"reference of {row.key}"] * len(row.reference_names) + [f"target of {row.key}"]
         images = "".join(picture(*each, THUMBNAIL_HEIGHT) for each in zip(pictures, names, strict=True))
         figures.append(
             f'<figure><div class="row">{images}</div><figcaption><b>{escape(row.key)}</b> {_use(version, row)}'
-            f"{escape(caption or '')}"
+            f"{escape(caption)}"
             "</figcaption></figure>"
         )
     shown = f"{number} of {len(rows):,} pairs, reference left, target right." if number < len(rows) else ""

@@ -9,7 +9,7 @@ from pathlib import Path
 from qwen_image_finetune.config import Config, DataEntry, load_config
 from qwen_image_finetune.data.dataset import ImageDataset
 from qwen_image_finetune.data.part import Part
-from qwen_image_finetune.data.sources import read_source
+from qwen_image_finetune.data.sources import read_sets
 from qwen_image_finetune.disk import history, versions
 from qwen_image_finetune.encoding import remembered
 from qwen_image_finetune.lora.sources import find_tuned
@@ -26,7 +26,7 @@ class Request:
     """What the command line asks for."""
 
     config: Path  # a configuration, or the folder of a run
-    dataset: Path | None  # None: the pairs that the run held out of its training
+    dataset: Path | str | None  # a folder, or an address on the hub; None: the pairs that the run held out
     lora: tuple[str, ...] = ()
     checkpoints: tuple[str, ...] = ()  # "all", "best", "latest" or steps, of the run
     strength: tuple[float, ...] = (1.0,)
@@ -108,7 +108,8 @@ def _own_pairs(
             f"{run} held no pairs out of its training (validation.share or validation.dataset_path does): name a "
             "folder of pairs to evaluate on"
         )
-    places = [place for place, row in enumerate(dataset.rows) if known.was_held_out(remembered.content_of(row))]
+    edits = [place for place, row in enumerate(dataset.rows) if not row.shared.identity]
+    places = [place for place in edits if known.was_held_out(remembered.content_of(dataset.rows[place]))]
     gone = len(known.held_out) - len(places)
     if not places:
         folders = ", ".join(sorted({str(Path(row.target).parent) for row in dataset.rows}))
@@ -125,8 +126,7 @@ def with_masks_there_are(config: Config) -> Config:
     arguments = config.data.init_args
     if not arguments.use_edit_mask:
         return config
-    home = Path(arguments.shards_dir).expanduser()
-    rows = [row for entry in arguments.entries for row in read_source(entry, home, masks=True)[0]]
+    rows = read_sets(arguments, masks=True)[0]
     if not rows or any(row.mask_name is not None for row in rows):
         return config
     data = config.data.model_copy(update={"init_args": arguments.model_copy(update={"use_edit_mask": False})})

@@ -105,8 +105,8 @@ def run_metadata(config: Config, steps: int, base: Path) -> dict[str, str]:
         "modelspec.title": config.logging.tracker_project_name,
         "qif.config_sha256": hashlib.sha256(config.model_dump_json().encode()).hexdigest(),
     }
-    size = arguments.image_size or ([arguments.resolution] * 2 if arguments.resolution else None)
-    if size is not None:
+    size, area = arguments.largest
+    if area is not None:
         about |= {"ss_resolution": f"({size[0]}, {size[1]})", "modelspec.resolution": f"{size[0]}x{size[1]}"}
     try:
         about["qif.version"] = version("qwen-image-finetune")

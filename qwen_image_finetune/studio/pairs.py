@@ -65,9 +65,10 @@ class DataSets:
         return self.shelf.name(self.shelf.inside(self.shelf.name(row.folder) + "/" + name))
 
     def caption(self, row: Row) -> str:
-        """The prompt as it is stored, without white space around it; "" where it cannot be read."""
+        """The prompt as it is stored, or a line for each of a list, without white space around it; "" where it cannot
+        be read."""
         if row.caption_name is None:
-            return (row.prompt or "").strip()
+            return "\n".join((row.prompt or "", *row.more_prompts)).strip()
         path = self.shelf.inside(self.file(row, row.caption_name))
         return path.read_text(encoding="utf-8-sig", errors="replace").strip() if path.is_file() else ""
 

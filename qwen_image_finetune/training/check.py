@@ -124,6 +124,8 @@ def _folders(config: Config) -> Iterator[str]:
     given = {"data.init_args.dataset_path": config.data.init_args.dataset_path}
     if config.validation.enabled and config.validation.dataset_path is not None:
         given["validation.dataset_path"] = config.validation.dataset_path
+    if config.loss.preserves and config.loss.preservation.dataset_path is not None:
+        given["loss.preservation.dataset_path"] = config.loss.preservation.dataset_path
     for key, paths in given.items():
         for entry in DatasetArguments(dataset_path=paths).entries:
             folder = Path(entry.path).expanduser()

@@ -19,7 +19,7 @@ Content = Mapping[str, Mapping[str, Sequence[str]]]  # part -> key of a pair -> 
 
 def run_content(job: Job) -> Content:
     """What is trained on, and what is held out, pair by pair."""
-    parts = {"training": job.rows, "held_out": job.held_out}
+    parts = {"training": job.rows, "held_out": job.held_out, "preserved": job.preserved}
     return {name: _of(rows) for name, rows in parts.items() if rows is not None}
 
 
@@ -28,8 +28,13 @@ def _of(rows: EncodedDataset) -> dict[str, Sequence[str]]:
 
 
 def digest(content: Content) -> str:
-    """A hash, 16 digits, of the pairs that are trained on, in their order."""
-    return entry_key(pairs=[[key, *found] for key, found in content["training"].items()])[:16]
+    """A hash, 16 digits, of the pairs that are trained on, and of those of loss.preservation, in their order."""
+    return entry_key(pairs=[[key, *found] for key, found in _trained(content).items()])[:16]
+
+
+def _trained(content: Content) -> dict[str, Sequence[str]]:
+    preserved = content.get("preserved", {})
+    return {**content["training"], **{f"{key} of loss.preservation": found for key, found in preserved.items()}}
 
 
 def changes(version: Path | None, now: Content) -> str:
@@ -39,10 +44,10 @@ def changes(version: Path | None, now: Content) -> str:
         RunError: what it knew cannot be read.
     """
     kept: Any = None if version is None else history.read_object(version / history.DATA)
-    before = kept.get("training") if kept is not None else None
-    if not isinstance(before, dict):
+    if kept is None or not all(isinstance(kept.get(part, {}), dict) for part in now) or "training" not in kept:
         return "pictures, captions, names or their order changed"
-    after = {key: list(found) for key, found in now["training"].items()}
+    before = _trained(kept)
+    after = {key: list(found) for key, found in _trained(now).items()}
     both = [key for key in after if isinstance(before.get(key), list) and len(before[key]) == 2]
     found = {
         "other captions": [key for key in both if before[key][0] != after[key][0]],

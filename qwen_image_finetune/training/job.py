@@ -13,6 +13,7 @@ from qwen_image_finetune.config import Config, ConfigError, resolve_family
 from qwen_image_finetune.data import left_out
 from qwen_image_finetune.data.batches import Batches
 from qwen_image_finetune.data.dataset import ImageDataset
+from qwen_image_finetune.data.told import shares_of
 from qwen_image_finetune.disk import versions
 from qwen_image_finetune.encoding.cache import EncodedDataset
 from qwen_image_finetune.encoding.pairs import Pairs, encoded, open_pairs
@@ -59,8 +60,10 @@ class Job:
     rows: EncodedDataset  # pairs to train on
     held_out: EncodedDataset | None  # pairs that are only validated on, as many as that takes
     asked: EncodedDataset | None  # prompts of validation.samples
-    pairs: Pairs  # all of both
+    preserved: EncodedDataset | None  # pairs of loss.preservation.dataset_path
+    pairs: Pairs  # all of them
     batches: Batches
+    preserved_batches: Batches | None  # of the pairs of loss.preservation.dataset_path, as many a step as of the others
     total_steps: int  # optimizer steps of the whole run, resumed ones included
 
     @property
@@ -71,8 +74,9 @@ class Job:
     @property
     def blind(self) -> bool:
         """Whether some samples are trained without references."""
-        dropped = self.config.data.init_args.prompt_image_dropout_rate > 0
-        return dropped or not all(row.reference_names for row in self.pairs.training.rows)
+        dropped = self.config.data.init_args.drops_references
+        trained = (self.pairs.training, self.pairs.preserved)
+        return dropped or not all(row.reference_names for each in trained if each is not None for row in each.rows)
 
     def due(self, step: int) -> Due:
         """What follows when `step` steps are done."""
@@ -120,9 +124,14 @@ def open_job(config: Config) -> Job:
     parallel.check_base(sharding, config.model.transformer_path or place, precision)
     card = least(accelerator, card_memory() if accelerator.device.type == "cuda" else None)
     config = choice.kept(config, None if version is None else Path(version))
-    config, expectation = choice.settled(config, family, folder, largest_sample(pairs.training), card, team.local_size)
-    rows, held_out, own = encoded(config, family, pairs, folder, loading.encoder_dtype(config.train.mixed_precision))
+    config, expectation = choice.settled(
+        config, family, folder, largest_sample(pairs.training, pairs.preserved), card, team.local_size
+    )
+    rows, held_out, own, preserved = encoded(
+        config, family, pairs, folder, loading.encoder_dtype(config.train.mixed_precision)
+    )
     batches = plan_batches(config, pairs.training, team.size)
+    others = None if pairs.preserved is None else plan_batches(config, pairs.preserved, team.size, dropped=False)
     job = Job(
         config=config,
         family=family,
@@ -133,8 +142,10 @@ def open_job(config: Config) -> Job:
         rows=rows,
         held_out=held_out,
         asked=own,
+        preserved=preserved,
         pairs=pairs,
         batches=batches,
+        preserved_batches=others,
         total_steps=num_steps(config, batches),
     )
     if expectation is not None and sharding is None:
@@ -160,9 +171,9 @@ def resumed_version(config: Config) -> str | None:
     return str(Path(found).resolve().parent) if found and needed else None
 
 
-def largest_sample(dataset: ImageDataset) -> list[tuple[int, int]]:
+def largest_sample(*datasets: ImageDataset | None) -> list[tuple[int, int]]:
     """Sizes (width, height) of target and references of the sample with the most pixels."""
-    samples = {dataset.geometry(index) for index in range(len(dataset))}
+    samples = {each.geometry(index) for each in datasets if each is not None for index in range(len(each))}
     return list(max(samples, key=lambda sizes: sum(width * height for width, height in sizes)))
 
 
@@ -173,11 +184,11 @@ def check_references(config: Config, pairs: Pairs) -> None:
     """
     datasets = [dataset for dataset in pairs if dataset is not None]
     seen = {bool(row.reference_names) for dataset in datasets for row in dataset.rows}
-    dropped = config.data.init_args.prompt_image_dropout_rate > 0 and True in seen
+    dropped = config.data.init_args.drops_references and True in seen
     if dropped or len(seen) > 1:
         cause = "some pairs have references, others none"
         if dropped:
-            cause = "data.init_args.prompt_image_dropout_rate drops the references of some samples"
+            cause = "prompt_image_dropout_rate drops the references of some samples"
         raise ConfigError(
             f"{cause}, with FSDP: this model has blocks for references alone, which all processes must run together. "
             "Let every sample have references, or none, or do not share the model (configs/accelerate/ddp.yaml)"
@@ -218,16 +229,23 @@ def num_steps(config: Config, batches: Batches) -> int:
     return min(limit for limit in limits if limit is not None)
 
 
-def plan_batches(config: Config, dataset: ImageDataset, processes: int) -> Batches:
-    """The order of the samples over all processes."""
-    arguments = config.data.init_args
+def plan_batches(config: Config, dataset: ImageDataset, processes: int, dropped: bool = True) -> Batches:
+    """The order of the samples over all processes.
+
+    Args:
+        dropped: some lose their prompt or their references, as their data sets say.
+    """
+    shared = [row.shared for row in dataset.rows]
     return Batches(
-        [dataset.geometry(index) for index in range(len(dataset))],
+        [
+            tuple(dataset.geometry(index, visit) for visit in range(turns)) if turns > 1 else (dataset.geometry(index),)
+            for index, turns in enumerate(map(dataset.turns, range(len(dataset))))
+        ],
         batch_size=config.data.batch_size,
         micro_batches_per_step=config.train.gradient_accumulation_steps * processes,
         seed=config.train.seed,
         shuffle=config.data.shuffle,
-        caption_dropout_rate=arguments.caption_dropout_rate,
-        reference_dropout_rate=arguments.prompt_image_dropout_rate,
-        repeats=[row.repeats for row in dataset.rows],
+        caption_dropout_rate=[each.caption_dropout * dropped for each in shared],
+        reference_dropout_rate=[each.reference_dropout * dropped for each in shared],
+        shares=shares_of(dataset.rows),
     )

@@ -70,7 +70,7 @@ class Objective:
         shape = batch.target.shape[1:]
         return flow.draw(
             batch.keys, micro.visits, self.train.seed, shape, self.train.sigma_distribution, self.shift(shape),
-            self.weighting.sigma_range,
+            self.weighting.sigma_range, micro.strata,
         )  # fmt: skip
 
     def _seed_dropout(self, word: str, batch: Batch, micro: MicroBatch) -> None:
@@ -81,12 +81,12 @@ class Objective:
     def preservation(self, module: nn.Module, batch: Batch, micro: MicroBatch) -> Tensor:
         """Mean squared difference (B,) of the velocity to that without the adapter, float32 on the device.
 
-        Gradients flow through the first alone. Noise and levels are those of the micro-batch, so both see what the
-        first term sees, but for the text.
+        Gradients flow through the first alone. Noise and levels are those of the micro-batch: of the same pairs with
+        other prompts, both see what the first term sees, but for the text.
 
         Args:
             module: as of a call.
-            batch: the rows of the micro-batch with the prompts that are not the edit.
+            batch: the rows of `micro` with prompts that are not the edit.
         """
         device = self.accelerator.device
         sigma, noise = (drawn.to(device) for drawn in self.draw(batch, micro))

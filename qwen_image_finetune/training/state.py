@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from qwen_image_finetune.config import ConfigError, EmaConfig, LossConfig, ModelConfig, PreservationConfig
+from qwen_image_finetune.config import ConfigError, DataEntry, EmaConfig, LossConfig, ModelConfig, PreservationConfig
 from qwen_image_finetune.config.tree import ABSENT, find, shown
 from qwen_image_finetune.disk import checkpoint
 from qwen_image_finetune.disk.files import Staged
@@ -52,19 +52,21 @@ FREE = (
     "model.quantize", *(f"model.lora.{key}" for key in ("lora_dropout", "rank_dropout", "module_dropout", "max_norm")),
     "data.batch_size", "data.shuffle", "cache.prompt_empty_drop_keys",
     *(f"data.init_args.{key}" for key in (
-        "caption_dropout_rate", "prompt_image_dropout_rate", "image_size", "resolution", "center_crop",
+        "caption_dropout_rate", "prompt_image_dropout_rate", "image_size", "resolution", "max_buckets", "center_crop",
         "center_crop_ratio", "random_crop", "crop_size", "crop_scale", "random_flip")),
     *(f"train.{key}" for key in (
-        "mixed_precision", "weight_precision", "max_grad_norm", "sigma_distribution", "sigma_shift", "guidance_scale")),
+        "mixed_precision", "weight_precision", "max_grad_norm", "sigma_distribution", "sigma_shift",
+        "sigma_stratified", "guidance_scale")),
     *(f"train.ema.{key}" for key in EmaConfig.model_fields if key != "device"),
     *(f"loss.{key}" for key in LossConfig.model_fields if key != "preservation"),
-    *(f"loss.preservation.{key}" for key in PreservationConfig.model_fields),
+    *(f"loss.preservation.{key}" for key in PreservationConfig.model_fields if key != "dataset_path"),
 )  # fmt: skip
 NAMES = {  # of what is stored under a name that is no key
     "seed": "train.seed",
     "micro_batches_per_step": "train.gradient_accumulation_steps times processes",
     "base": "the sum over the files of the base (its transformer, model.transformer_file, model.base_loras)",
     "pairs": "the number of pairs",
+    "sets": "what data sets have of their own (weights, sizes, dropouts)",
     "visits": "the number of visits in an epoch (repeats of the data sets)",
     "variations": "the number of crops and flips of each sample",
 }
@@ -91,7 +93,15 @@ def settings(job: Job) -> dict[str, Any]:
     kept["variations"] = job.config.cache.num_variations if cached else None  # without the cache all are new
     kept["seed"], kept["micro_batches_per_step"] = job.config.train.seed, job.micro_batches_per_step
     rows = job.rows.dataset.rows
-    return {**kept, "pairs": len(rows), "visits": sum(row.repeats for row in rows)}
+    kept["sets"] = _sets(job.config.data.init_args.entries)
+    return {**kept, "pairs": len(rows), "visits": job.batches.visits}
+
+
+def _sets(entries: Sequence[DataEntry]) -> list[dict[str, Any]] | None:
+    """What data sets have of their own, but for where they are and what their content tells; None without any."""
+    told = {"path", "columns", "split", "prefix", "prompt_per_line", "identity", "repeats"}
+    own = [entry.model_dump(mode="json", exclude=told, exclude_defaults=True) for entry in entries]
+    return own if any(own) else None
 
 
 def base_sum(checkpoint: Path, model: ModelConfig) -> str:

@@ -10,7 +10,7 @@ import torch
 
 from qwen_image_finetune import flow
 from qwen_image_finetune.config import DataConfig
-from qwen_image_finetune.data.batches import MicroBatch
+from qwen_image_finetune.data.batches import MicroBatch, stratified
 from qwen_image_finetune.encoding import cache
 from qwen_image_finetune.encoding.cache import EncodedDataset, TextVariant
 from qwen_image_finetune.records import Batch, Example, collate
@@ -20,12 +20,19 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
+class Asked(NamedTuple):
+    """What the model is asked that is not the edit, as its own answer is preserved."""
+
+    micro: MicroBatch  # of the same pairs, or of those of loss.preservation.dataset_path
+    batch: Batch
+
+
 class Loaded(NamedTuple):
     """A micro-batch, and what the model is given of it."""
 
     micro: MicroBatch
     batch: Batch
-    preserved: Batch | None = None  # the same rows with prompts of loss.preservation, if that is asked for
+    preserved: Asked | None = None
 
 
 def micro_batches(job: Job, pipe: DiffusionPipeline | None, first_step: int) -> Iterator[Loaded]:
@@ -34,35 +41,45 @@ def micro_batches(job: Job, pipe: DiffusionPipeline | None, first_step: int) -> 
     Args:
         pipe: encodes the samples on the way; None reads the cache.
     """
-    reader = _Reader(job.rows, job.config.train.seed, cached=pipe is None)
-    for micro, items in _read_ahead(reader, own_micro_batches(job, first_step), job.config.data):
+    reader = _Reader(job.rows, job.preserved, job.config.train.seed, cached=pipe is None)
+    for (micro, other), (first, second) in _read_ahead(reader, own_micro_batches(job, first_step), job.config.data):
+        asked = micro if other is None else other
         if pipe is None:
-            yield Loaded(micro, *items)
+            yield Loaded(micro, first, None if second is None else Asked(asked, second))
             continue
         variants = row_variants(micro)
-        encoded = [job.rows.encode(pipe, example, variant) for example, variant in zip(items, variants, strict=True)]
-        others = reader.preserved_variants(micro)
-        preserved = [
-            replace(row, text=job.rows.encode_text(pipe, example, variant))
-            for row, example, variant in zip(encoded, items, others, strict=bool(others))
-        ]
-        yield Loaded(micro, collate(encoded), collate(preserved) if preserved else None)
+        encoded = [job.rows.encode(pipe, example, variant) for example, variant in zip(first, variants, strict=True)]
+        if job.preserved is not None:
+            preserved = [job.preserved.encode(pipe, example) for example in second]
+        else:
+            others = reader.preserved_variants(micro)
+            preserved = [
+                replace(row, text=job.rows.encode_text(pipe, example, variant))
+                for row, example, variant in zip(encoded, first, others, strict=bool(others))
+            ]
+        yield Loaded(micro, collate(encoded), Asked(asked, collate(preserved)) if preserved else None)
 
 
-def own_micro_batches(job: Job, first_step: int) -> Iterator[MicroBatch]:
-    """Which rows this process trains on, from `first_step` to the end of the run.
+_Micros = tuple[MicroBatch, MicroBatch | None]  # of the pairs, and of those of loss.preservation.dataset_path
+
+
+def own_micro_batches(job: Job, first_step: int) -> Iterator[_Micros]:
+    """Which rows this process trains on, from `first_step` to the end of the run, and which pairs of
+    loss.preservation.dataset_path beside them.
 
     Drawn by whoever asks for the next one, not by those that read the rows: `Batches` is not made for several threads.
     """
     for step in range(first_step, job.total_steps):
         micros = job.batches.at(step)
-        for place in range(job.config.train.gradient_accumulation_steps):
-            yield micros[place * job.team.size + job.team.rank]
+        if job.config.train.sigma_stratified:
+            micros = stratified(micros, job.config.train.seed, step)
+        others = None if job.preserved_batches is None else job.preserved_batches.at(step)
+        for turn in range(job.config.train.gradient_accumulation_steps):
+            place = turn * job.team.size + job.team.rank
+            yield micros[place], None if others is None else others[place]
 
 
-def _read_ahead(
-    reader: _Reader, micros: Iterator[MicroBatch], settings: DataConfig
-) -> Iterator[tuple[MicroBatch, Any]]:
+def _read_ahead(reader: _Reader, micros: Iterator[_Micros], settings: DataConfig) -> Iterator[tuple[_Micros, Any]]:
     """The micro-batches in order, read by worker processes, or by threads where there are none."""
     if settings.num_workers == 0:
         yield from (loaded for _, loaded in cache.ahead(micros, reader.__getitem__, settings.prefetch_factor))
@@ -76,20 +93,23 @@ def _read_ahead(
     )
 
 
-class _Reader(torch.utils.data.Dataset[tuple[MicroBatch, Any]]):
+class _Reader(torch.utils.data.Dataset[tuple[_Micros, Any]]):
     """Reads what belongs to a micro-batch. Worker processes get a copy of it."""
 
-    def __init__(self, rows: EncodedDataset, seed: int, cached: bool) -> None:
-        self.rows, self.seed, self.cached = rows, seed, cached
+    def __init__(self, rows: EncodedDataset, preserved: EncodedDataset | None, seed: int, cached: bool) -> None:
+        self.rows, self.preserved, self.seed, self.cached = rows, preserved, seed, cached
 
-    def __getitem__(self, micro: MicroBatch) -> tuple[MicroBatch, tuple[Batch, Batch | None] | list[Example]]:
+    def __getitem__(self, micros: _Micros) -> tuple[_Micros, tuple[Any, Any]]:
+        """The micro-batches, and what was read for both: batches, or, without the cache, lists of examples."""
+        micro, other = micros
         if not self.cached:
-            seen = zip(micro.rows, micro.visits, strict=True)
-            return micro, [self.rows.dataset.load(row, visit) for row, visit in seen]
+            return micros, (_examples(self.rows, micro), other and _examples(self.preserved or self.rows, other))
         # Stacked here: a few large tensors pass from a worker process sooner than several for each sample.
         batch = self.rows.read_batch(micro.rows, row_variants(micro), micro.visits)
+        if other is not None and self.preserved is not None:
+            return micros, (batch, self.preserved.read_batch(other.rows, row_variants(other), other.visits))
         others = self.preserved_variants(micro)
-        return micro, (batch, self.rows.read_batch(micro.rows, others, micro.visits) if others else None)
+        return micros, (batch, self.rows.read_batch(micro.rows, others, micro.visits) if others else None)
 
     def preserved_variants(self, micro: MicroBatch) -> list[TextVariant]:
         """Each row with one of the prompts of loss.preservation, drawn by the row and its visit; [] without any.
@@ -102,6 +122,10 @@ class _Reader(torch.utils.data.Dataset[tuple[MicroBatch, Any]]):
         seen = zip(micro.rows, micro.visits, strict=True)
         drawn = [flow.seed_of("preservation", self.seed, rows[row].key, visit) for row, visit in seen]
         return [TextVariant(prompts[number % len(prompts)], not micro.drop_references) for number in drawn]
+
+
+def _examples(rows: EncodedDataset, micro: MicroBatch) -> list[Example]:
+    return [rows.dataset.load(row, visit) for row, visit in zip(micro.rows, micro.visits, strict=True)]
 
 
 def row_variants(micro: MicroBatch) -> list[TextVariant]:

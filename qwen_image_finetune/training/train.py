@@ -92,7 +92,7 @@ def _train(job: Job, book: Logbook, progress: Progress, stopping: StopSignals) -
     # Embeddings: from the cache, which is completed first, or from encoders that stay
     with explained(config, "encoding the data set" if config.cache.use_cache else "loading the encoders", shared):
         pipe = prepare_embeddings(config, job.rows, job.accelerator, job.say)
-        for seen in (job.held_out, job.asked):
+        for seen in (job.held_out, job.asked, job.preserved):
             if seen is not None:
                 prepare_held_out(config, seen, job.accelerator, job.say)
 
@@ -212,7 +212,8 @@ def _accumulate(
     """
     accelerator, count = job.accelerator, job.config.train.gradient_accumulation_steps
     weight = job.config.loss.preservation.weight
-    samples = sum(len(micro.rows) for micro in job.batches.at(step))
+    samples, others = (sum(len(micro.rows) for micro in each.at(step)) for each in
+                       (job.batches, job.preserved_batches or job.batches))  # fmt: skip
     total, sigmas, waited = torch.zeros(1 + (weight > 0), device=accelerator.device), [], 0.0
     for place in range(count):
         job.team.enter(f"reading the samples of step {step + 1}")
@@ -229,9 +230,9 @@ def _accumulate(
         sigmas.append(sigma)
         if preserved is not None:  # a backward pass of its own: what waits for the first one is gone by now
             with _sent(accelerator, learner, last):
-                difference = objective.preservation(learner.wrapped, preserved, micro)
-                accelerator.backward(weight * difference.sum() * job.team.size / samples)
-            total[1] += difference.detach().sum() / samples
+                difference = objective.preservation(learner.wrapped, preserved.batch, preserved.micro)
+                accelerator.backward(weight * difference.sum() * job.team.size / others)
+            total[1] += difference.detach().sum() / others
     return total, sigmas, waited
 
 

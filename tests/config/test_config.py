@@ -399,6 +399,8 @@ NOTED: dict[str, Any] = {
     "loss.huber_delta": (0.2, {}, {"loss.type": "huber"}),
     "loss.huber_schedule": ("exponential", {}, {"loss.type": "pseudo_huber"}),
     "loss.preservation.prompts": (["as it is"], {}, {"loss.preservation.weight": 1}),
+    "loss.preservation.dataset_path": ("others", {}, {"loss.preservation.weight": 1}),
+    "data.init_args.max_buckets": (4, {"data.init_args.image_size": [64, 64]}, {}),
     "loss.foreground_weight": (3, {}, {"loss.mask_loss": True, "data.init_args.use_edit_mask": True}),
     "loss.background_weight": (3, {}, {"loss.mask_loss": True, "data.init_args.use_edit_mask": True}),
 }

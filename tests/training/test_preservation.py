@@ -14,13 +14,14 @@ from torch import Tensor
 from qwen_image_finetune import flow, loading
 from qwen_image_finetune.config import Config, ConfigError
 from qwen_image_finetune.data.images import DataError
-from qwen_image_finetune.encoding.embeddings import prepare_embeddings
+from qwen_image_finetune.encoding.embeddings import prepare_embeddings, prepare_held_out
 from qwen_image_finetune.families import get_family
 from qwen_image_finetune.fitting.estimate import Estimator
 from qwen_image_finetune.fitting.plan_words import describe
 from qwen_image_finetune.fitting.speed import Step, card_called, floor, seconds
 from qwen_image_finetune.lora.adapters import second_factors
 from qwen_image_finetune.training.assembly import assemble
+from qwen_image_finetune.training.check import check_run
 from qwen_image_finetune.training.job import open_job
 from qwen_image_finetune.training.objective import Objective
 from qwen_image_finetune.training.stream import micro_batches
@@ -70,8 +71,9 @@ def test_it_is_the_squared_distance_of_two_models(configure: Configure) -> None:
     prompts = config.loss.preservation.prompts
     alone = [job.family.encode_text(pipe, prompt) for prompt in prompts]
     asked = set()
-    for micro, batch, preserved in list(micro_batches(job, None, 0))[:3]:
-        assert preserved is not None and preserved.keys == batch.keys
+    for micro, batch, second in list(micro_batches(job, None, 0))[:3]:
+        assert second is not None and second.batch.keys == batch.keys and second.micro == micro
+        preserved = second.batch
         assert torch.equal(preserved.target, batch.target)
         for place, key in enumerate(batch.keys):
             number = flow.seed_of("preservation", 3, key, micro.visits[place]) % len(prompts)
@@ -81,7 +83,6 @@ def test_it_is_the_squared_distance_of_two_models(configure: Configure) -> None:
                 assert torch.equal(text if tensor.ndim == 1 else text[: len(tensor)], tensor)
     assert asked == {0, 1}
 
-    assert preserved is not None
     found = objective.preservation(adapted, preserved, micro)
     gradients = torch.autograd.grad(found.sum(), learner.parameters, allow_unused=True)
 
@@ -148,11 +149,48 @@ def test_resumed_and_uncached_it_is_the_same(configure: Configure) -> None:
         assert_equal(weights(other, 4), weights(whole, 4))
 
 
+def test_with_pairs_of_its_own(configure: Configure, write_pairs: Callable[..., Path], tmp_path: Path) -> None:
+    """Its samples are those of the folder, in an order of their own, whole: nothing of them is dropped or masked.
+
+    Resumed and without the cache it learns the same bits; the sentences of `prompts` are not asked.
+    """
+    kept = write_pairs(tmp_path / "kept", [(64, 64)] * 3 + [(96, 32)], seed=5)
+    same = (*SAME, "train.gradient_accumulation_steps=2", "train.checkpointing_steps=2", "train.max_train_steps=3",
+            f"loss.preservation={{weight: 0.5, dataset_path: {kept}}}", "data.init_args.prompt_image_dropout_rate=0.3",
+            "data.init_args.caption_dropout_rate=0.9", "train.seed=3")  # fmt: skip
+    config = configure("FluxKontext", *same)
+    job = open_job(config)
+    assert job.preserved is not None and job.preserved_batches is not None
+    prepare_embeddings(config, job.rows, job.accelerator, job.say)
+    prepare_held_out(config, job.preserved, job.accelerator, job.say)
+    asked = [second for _, _, second in micro_batches(job, None, 0)]
+    expected = [micro for step in range(3) for micro in job.preserved_batches.at(step)]
+    for second, micro in zip(asked, expected, strict=True):
+        assert (
+            second is not None and second.micro == micro and not micro.drop_references and not any(micro.drop_caption)
+        )
+        assert second.batch.keys == tuple(job.preserved.dataset.rows[row].key for row in micro.rows)
+        assert torch.equal(second.batch.target[0], job.preserved.read(micro.rows[0]).target)
+    assert {row for micro in expected for row in micro.rows} == {0, 1, 2, 3}
+
+    whole = train(config)
+    assert whole is not None and min(second for _, second in curve(whole)[1:]) > 0
+    going_on = f"train.resume_from_checkpoint={next(whole.glob('checkpoint-*-2'))}"
+    resumed = train(configure("FluxKontext", *same, going_on, "cache.use_cache=false",
+                              "logging.tracker_project_name=resumed"))  # fmt: skip
+    assert curve(resumed) == curve(whole)[2:]
+    assert_equal(weights(resumed, 3), weights(whole, 3))
+
+
 def test_what_is_refused(configure: Configure) -> None:
     with pytest.raises(ConfigError, match=r"loss\.preservation\.weight=0\.5 and model\.lora.* a second copy"):
         configure("FluxKontext", "model.lora=null", TERM)
     with pytest.raises(ConfigError, match=r"loss\.preservation\.prompts"):
         configure("FluxKontext", "loss.preservation={weight: 1, prompts: []}")
+    with pytest.raises(ConfigError, match=r"loss\.preservation\.dataset_path='nowhere': no folder"):
+        check_run(configure("FluxKontext", "loss.preservation={weight: 1, dataset_path: nowhere}"))
+    both = configure("FluxKontext", "loss.preservation={weight: 1, dataset_path: nowhere, prompts: [a]}")
+    assert any("loss.preservation.prompts" in note and "prompts of their own" in note for note in both.notes)
     with pytest.raises(DataError, match=r"loss\.preservation\.prompts, '<pad>': .*control token"):
         train(configure("FluxKontext", 'loss.preservation={weight: 1, prompts: ["<pad>"]}', "cache.use_cache=false"))
 

@@ -13,10 +13,10 @@ from typing import Any, cast
 from omegaconf import OmegaConf
 from PIL import Image
 
-from qwen_image_finetune.config import Config, DatasetArguments
+from qwen_image_finetune.config import Config, DataEntry, DatasetArguments
 from qwen_image_finetune.config.text import read_yaml
 from qwen_image_finetune.data.listing import Row
-from qwen_image_finetune.data.sources import read_source
+from qwen_image_finetune.data.sources import read_sets
 from qwen_image_finetune.disk import history, runs, versions
 from qwen_image_finetune.disk.reading import Unreadable, read_regular
 from qwen_image_finetune.encoding import remembered
@@ -109,10 +109,11 @@ class Version:
     @cached_property
     def rows(self) -> list[Row]:
         """Pairs of the data set; none where it is not on this machine."""
-        home = Path(self.settings.get("data.init_args.shards_dir", "shards")).expanduser()
-        entries = DatasetArguments(dataset_path=self.settings["data.init_args.dataset_path"]).entries
-        here = [entry for entry in entries if not entry.on_hub and Path(entry.path).expanduser().exists()]
-        return [row for entry in here for row in read_source(entry, home, masks=False)[0]]
+        given = DatasetArguments(dataset_path=self.settings["data.init_args.dataset_path"])
+        there = (entry for entry in given.entries if not entry.on_hub)
+        here: list[str | DataEntry] = [entry for entry in there if Path(entry.path).expanduser().exists()]
+        home = self.settings.get("data.init_args.shards_dir", "shards")
+        return read_sets(DatasetArguments(dataset_path=here, shards_dir=home), masks=False)[0] if here else []
 
     @cached_property
     def samples(self) -> list[Sample]:

@@ -205,7 +205,7 @@ def evaluate(options: argparse.Namespace) -> None:
     given = options.dataset
     if given is not None and "=" in given and not Path(given).exists():  # an override that stands where a folder may
         options.overrides, given = [given, *options.overrides], None
-    options.dataset = None if given is None else Path(given)
+    options.dataset = given
     found = evaluate(filled(Request, options))
     if options.json:
         options.answer(found)

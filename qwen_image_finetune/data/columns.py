@@ -31,7 +31,6 @@ KNOWN = {
     "instruct-pix2pix, samples": Layout("edited_image", ("input_image",), "edit_prompt", "mask"),
     "MagicBrush": Layout("target_img", ("source_img",), "instruction", "mask_img"),
     "OmniEdit": Layout("edited_img", ("src_img",), "edited_prompt_list"),
-    "ImgEdit": Layout("output_images", ("input_images",), "prompt", "mask"),
     "HQ-Edit": Layout("output_image", ("input_image",), "edit"),
     "the guide's": Layout("target_image", ("control_images",), "prompt", "control_mask"),
     "target and source": Layout("target", ("source",), "prompt", "mask"),

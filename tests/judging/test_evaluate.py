@@ -22,7 +22,7 @@ from qwen_image_finetune.encoding.pairs import open_dataset, open_pairs
 from qwen_image_finetune.families import get_family
 from qwen_image_finetune.judging import metrics
 from qwen_image_finetune.judging.evaluate import encode, evaluate, folder_names
-from qwen_image_finetune.judging.request import EvaluationError, Request
+from qwen_image_finetune.judging.request import EvaluationError, Request, open_request
 from qwen_image_finetune.lora.header import LoraFileError
 from qwen_image_finetune.trainer import Trainer
 from qwen_image_finetune.training.train import train
@@ -127,6 +127,8 @@ def test_what_cannot_be_evaluated_is_said(configure: Configure, squares: Path, t
         evaluate(Request(squares, squares))
     with pytest.raises(LoraFileError, match="does not exist"):
         evaluate(Request(file, squares, lora=("nowhere.safetensors",)))
+    (entry,) = open_request(Request(file, "hf://owner/name"))[1].data.init_args.entries
+    assert entry.on_hub and entry.path == "hf://owner/name"  # a path of this machine would have lost a slash
     (tmp_path / "v7").mkdir()
     (tmp_path / "v7" / "config.yaml").write_text(file.read_text())
     with pytest.raises(EvaluationError, match="no checkpoint 'best'"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -186,31 +186,41 @@ def _name(folder: Folder, number: int) -> str:
     return f"{number + 1}_{folder.root.name}" if number else folder.root.name or "pairs"
 
 
-def _entry(place: Path, folder: Folder) -> str | dict[str, Any]:
-    """A data set as an entry of dataset_path: its folder, or a section where it is repeated."""
-    repeats = folder.settings.get("repeats", 1)
-    return str(place) if repeats == 1 else {"path": str(place), "repeats": repeats}
+def _entry(place: Path, folder: Folder, own: Sequence[str]) -> str | dict[str, Any]:
+    """A data set as an entry of dataset_path: its folder, or a section where it has settings of its own."""
+    given = {name: folder.settings[name] for name in own if folder.settings.get(name) is not None}
+    if (repeats := folder.settings.get("repeats", 1)) != 1:
+        given["repeats"] = repeats
+    return {"path": str(place), **given} if given else str(place)
 
 
 def _settle(ledger: Ledger, folders: list[Folder], places: list[Path]) -> list[str]:
     """Put the data sets among our keys; what a data set has of its own and cannot have here is said."""
-    own = zip(folders, places, strict=True)
-    entries: list[Any] = [*(_entry(place, folder) for folder, place in own), *ledger.on_hub]
+    given = [folder.settings for folder in folders]
+    names = dict.fromkeys(name for settings in given for name in settings)
+    alike = {name: common(list(given), name) for name in OF_AN_ENTRY if name in names}
+    own = [name for name, value in alike.items() if value is None]
+    entries: list[Any] = [_entry(place, folder, own) for folder, place in zip(folders, places, strict=True)]
+    entries += ledger.on_hub
     if not entries:
         return []
-    given = [folder.settings for folder in folders]
     ledger.values[DATASET] = entries[0] if len(entries) == 1 and isinstance(entries[0], str) else entries
-    said = [f"repeats: {folder.settings['repeats']} of {folder.key}  ->  repeats: {entry['repeats']} of {entry['path']}"
-            for folder, entry in zip(folders, entries, strict=False) if isinstance(entry, dict)]  # fmt: skip
-    for name in dict.fromkeys(name for settings in given for name in settings if name != "repeats"):
-        value = common(list(given), name)
-        if name in OF_AN_ENTRY and value is not None:
-            largest = max(value) if isinstance(value, list) and name == "resolution" else value
-            ledger.values[f"data.init_args.{name}"] = largest
-            said.append(f"{name}: {value}  ->  data.init_args.{name}: {largest}")
-        else:
+    said = [
+        f"{name}: {folder.settings[name]} of {folder.key}  ->  {name}: {value} of {entry['path']}"
+        for folder, entry in zip(folders, entries, strict=False)
+        if isinstance(entry, dict)
+        for name, value in entry.items()
+        if name != "path"
+    ]
+    for name in names:
+        if alike.get(name) is not None:
+            ledger.values[f"data.init_args.{name}"] = alike[name]
+            said.append(f"{name}: {alike[name]}  ->  data.init_args.{name}: {alike[name]}")
+        elif name not in ("repeats", *own):
             each = ", ".join(str(settings.get(name)) for settings in given)
-            said.append(f"{name}: {each}  ->  no counterpart: all data sets are visited alike")
+            said.append(
+                f"{name}: {each}  ->  nothing: give each entry a weight, its share of all visits (docs/data.md)"
+            )
     return said
 
 

@@ -154,7 +154,7 @@ def test_training_feeds_what_the_pipeline_feeds(
         family.velocity(pipe.transformer, noise, torch.ones(1), batch, guidance)
     assert_same_calls(ours, theirs[:1])
 
-    own_latent = family.encode_image(pipe, dataset.fitted(picture(*image_size, seed=2), (width, height), 1))
+    own_latent = family.encode_image(pipe, dataset.fitted(picture(*image_size, seed=2), (width, height), 1, None))
     assert torch.equal(batch.target[0], own_latent)
     shape = family.latent_shape(width, height, pipe.transformer.config)
     assert batch.target.shape[1:] == shape

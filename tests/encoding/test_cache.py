@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from qwen_image_finetune import loading
 from qwen_image_finetune.config import Config
@@ -54,10 +55,11 @@ def lacking(config: Config, name: str) -> tuple[int, int]:
 
 @pytest.mark.parametrize("name", EDITING)
 def test_only_what_decides_an_embedding_misses(
-    name: str, configure: Configure, own_pairs: Path, tmp_path: Path
+    name: str, configure: Configure, own_pairs: Path, tiny_checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
-    data = f"data.init_args.dataset_path={own_pairs}"
-    config = configure(name, data)
+    copy = Path(shutil.copytree(tiny_checkpoints[name], tmp_path / "copy"))
+    model, data = f"model.pretrained_model_name_or_path={copy}", f"data.init_args.dataset_path={own_pairs}"
+    config = configure(name, model, data)
     rows = open_rows(config, name)
     cache.fill(rows, rows.missing(), CPU, shown=False)
     assert lacking(config, name) == (0, 0)
@@ -73,11 +75,12 @@ def test_only_what_decides_an_embedding_misses(
         "train.sigma_shift=3.0",
         "data.init_args.caption_dropout_rate=0.0",
     ):
-        assert lacking(configure(name, data, unrelated), name) == (0, 0), unrelated
+        assert lacking(configure(name, model, data, unrelated), name) == (0, 0), unrelated
     for file in own_pairs.rglob("*"):
         os.utime(file, (1, 1))
     moved = Path(shutil.move(own_pairs, tmp_path / "moved"))
-    config = configure(name, f"data.init_args.dataset_path={moved}")
+    data = f"data.init_args.dataset_path={moved}"
+    config = configure(name, model, data)
     assert lacking(config, name) == (0, 0)
 
     # A caption, a target, a reference, a size, the precision
@@ -96,22 +99,12 @@ def test_only_what_decides_an_embedding_misses(
     assert lacking(config, name) == (int(sees), 1)
     reference.write_bytes(kept)
     assert lacking(config, name) == (0, 0)
-    resized = configure(name, f"data.init_args.dataset_path={moved}", "data.init_args.resolution=96")
+    resized = configure(name, model, data, "data.init_args.resolution=96")
     assert lacking(resized, name) == (7 if sees else 0, 14)
     missing = open_rows(config, name, torch.bfloat16).missing()
     assert (len(missing.texts), len(missing.images)) == (7, 14)
 
-
-@pytest.mark.parametrize("name", EDITING)
-def test_other_weights_of_an_encoder_miss_its_entries_alone(
-    name: str, configure: Configure, tiny_checkpoints: dict[str, Path], tmp_path: Path
-) -> None:
-    from safetensors.torch import load_file, save_file
-
-    copy = Path(shutil.copytree(tiny_checkpoints[name], tmp_path / "copy"))
-    config = configure(name, f"model.pretrained_model_name_or_path={copy}")
-    rows = open_rows(config, name)
-    cache.fill(rows, rows.missing(), CPU, shown=False)
+    # Other weights of an encoder: its entries alone
     for part, expected in (("transformer", (0, 0)), ("vae", (0, 14)), ("text_encoder", (7, 14))):
         weights = next((copy / part).glob("*.safetensors"))
         state = load_file(weights)

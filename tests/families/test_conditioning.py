@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -53,19 +53,26 @@ def predictor(family: Family, pipe: DiffusionPipeline, tiny_checkpoints: dict[st
     return Predictor(family, pipe, pipe.transformer, scheduler, AREA)
 
 
+class Enough(Exception):
+    """Ends a pipeline once its transformer was asked."""
+
+
 @contextmanager
-def calls_of(transformer: torch.nn.Module) -> Iterator[list[dict[str, Any]]]:
-    """Every keyword argument the transformer is called with."""
+def calls_of(transformer: torch.nn.Module, first: bool = False) -> Iterator[list[dict[str, Any]]]:
+    """Every keyword argument the transformer is called with; of the first call alone, which ends what asks for it."""
     seen: list[dict[str, Any]] = []
 
     def note(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         seen.append(
             {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in kwargs.items()}
         )
+        if first:
+            raise Enough
 
     hook = transformer.register_forward_pre_hook(note, with_kwargs=True)
     try:
-        yield seen
+        with pytest.raises(Enough) if first else nullcontext():
+            yield seen
     finally:
         hook.remove()
 
@@ -272,10 +279,6 @@ def test_several_references_equal_the_pipeline(name: str, tiny_checkpoints: dict
     assert np.array_equal(np.asarray(drawn[0]), np.asarray(expected))
 
 
-class Enough(Exception):
-    """Ends a pipeline once its transformer was asked."""
-
-
 @pytest.mark.parametrize("name", ["FluxKontext", "LongCatImageEdit", "QwenImageEdit", "QwenImageEditPlus"])
 def test_at_the_models_own_areas(name: str, tiny_checkpoints: dict[str, Path]) -> None:
     """A megapixel for picture and reference, 384 x 384 for the language model of Plus: nothing is replaced here.
@@ -298,16 +301,10 @@ def test_at_the_models_own_areas(name: str, tiny_checkpoints: dict[str, Path]) -
         options = {"guidance_scale": GUIDANCE}
         pipe.tokenizer_max_length = pipe.tokenizer.model_max_length  # of the full-size checkpoint: its own, 512
 
-    def enough(*arguments: Any) -> None:
-        raise Enough
-
-    first = getattr(pipe.transformer, "x_embedder", None) or pipe.transformer.img_in
-    hook = first.register_forward_pre_hook(enough)
-    with calls_of(pipe.transformer) as theirs, pytest.raises(Enough):
+    with calls_of(pipe.transformer, first=True) as theirs:
         pipe(image=image, prompt=PROMPT, num_inference_steps=2, generator=torch.Generator().manual_seed(7), **options)
-    with calls_of(pipe.transformer) as ours, pytest.raises(Enough):
+    with calls_of(pipe.transformer, first=True) as ours:
         predictor.predict(image, PROMPT, 2, guidance_scale=GUIDANCE, seed=7)
-    hook.remove()
     assert_same_calls(ours, theirs)
     assert ours[0]["hidden_states"].shape[1] > 2 * 3800  # tokens of both
 

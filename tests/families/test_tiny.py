@@ -5,6 +5,7 @@ import inspect
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -91,29 +92,22 @@ def difference(one: torch.Tensor, other: torch.Tensor) -> float:
 # Files
 
 
-def test_another_process_writes_the_same_bytes(tmp_path: Path) -> None:
-    """Hash tables and thread counts differ between processes; neither may reach the files."""
+def test_another_process_writes_the_same_bytes(tiny_checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """Hash tables and thread counts differ between processes; neither may reach the files. Nor does any other test."""
     script = (
         "import sys, pathlib, torch\n"
         "from qwen_image_finetune.families import FAMILIES, get_family\n"
         "torch.manual_seed(123)\n"
         "for family in map(get_family, FAMILIES):\n"
-        "    family.tiny(pathlib.Path(sys.argv[1]) / family.pipeline.__name__)\n"
+        "    family.tiny(pathlib.Path(sys.argv[1]) / family.name)\n"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "2", "RAYON_NUM_THREADS": "1", "PYTHONHASHSEED": "7"}
     environment["PYTHONPATH"] = str(Path(tiny.__file__).parents[2])
     subprocess.run([sys.executable, "-c", script, tmp_path / "there"], check=True, env=environment)
-    for one in map(get_family, FAMILIES):
-        one.tiny(tmp_path / "here" / one.pipeline.__name__)
-    here = digests(tmp_path / "here")
-    assert sum(name.endswith(".safetensors") for name in here) >= 3 * len(FAMILIES)  # transformer, text encoder, VAE
-    assert digests(tmp_path / "there") == here
-
-
-def test_the_global_random_state_stays(tmp_path: Path) -> None:
-    before = torch.random.get_rng_state()
-    KONTEXT.tiny(tmp_path / "checkpoint")
-    assert torch.equal(torch.random.get_rng_state(), before)
+    for name in FAMILIES:
+        here = digests(tiny_checkpoints[name])
+        assert sum(file.endswith(".safetensors") for file in here) >= 3  # transformer, text encoder, VAE
+        assert digests(tmp_path / "there" / name) == here
 
 
 def test_a_complete_checkpoint_is_left_alone(family: Family, checkpoint: Path) -> None:
@@ -122,13 +116,15 @@ def test_a_complete_checkpoint_is_left_alone(family: Family, checkpoint: Path) -
     assert {file: file.stat().st_mtime_ns for file in checkpoint.rglob("*")} == before
 
 
-def test_an_older_version_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "checkpoint"
-    monkeypatch.setattr(tiny, "VERSION", tiny.VERSION - 1)
-    KONTEXT.tiny(folder)
+def test_an_older_version_is_replaced(flux_folder: Path, tmp_path: Path) -> None:
+    """And the global random state stays."""
+    folder = Path(shutil.copytree(flux_folder, tmp_path / "checkpoint"))
+    marker = json.loads((folder / tiny.MARKER).read_text())
+    (folder / tiny.MARKER).write_text(json.dumps({**marker, "version": tiny.VERSION - 1}))
     (folder / "left_over").touch()
-    monkeypatch.undo()
+    before = torch.random.get_rng_state()
     KONTEXT.tiny(folder)
+    assert torch.equal(torch.random.get_rng_state(), before)
     assert json.loads((folder / tiny.MARKER).read_text())["version"] == tiny.VERSION
     assert not (folder / "left_over").exists()
     assert list(tmp_path.iterdir()) == [folder]
@@ -173,22 +169,20 @@ def test_every_weight_is_loaded(checkpoint: Path) -> None:
         assert not any(report.values()), (name, report)
 
 
-def test_kontext_components(tmp_path: Path) -> None:
-    KONTEXT.tiny(tmp_path / "checkpoint")
-    index = json.loads((tmp_path / "checkpoint" / "model_index.json").read_text())
+def test_kontext_components(flux_folder: Path) -> None:
+    index = json.loads((flux_folder / "model_index.json").read_text())
     assert index["_class_name"] == "FluxKontextPipeline"
     assert index["tokenizer"] == ["transformers", "CLIPTokenizer"]
     assert index["tokenizer_2"][1] in ("T5Tokenizer", "T5TokenizerFast")
-    pipe = FluxKontextPipeline.from_pretrained(tmp_path / "checkpoint")
+    pipe = FluxKontextPipeline.from_pretrained(flux_folder)
     assert pipe.tokenizer_max_length == 77
     assert pipe.tokenizer_2.model_max_length == 64
     assert pipe.transformer.config.guidance_embeds
     assert (pipe.vae.config.shift_factor, pipe.vae.config.scaling_factor) == (0.1159, 0.3611)
 
 
-def test_qwen_components(tmp_path: Path) -> None:
-    get_family("QwenImageEditPlus").tiny(tmp_path / "checkpoint")
-    pipe = QwenImageEditPlusPipeline.from_pretrained(tmp_path / "checkpoint")
+def test_qwen_components(tiny_checkpoints: dict[str, Path]) -> None:
+    pipe = QwenImageEditPlusPipeline.from_pretrained(tiny_checkpoints["QwenImageEditPlus"])
     assert isinstance(pipe.processor, transformers.Qwen2VLProcessor)
     assert isinstance(pipe.text_encoder, transformers.Qwen2_5_VLForConditionalGeneration)
     assert pipe.transformer.config.zero_cond_t

@@ -47,8 +47,7 @@ def assert_same(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor
 
 @pytest.mark.parametrize("format", [None, "fp8"])
 @pytest.mark.parametrize("keep", ["none", 0.5])
-@pytest.mark.parametrize("count", [1, 2, 4])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "count"), [("flux", 1), ("flux", 2), ("flux", 4), ("qwen", 1), ("qwen", 2)])
 def test_swapping_is_bit_equal_to_none(family: str, count: int, keep: Any, format: str | None) -> None:
     plain, swapped = adapted(family, format), adapted(family, format)
     swap_blocks(swapped, count, CPU)

@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file
 
 from qwen_image_finetune.config import Config, ConfigError
-from qwen_image_finetune.levers.parallel import Sharding, check
 from qwen_image_finetune.training.train import train
 from qwen_image_finetune.training.trained import exact
 
@@ -95,9 +94,3 @@ def test_what_does_not_go_together_is_refused_at_once(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         configure("FluxKontext", *overrides)
-
-
-@pytest.mark.parametrize("setting", ["use_dora=true", "max_norm=1.0", "type=lokr"])
-def test_what_needs_whole_weights_is_not_shared(setting: str, configure: Configure) -> None:
-    with pytest.raises(ConfigError, match=rf"model.lora.{setting.partition('=')[0]}=.* with FSDP"):
-        check(Sharding(), configure("FluxKontext", "model.lora.init_lora_weights=true", f"model.lora.{setting}"), 2)

@@ -1,6 +1,8 @@
 """From a folder of pictures to a LoRA in a real browser: Chromium, a server process, and a toy model that trains.
 
-On the way the server is killed and started again, two tabs write the same caption, and a hundred requests come at once.
+Training is a process of its own; whatever else the server starts is forked from one that has imported torch
+(tests/warm): importing takes longer than all that they do. On the way the server is killed and started again, two tabs
+write the same caption, and a hundred requests come at once.
 What is seen is kept in build/studio.
 """
 
@@ -36,24 +38,34 @@ QUIET = [
 ]  # fmt: skip
 
 
+# A run is known by the number of its process, which is that of its keeper's child.
+PYTHON = """#!/bin/sh
+case " $* " in
+  *" train "*) exec {} "$@" ;;
+  *) exec {} "$@" ;;
+esac
+"""
+# `qif studio`, which starts other processes by PYTHON.
+STUDIO = (
+    "import os, runpy, sys; sys.executable = os.environ['WARM_PYTHON'];"
+    "runpy.run_module('qwen_image_finetune.cli', run_name='__main__', alter_sys=True)"
+)
+
+
 class Server:
     """`qif studio` as a process; started again, it takes the same port."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, warm: Path) -> None:
         self.folder, self.port = folder, 0
+        python = folder.parent / "python"
+        python.write_text(PYTHON.format(sys.executable, warm / "python"))
+        python.chmod(0o755)
+        self.environment = {**os.environ, "WARM_PYTHON": str(python)}
         self.start()
 
     def start(self) -> None:
-        command = [
-            sys.executable,
-            "-m",
-            "qwen_image_finetune.cli",
-            "studio",
-            str(self.folder),
-            "--port",
-            str(self.port),
-        ]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        command = [sys.executable, "-c", STUDIO, "studio", str(self.folder), "--port", str(self.port)]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=self.environment)
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         found = re.search(r"http://127\.0\.0\.1:(\d+)/", line)
@@ -91,8 +103,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def server(folder: Path) -> Iterator[Server]:
-    running = Server(folder)
+def server(folder: Path, warm: Path) -> Iterator[Server]:
+    running = Server(folder, warm)
     yield running
     running.kill()
     for process in psutil.process_iter(["cwd"]):
@@ -117,6 +129,12 @@ def opened(chromium: playwright.Browser, width: int, scheme: str, said: list[str
     page.on("console", lambda message: said.append(message.text) if message.type in ("error", "warning") else None)
     page.on("dialog", lambda dialog: dialog.accept())
     return page
+
+
+def arrived(page: playwright.Page, text: str) -> None:
+    """Wait for the words and for the page's script: before it has run, a click does nothing that it should."""
+    page.get_by_text(text).first.wait_for()
+    page.wait_for_load_state()
 
 
 def kept(page: playwright.Page, name: str) -> None:
@@ -155,16 +173,16 @@ def bring_pictures(page: playwright.Page, camera: Path) -> None:
     page.get_by_role("button", name="Make it").click()
     page.wait_for_url("**/data?set=masks")
     page.get_by_label("pictures before the edit").set_input_files(before)
-    page.get_by_role("heading", name="Arrived").wait_for()
+    arrived(page, "Arrived: 0 whole pairs, 7 halves")
     page.get_by_role("button", name="Add pictures").click()
     page.get_by_label("pictures after the edit").set_input_files([*after[:6], lone])
-    page.get_by_text("6 whole pairs, 2 halves").wait_for()
+    arrived(page, "6 whole pairs, 2 halves")
     kept(page, "arrived")
     page.get_by_label("after the edit of face_06").select_option("other name")
-    page.get_by_text("7 whole pairs").first.wait_for()
+    arrived(page, "7 whole pairs")
     page.get_by_label("Caption for those without one").fill("draw the mask")
     page.get_by_role("button", name="Add 7 pairs").click()
-    page.get_by_text("7 pairs in masks").wait_for()
+    arrived(page, "7 pairs in masks")
     page.get_by_role("button", name="look for flaws").click()
     page.get_by_role("link", name="small picture 7").wait_for()
     page.get_by_role("button", name="Change captions").click()
@@ -172,14 +190,16 @@ def bring_pictures(page: playwright.Page, camera: Path) -> None:
     page.get_by_text("7 captions change").wait_for()
     page.get_by_role("button", name="Write", exact=True).click()
     playwright.expect(page.get_by_label("caption of face_00")).to_have_value("portrait: draw the mask")
+    page.wait_for_load_state()
     slider = page.get_by_label("before and after of face_00")
     slider.focus()
     page.keyboard.press("End")
     playwright.expect(page.locator(".sides").first).to_have_attribute("style", re.compile("--cut: 100%"))
     page.get_by_label("choose face_01").check()
     page.get_by_role("button", name="Delete").click()
-    page.get_by_text("6 pairs in masks").wait_for()
+    arrived(page, "6 pairs in masks")
     page.get_by_role("link", name="Bin").click()
+    page.wait_for_url("**/bin")
     page.get_by_role("button", name="Put back").click()
     page.get_by_text("The bin is empty").wait_for()
     page.get_by_role("link", name="Pictures").click()
@@ -289,6 +309,7 @@ def judge(page: playwright.Page) -> None:
 
 def try_it(page: playwright.Page, folder: Path) -> None:
     page.get_by_role("link", name="Try").click()
+    page.wait_for_url("**/try**")
     page.get_by_label("picture to be edited").set_input_files(folder.parent / "camera/control_images/face_10.jpg")
     page.get_by_alt_text("the picture").wait_for()
     page.get_by_label("Strengths").fill("1.0")

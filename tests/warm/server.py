@@ -4,7 +4,8 @@
 
 Rendezvous, agents, environments and restarts are those of the real commands; only the dozen seconds that each process
 spends on imports are saved. A client (client.py) sends its command line, and its output streams with it; it is told the
-exit code. A client that goes away takes what it started with it.
+exit code. A client that goes away takes what it started with it. Where WARM_PYTHON is set,
+a command starts others by that instead of `sys.executable`.
 """
 
 from __future__ import annotations
@@ -34,15 +35,16 @@ import qwen_image_finetune.training.train  # noqa: F401  (each launch would impo
 
 
 def worker(*command: str) -> None:
-    """What `python [-u] [-m] NAME ...` would do."""
-    arguments = [argument for argument in command if argument != "-u"]
+    """What `python [-u] [-P] [-m] NAME ...` would do."""
+    arguments = [argument for argument in command if argument not in ("-u", "-P")]
+    sys.executable = os.environ.get("WARM_PYTHON", sys.executable)
     is_module = arguments[0] == "-m"
     torch.set_num_threads(1)  # makes torch's pool of threads, which a fork leaves behind, before threads of a run do
     sys.argv = arguments[is_module:]
     sys.path[:0] = [place for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place]
     try:
         if is_module:
-            sys.path.insert(0, os.getcwd())
+            sys.path[:0] = [] if "-P" in command else [os.getcwd()]
             runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
         else:
             sys.path.insert(0, str(Path(sys.argv[0]).parent))

@@ -44,6 +44,27 @@ class Room(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Asked:
+    """A picture that diffusers' own pipeline is asked for."""
+
+    prompt: str
+    references: Sequence[Image]
+    size: tuple[int, int]  # (width, height)
+    steps: int
+    guidance: float  # as `guidance_scale` of our prediction
+    area: int  # of the references, in place of the pipeline's own, which may be written into its code
+    seed: int
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments that all pipelines name alike; the generator is a new one."""
+        return {
+            "prompt": self.prompt, "width": self.size[0], "height": self.size[1], "num_inference_steps": self.steps,
+            "generator": torch.Generator().manual_seed(self.seed),
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Published:
     """A checkpoint on the hub, as the planner takes it where it is not on this machine."""
 
@@ -305,25 +326,8 @@ class Family(ABC):
         """Write a tiny random checkpoint of the real architecture, in diffusers layout, for tests and the demo."""
 
     @abstractmethod
-    def oracle(
-        self,
-        pipe: DiffusionPipeline,
-        prompt: str,
-        references: Sequence[Image],
-        size: tuple[int, int],
-        *,
-        steps: int,
-        guidance: float,
-        seed: int,
-        area: int,
-    ) -> Image:
-        """The same picture from diffusers' own pipeline, called as its users call it: what tests compare with.
-
-        Args:
-            size: (width, height) of the picture.
-            guidance: as `guidance_scale` of our prediction.
-            area: of the references in place of the pipeline's own, which may be written into its code.
-        """
+    def oracle(self, pipe: DiffusionPipeline, asked: Asked) -> Image:
+        """The same picture from diffusers' own pipeline, called as its users call it: what tests compare with."""
 
 
 def covering(picture: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:

@@ -5,14 +5,13 @@ Oracle: `diffusers.FluxPipeline`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
 from diffusers import DiffusionPipeline, FluxPipeline
 from PIL.Image import Image
 
-from qwen_image_finetune.families.base import Defaults, Published
+from qwen_image_finetune.families.base import Asked, Defaults, Published
 from qwen_image_finetune.families.flux_kontext import FluxKontext, prompt_length
 
 MODEL_AREA = 1024 * 1024
@@ -48,20 +47,10 @@ class Flux(FluxKontext):
             "training undoes that. Train on FLUX.1-dev"
         )
 
-    def oracle(
-        self,
-        pipe: DiffusionPipeline,
-        prompt: str,
-        references: Sequence[Image],
-        size: tuple[int, int],
-        *,
-        steps: int,
-        guidance: float,
-        seed: int,
-        area: int,
-    ) -> Image:
+    def oracle(self, pipe: DiffusionPipeline, asked: Asked) -> Image:
         picture: Image = pipe(
-            prompt=prompt, width=size[0], height=size[1], num_inference_steps=steps, guidance_scale=guidance,
-            generator=torch.Generator().manual_seed(seed), max_sequence_length=prompt_length(pipe),
-        ).images[0]  # fmt: skip
+            **asked.options,
+            guidance_scale=asked.guidance,
+            max_sequence_length=prompt_length(pipe),
+        ).images[0]
         return picture

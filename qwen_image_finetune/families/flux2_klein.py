@@ -14,7 +14,6 @@ import torch
 from diffusers import (
     AutoencoderKLFlux2,
     DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
     ModelMixin,
@@ -24,7 +23,17 @@ from PIL.Image import Image
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from qwen_image_finetune.families.base import Defaults, Family, Published, Reference, Room, covering, plain_tokens
+from qwen_image_finetune.families.base import (
+    Asked,
+    Defaults,
+    Family,
+    Published,
+    Reference,
+    Room,
+    covering,
+    plain_tokens,
+)
+from qwen_image_finetune.families.flux_kontext import tiny_scheduler
 from qwen_image_finetune.lora.names import Native
 from qwen_image_finetune.lora.readers import EVERYTHING, Reader
 from qwen_image_finetune.records import Batch
@@ -268,24 +277,14 @@ class Flux2Klein(Family):
             lambda: self.pipeline(**tiny_parts(guidance_embeds=False), **tiny_qwen3(), is_distilled=False),
         )
 
-    def oracle(
-        self,
-        pipe: DiffusionPipeline,
-        prompt: str,
-        references: Sequence[Image],
-        size: tuple[int, int],
-        *,
-        steps: int,
-        guidance: float,
-        seed: int,
-        area: int,
-    ) -> Image:
+    def oracle(self, pipe: DiffusionPipeline, asked: Asked) -> Image:
         shrink = pipe.image_processor._resize_to_target_area  # which the pipeline does from a megapixel on
         picture: Image = pipe(
-            image=[shrink(reference, area) for reference in references] or None,
-            prompt=prompt, width=size[0], height=size[1], num_inference_steps=steps, guidance_scale=guidance,
-            generator=torch.Generator().manual_seed(seed), max_sequence_length=self.prompt_length(pipe),
-        ).images[0]  # fmt: skip
+            image=[shrink(reference, asked.area) for reference in asked.references] or None,
+            **asked.options,
+            guidance_scale=asked.guidance,
+            max_sequence_length=self.prompt_length(pipe),
+        ).images[0]
         return picture
 
 
@@ -320,19 +319,10 @@ def tiny_parts(guidance_embeds: bool) -> dict[str, Any]:
         axes_dims_rope=(8, 8, 8, 8),
         guidance_embeds=guidance_embeds,
     )
-    scheduler = FlowMatchEulerDiscreteScheduler(
-        shift=3.0,
-        use_dynamic_shifting=True,
-        base_shift=0.5,
-        max_shift=1.15,
-        base_image_seq_len=256,
-        max_image_seq_len=4096,
-        time_shift_type="exponential",
-    )
     tiny.sharpen(tiny.randomise(transformer, seed=3))
     for block in transformer.transformer_blocks:  # or little of the text, most of it padding, would reach the picture
         tiny.amplify(block.attn.to_out[0], rows=transformer.inner_dim, factor=3.0)
-    return {"scheduler": scheduler, "vae": vae, "transformer": transformer}
+    return {"scheduler": tiny_scheduler(), "vae": vae, "transformer": transformer}
 
 
 def tiny_vae() -> AutoencoderKLFlux2:

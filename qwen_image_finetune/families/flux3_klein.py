@@ -25,7 +25,16 @@ from diffusers.modular_pipelines.flux3.encoders import Flux3TextEncoderStep, Flu
 from PIL.Image import Image
 from torch import Tensor
 
-from qwen_image_finetune.families.base import Family, Published, Reference, Room, covering, plain_tokens, replaced
+from qwen_image_finetune.families.base import (
+    Asked,
+    Family,
+    Published,
+    Reference,
+    Room,
+    covering,
+    plain_tokens,
+    replaced,
+)
 from qwen_image_finetune.families.flux2_klein import whole
 from qwen_image_finetune.families.modular import OneFolder
 from qwen_image_finetune.lora.names import USUAL_TARGETS, Native
@@ -252,35 +261,25 @@ class Flux3Klein(Family):
 
         tiny.write_once(folder, {"pipeline": self.pipeline.__name__}, tiny_pipeline)
 
-    def oracle(
-        self,
-        pipe: DiffusionPipeline,
-        prompt: str,
-        references: Sequence[Image],
-        size: tuple[int, int],
-        *,
-        steps: int,
-        guidance: float,
-        seed: int,
-        area: int,
-    ) -> Image:
+    def oracle(self, pipe: DiffusionPipeline, asked: Asked) -> Image:
         processor = pipe.image_processor
-        shrink = partial(processor._resize_if_canvas_exceeds_area, target_area=area)
-        pictures = list(references)
+        shrink = partial(processor._resize_if_canvas_exceeds_area, target_area=asked.area)
+        pictures = list(asked.references)
         if len(pictures) == 1:  # which the pipeline never enlarges
-            own = shrunk(*pictures[0].size, area)
+            own = shrunk(*pictures[0].size, asked.area)
             pictures = [picture.resize(own, processor.config.resample) if own > picture.size else picture
                         for picture in pictures]  # fmt: skip
         elif pictures:  # which it scales from a megapixel on
-            pictures = [processor._resize_to_target_area(picture, area) for picture in pictures]
-        guider = pipe.get_component_spec("guider").create(guidance_scale=guidance)
+            pictures = [processor._resize_to_target_area(picture, asked.area) for picture in pictures]
+        guider = pipe.get_component_spec("guider").create(guidance_scale=asked.guidance)
         pipe.update_components(guider=guider)
         with replaced(processor, "_resize_if_canvas_exceeds_area", shrink):
             drawn: Image = pipe(
                 **({"image": pictures} if pictures else {}),
-                prompt=prompt, width=size[0], height=size[1], num_inference_steps=steps, output="images",
-                generator=torch.Generator().manual_seed(seed), max_sequence_length=self.prompt_length(pipe),
-            )[0]  # fmt: skip
+                **asked.options,
+                output="images",
+                max_sequence_length=self.prompt_length(pipe),
+            )[0]
         return drawn
 
 

@@ -23,7 +23,16 @@ from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RES
 from PIL.Image import Image, Resampling
 from torch import Tensor
 
-from qwen_image_finetune.families.base import Family, Published, Reference, Room, concatenate_tokens, quiet, unpack
+from qwen_image_finetune.families.base import (
+    Asked,
+    Family,
+    Published,
+    Reference,
+    Room,
+    concatenate_tokens,
+    quiet,
+    unpack,
+)
 from qwen_image_finetune.lora.names import Native
 from qwen_image_finetune.lora.readers import CONVERTED, EVERYTHING, OUTSIDE_BLOCKS, Reader
 from qwen_image_finetune.records import Batch
@@ -192,25 +201,16 @@ class FluxKontext(Family):
 
         tiny.write_once(folder, {"pipeline": self.pipeline.__name__}, lambda: tiny_pipeline(self.pipeline))
 
-    def oracle(
-        self,
-        pipe: DiffusionPipeline,
-        prompt: str,
-        references: Sequence[Image],
-        size: tuple[int, int],
-        *,
-        steps: int,
-        guidance: float,
-        seed: int,
-        area: int,
-    ) -> Image:
+    def oracle(self, pipe: DiffusionPipeline, asked: Asked) -> Image:
+        seen = [one.resize(self.size(*one.size, asked.area), Resampling.LANCZOS) for one in asked.references]
         picture: Image = pipe(
-            image=[reference.resize(self.size(*reference.size, area), Resampling.LANCZOS) for reference in references]
-            or None,
-            prompt=prompt, width=size[0], height=size[1], max_area=size[0] * size[1], _auto_resize=False,
-            num_inference_steps=steps, guidance_scale=guidance, generator=torch.Generator().manual_seed(seed),
+            image=seen or None,
+            **asked.options,
+            max_area=asked.size[0] * asked.size[1],
+            _auto_resize=False,
+            guidance_scale=asked.guidance,
             max_sequence_length=pipe.tokenizer_2.model_max_length,  # of the full-size checkpoint: the default, 512
-        ).images[0]  # fmt: skip
+        ).images[0]
         return picture
 
 

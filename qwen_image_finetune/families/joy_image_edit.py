@@ -20,7 +20,7 @@ from diffusers.pipelines.joyimage import image_processor as processing
 from PIL.Image import Image
 from torch import Tensor
 
-from qwen_image_finetune.families.base import Published, Reference, Room, replaced
+from qwen_image_finetune.families.base import Asked, Published, Reference, Room, replaced
 from qwen_image_finetune.families.joy_image_edit_plus import LONGEST_TEXT, PUBLISHED, JoyImageEditPlus
 from qwen_image_finetune.records import Batch
 
@@ -100,26 +100,14 @@ class JoyImageEdit(JoyImageEditPlus):
         norms = [torch.norm(one, dim=1, keepdim=True) for one in (conditional, combined)]
         return combined * (norms[0] / norms[1].clamp_min(1e-6))
 
-    def oracle(
-        self,
-        pipe: DiffusionPipeline,
-        prompt: str,
-        references: Sequence[Image],
-        size: tuple[int, int],
-        *,
-        steps: int,
-        guidance: float,
-        seed: int,
-        area: int,
-    ) -> Image:
+    def oracle(self, pipe: DiffusionPipeline, asked: Asked) -> Image:
         middle = DiagonalGaussianDistribution.mode
         pipe.vae.enable_slicing()
         with (
-            replaced(processing, "find_best_bucket", lambda *_: size[::-1]),
+            replaced(processing, "find_best_bucket", lambda *_: asked.size[::-1]),
             replaced(DiagonalGaussianDistribution, "sample", middle),
         ):
             drawn: Image = pipe(
-                image=references[0] if references else None, prompt=prompt, width=size[0], height=size[1],
-                num_inference_steps=steps, guidance_scale=guidance, generator=torch.Generator().manual_seed(seed),
-            ).images[0]  # fmt: skip
+                image=asked.references[0] if asked.references else None, **asked.options, guidance_scale=asked.guidance
+            ).images[0]
         return drawn

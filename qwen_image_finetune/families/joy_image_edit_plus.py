@@ -26,7 +26,7 @@ from diffusers.pipelines.joyimage import image_processor as processing
 from PIL.Image import Image, Resampling
 from torch import Tensor
 
-from qwen_image_finetune.families.base import Family, Published, Reference, replaced
+from qwen_image_finetune.families.base import Asked, Family, Published, Reference, replaced
 from qwen_image_finetune.lora.readers import EVERYTHING, Reader
 from qwen_image_finetune.records import Batch
 
@@ -165,26 +165,14 @@ class JoyImageEditPlus(Family):
         identity = {"pipeline": self.pipeline.__name__}
         tiny.write_once(folder, identity, lambda: tiny_pipeline(self.pipeline, self.transformer))
 
-    def oracle(
-        self,
-        pipe: DiffusionPipeline,
-        prompt: str,
-        references: Sequence[Image],
-        size: tuple[int, int],
-        *,
-        steps: int,
-        guidance: float,
-        seed: int,
-        area: int,
-    ) -> Image:
+    def oracle(self, pipe: DiffusionPipeline, asked: Asked) -> Image:
         def nearest(height: int, width: int, base: int) -> tuple[int, int]:
-            return self.size(width, height, area)[::-1]
+            return self.size(width, height, asked.area)[::-1]
 
         with replaced(processing, "find_best_bucket", nearest):
             drawn: Image = pipe(
-                images=list(references) or None, prompt=prompt, width=size[0], height=size[1],
-                num_inference_steps=steps, guidance_scale=guidance, generator=torch.Generator().manual_seed(seed),
-            ).images[0]  # fmt: skip
+                images=list(asked.references) or None, **asked.options, guidance_scale=asked.guidance
+            ).images[0]
         return drawn
 
 

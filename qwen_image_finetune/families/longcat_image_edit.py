@@ -28,6 +28,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from qwen_image_finetune.families.base import (
+    Asked,
     Published,
     Reference,
     Room,
@@ -190,34 +191,21 @@ class LongCatImageEdit(FluxKontext):
 
         tiny.write_once(folder, {"pipeline": self.pipeline.__name__}, tiny_pipeline)
 
-    def oracle(
-        self,
-        pipe: DiffusionPipeline,
-        prompt: str,
-        references: Sequence[Image],
-        size: tuple[int, int],
-        *,
-        steps: int,
-        guidance: float,
-        seed: int,
-        area: int,
-    ) -> Image:
+    def oracle(self, pipe: DiffusionPipeline, asked: Asked) -> Image:
         """Without a reference: no rewriting of the prompt, and guidance as in editing, which does not renormalise."""
-        options: dict[str, Any] = dict(
-            prompt=prompt, num_inference_steps=steps, guidance_scale=guidance,
-            generator=torch.Generator().manual_seed(seed),
-        )  # fmt: skip
-        if references:
-            (reference,) = references
-            if not self._keeps_ratio(reference.size, size):  # the pipeline draws at the ratio of its reference
-                reference = self._fitted(pipe, reference, size)
+        options = {**asked.options, "guidance_scale": asked.guidance}
+        if asked.references:
+            (reference,) = asked.references
+            if not self._keeps_ratio(reference.size, asked.size):  # the pipeline draws at the ratio of its reference
+                reference = self._fitted(pipe, reference, asked.size)
             options["image"] = reference
+            del options["width"], options["height"]
         else:
             pipe = LongCatImagePipeline(**pipe.components)
             pipe.set_progress_bar_config(disable=True)
-            options |= dict(width=size[0], height=size[1], enable_prompt_rewrite=False, enable_cfg_renorm=False)
+            options |= dict(enable_prompt_rewrite=False, enable_cfg_renorm=False)
         pipe.tokenizer_max_length = prompt_length(pipe)  # of the full-size checkpoint: the pipeline's own, 512
-        with replaced(editing, "calculate_dimensions", lambda *_: size):
+        with replaced(editing, "calculate_dimensions", lambda *_: asked.size):
             drawn: Image = pipe(**options).images[0]
         return drawn
 

@@ -15,7 +15,6 @@ import torch
 from diffusers import (
     AutoencoderKLQwenImage21,
     DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
     ModelMixin,
     QwenImage21Pipeline,
     QwenImage21Transformer2DModel,
@@ -25,7 +24,8 @@ from diffusers.pipelines.qwenimage21.pipeline_qwenimage21 import calculate_dimen
 from PIL.Image import Image
 from torch import Tensor
 
-from qwen_image_finetune.families.base import Family, Published, Reference, replaced
+from qwen_image_finetune.families.base import Asked, Family, Published, Reference, replaced
+from qwen_image_finetune.families.qwen_image_edit import tiny_scheduler
 from qwen_image_finetune.lora.names import Names, Native
 from qwen_image_finetune.lora.readers import EVERYTHING, Reader
 from qwen_image_finetune.records import Batch
@@ -184,25 +184,16 @@ class QwenImage21(Family):
 
         tiny.write_once(folder, {"pipeline": self.pipeline.__name__}, tiny_pipeline)
 
-    def oracle(
-        self,
-        pipe: DiffusionPipeline,
-        prompt: str,
-        references: Sequence[Image],
-        size: tuple[int, int],
-        *,
-        steps: int,
-        guidance: float,
-        seed: int,
-        area: int,
-    ) -> Image:
+    def oracle(self, pipe: DiffusionPipeline, asked: Asked) -> Image:
         # Its cache of keys and values adds up in another order, as its documentation says: equal to some bits only.
-        with replaced(pipeline_21, "calculate_dimensions", lambda _, ratio: calculate_dimensions(area, ratio)):
+        with replaced(pipeline_21, "calculate_dimensions", lambda _, ratio: calculate_dimensions(asked.area, ratio)):
             drawn: Image = pipe(
-                image=list(references) or None, prompt=prompt, width=size[0], height=size[1], num_inference_steps=steps,
-                true_cfg_scale=guidance, negative_prompt=self.negative_prompt, use_kv_cache=False,
-                generator=torch.Generator().manual_seed(seed),
-            ).images[0]  # fmt: skip
+                image=list(asked.references) or None,
+                **asked.options,
+                true_cfg_scale=asked.guidance,
+                negative_prompt=self.negative_prompt,
+                use_kv_cache=False,
+            ).images[0]
         return drawn
 
 
@@ -226,18 +217,8 @@ def tiny_pipeline() -> QwenImage21Pipeline:
         context_in_dim=tiny.WIDTH,
         axes_dims_rope=tiny.ROPE,
     )
-    scheduler = FlowMatchEulerDiscreteScheduler(
-        shift=1.0,
-        use_dynamic_shifting=True,
-        base_shift=0.5,
-        max_shift=0.9,
-        base_image_seq_len=256,
-        max_image_seq_len=8192,
-        shift_terminal=0.02,
-        time_shift_type="exponential",
-    )
     return QwenImage21Pipeline(
-        scheduler=scheduler,
+        scheduler=tiny_scheduler(),
         vae=vae,
         **tiny.qwen3_text(),
         transformer=tiny.sharpen(tiny.randomise(transformer, seed=3)),

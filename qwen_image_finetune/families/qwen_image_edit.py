@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from diffusers import (
@@ -25,6 +25,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from qwen_image_finetune.families.base import (
+    Asked,
     Family,
     Published,
     Reference,
@@ -171,29 +172,14 @@ class QwenImageEdit(Family):
         """3 blocks, a Qwen2.5-VL that sees pictures, latents 16 x f8."""
         write_tiny(folder, self.pipeline, zero_cond_t=False)
 
-    def oracle(
-        self,
-        pipe: DiffusionPipeline,
-        prompt: str,
-        references: Sequence[Image],
-        size: tuple[int, int],
-        *,
-        steps: int,
-        guidance: float,
-        seed: int,
-        area: int,
-    ) -> Image:
-        options: dict[str, Any] = dict(
-            prompt=prompt, width=size[0], height=size[1], num_inference_steps=steps,
-            true_cfg_scale=guidance, negative_prompt=self.negative_prompt,
-            generator=torch.Generator().manual_seed(seed),
-        )  # fmt: skip
-        if not references:
+    def oracle(self, pipe: DiffusionPipeline, asked: Asked) -> Image:
+        options = {**asked.options, "true_cfg_scale": asked.guidance, "negative_prompt": self.negative_prompt}
+        if not asked.references:
             pipe = text_to_image(pipe)
             pipe.set_progress_bar_config(disable=True)
         else:
-            (options["image"],) = references  # in a list the pipeline would leave it at its own size
-        with replaced(edit, "calculate_dimensions", lambda _, ratio: calculate_dimensions(area, ratio)):
+            (options["image"],) = asked.references  # in a list the pipeline would leave it at its own size
+        with replaced(edit, "calculate_dimensions", lambda _, ratio: calculate_dimensions(asked.area, ratio)):
             drawn: Image = pipe(**options).images[0]
         return drawn
 
@@ -249,7 +235,20 @@ def tiny_pipeline(cls: type[DiffusionPipeline], zero_cond_t: bool) -> DiffusionP
         axes_dims_rope=tiny.ROPE,
         zero_cond_t=zero_cond_t,
     )
-    scheduler = FlowMatchEulerDiscreteScheduler(
+    text = tiny.qwen_text()
+    if cls is QwenImagePipeline:  # which looks at no picture
+        del text["processor"]
+    return cls(
+        scheduler=tiny_scheduler(),
+        vae=vae,
+        **text,
+        transformer=tiny.sharpen(tiny.randomise(transformer, seed=3)),
+    )
+
+
+def tiny_scheduler() -> FlowMatchEulerDiscreteScheduler:
+    """Qwen-Image's scheduler."""
+    return FlowMatchEulerDiscreteScheduler(
         shift=1.0,
         use_dynamic_shifting=True,
         base_shift=0.5,
@@ -258,13 +257,4 @@ def tiny_pipeline(cls: type[DiffusionPipeline], zero_cond_t: bool) -> DiffusionP
         max_image_seq_len=8192,
         shift_terminal=0.02,
         time_shift_type="exponential",
-    )
-    text = tiny.qwen_text()
-    if cls is QwenImagePipeline:  # which looks at no picture
-        del text["processor"]
-    return cls(
-        scheduler=scheduler,
-        vae=vae,
-        **text,
-        transformer=tiny.sharpen(tiny.randomise(transformer, seed=3)),
     )

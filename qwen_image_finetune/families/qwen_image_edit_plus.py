@@ -16,7 +16,7 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as plus
 from PIL.Image import Image
 from torch import Tensor
 
-from qwen_image_finetune.families.base import Published, Reference, replaced
+from qwen_image_finetune.families.base import Asked, Published, Reference, replaced
 from qwen_image_finetune.families.qwen_image_edit import QwenImageEdit, write_tiny
 
 
@@ -59,22 +59,12 @@ class QwenImageEditPlus(QwenImageEdit):
         """As 2511."""
         write_tiny(folder, self.pipeline, zero_cond_t=True)
 
-    def oracle(
-        self,
-        pipe: DiffusionPipeline,
-        prompt: str,
-        references: Sequence[Image],
-        size: tuple[int, int],
-        *,
-        steps: int,
-        guidance: float,
-        seed: int,
-        area: int,
-    ) -> Image:
-        with replaced(plus, "VAE_IMAGE_SIZE", area):
+    def oracle(self, pipe: DiffusionPipeline, asked: Asked) -> Image:
+        with replaced(plus, "VAE_IMAGE_SIZE", asked.area):
             drawn: Image = pipe(
-                image=list(references), prompt=prompt, width=size[0], height=size[1], num_inference_steps=steps,
-                true_cfg_scale=guidance, negative_prompt=self.negative_prompt,
-                generator=torch.Generator().manual_seed(seed),
-            ).images[0]  # fmt: skip
+                image=list(asked.references),
+                **asked.options,
+                true_cfg_scale=asked.guidance,
+                negative_prompt=self.negative_prompt,
+            ).images[0]
         return drawn

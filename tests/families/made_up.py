@@ -29,7 +29,7 @@ from torch.nn.functional import pad
 
 from qwen_image_finetune.config.registry import FAMILIES, Entry
 from qwen_image_finetune.families import tiny
-from qwen_image_finetune.families.base import Family, Published, Reference, covering
+from qwen_image_finetune.families.base import Asked, Family, Published, Reference, covering
 from qwen_image_finetune.lora.names import Native
 from qwen_image_finetune.records import Batch
 
@@ -207,12 +207,11 @@ class MadeUp(Family):
     def tiny(self, folder: Path) -> None:
         tiny.write_once(folder, {"pipeline": "MadeUpPipeline"}, tiny_pipeline)
 
-    def oracle(
-        self, pipe: DiffusionPipeline, prompt: str, references: Sequence[Image], size: tuple[int, int], *,
-        steps: int, guidance: float, seed: int, area: int,
-    ) -> Image:  # fmt: skip
-        sizes = [self.size(*reference.size, area) for reference in references]
-        picture: Image = pipe(prompt, references, sizes, size, steps, guidance, torch.Generator().manual_seed(seed))
+    def oracle(self, pipe: DiffusionPipeline, asked: Asked) -> Image:
+        sizes = [self.size(*reference.size, asked.area) for reference in asked.references]
+        picture: Image = pipe(
+            asked.prompt, asked.references, sizes, asked.size, asked.steps, asked.guidance, asked.options["generator"]
+        )
         return picture
 
 

@@ -20,7 +20,7 @@ from qwen_image_finetune.data.dataset import ImageDataset
 from qwen_image_finetune.drawing.predict import Predictor, draw_noise
 from qwen_image_finetune.encoding.cache import EncodedDataset, fill
 from qwen_image_finetune.families import FAMILIES, get_family
-from qwen_image_finetune.families.base import Family, Reference, pack, unpack
+from qwen_image_finetune.families.base import Asked, Family, Reference, pack, unpack
 from qwen_image_finetune.families.flux_kontext import image_ids
 from qwen_image_finetune.records import Encoded, collate
 
@@ -87,7 +87,7 @@ def run_pipeline(
     guidance: float = GUIDANCE,
 ) -> Image.Image:
     """The pipeline's picture, with the references at the test's area."""
-    return family.oracle(pipe, PROMPT, images, (width, height), steps=steps, guidance=guidance, seed=7, area=AREA)
+    return family.oracle(pipe, Asked(PROMPT, images, (width, height), steps, guidance, AREA, seed=7))
 
 
 def assert_same_calls(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:

@@ -19,7 +19,7 @@ from qwen_image_finetune.command.cli import main
 from qwen_image_finetune.config import Config, LoraConfig
 from qwen_image_finetune.drawing.predict import Predictor
 from qwen_image_finetune.families import get_family
-from qwen_image_finetune.families.base import Family
+from qwen_image_finetune.families.base import Asked, Family
 from qwen_image_finetune.lora import adapters
 from qwen_image_finetune.lora.export import export
 from qwen_image_finetune.lora.files import save_lora
@@ -127,7 +127,9 @@ def test_a_distilled_checkpoint_draws_without_guidance(distilled: Path) -> None:
     predictor = Predictor(KLEIN, pipe, pipe.transformer, pipe.scheduler, 96 * 96)
     assert predictor.defaults == (4, 1.0)
     with calls_of(pipe.transformer) as theirs:
-        expected = KLEIN.oracle(pipe, "a hat", [picture(96, 96)], (96, 96), steps=2, guidance=4.0, seed=0, area=96 * 96)
+        expected = KLEIN.oracle(
+            pipe, Asked("a hat", [picture(96, 96)], (96, 96), steps=2, guidance=4.0, area=96 * 96, seed=0)
+        )
     with calls_of(pipe.transformer) as ours:
         drawn = predictor.predict(picture(96, 96), "a hat", 2, guidance_scale=4.0)[0]
     assert_same_calls(ours, theirs)

@@ -20,6 +20,7 @@ from qwen_image_finetune.data.images import DataError
 from qwen_image_finetune.drawing.predict import PredictionError, Predictor, check_request
 from qwen_image_finetune.encoding.pairs import asked, open_pairs
 from qwen_image_finetune.families import get_family
+from qwen_image_finetune.families.base import Asked
 from qwen_image_finetune.fitting.estimate import GIB, Estimator
 from qwen_image_finetune.lora.export import export
 from qwen_image_finetune.lora.files import load_lora
@@ -149,7 +150,7 @@ def test_schnell_draws_in_four_steps_as_its_pipeline_does(schnell: Path) -> None
     pipe: Any = family.pipeline.from_pretrained(schnell)
     pipe.set_progress_bar_config(disable=True)
     with calls_of(pipe.transformer) as theirs:
-        expected = family.oracle(pipe, "a hat", [], (96, 64), steps=4, guidance=0.0, seed=7, area=0)
+        expected = family.oracle(pipe, Asked("a hat", [], (96, 64), steps=4, guidance=0.0, area=0, seed=7))
     with calls_of(pipe.transformer) as ours:
         predictor = Predictor(family, pipe, pipe.transformer, pipe.scheduler)
         drawn = predictor.predict(None, "a hat", guidance_scale=3.5, width=96, height=64, seed=7)

@@ -117,7 +117,7 @@ PROMISES: dict[str, tuple[str, ...]] = {
     ),
     "without image_size: the model's own area, bucketed": (
         "data/test_dataset.py::test_a_pair_at_the_familys_sizes",
-        "data/test_batches.py::test_every_row_once_an_epoch_and_one_geometry_a_batch",
+        "data/test_batches.py::test_every_row_in_turn_and_one_geometry_a_batch",
     ),
     "batch_size and others in two places": (
         "config/test_config.py::test_older_spellings_move",

@@ -11,8 +11,14 @@ import os
 
 from qwen_image_finetune.families import FAMILIES, get_family
 
-# With the family it is like there: references that the text encoder sees, and two passes for guidance.
-KIN = {"JoyImageEdit": "QwenImage21", "LongCatImageEdit": "QwenImageEdit"}
+# With the family it is like there: references that the text encoder sees and two passes for guidance, or references
+# that it does not see, behind a prompt of one length.
+KIN = {
+    "JoyImageEdit": "QwenImage21",
+    "LongCatImageEdit": "QwenImageEdit",
+    "Flux2": "Flux2Klein",
+    "Flux3Klein": "Flux2Klein",
+}
 
 # A family that draws from words alone has weights and code of one that edits (families/test_words_alone.py), which is
 # trained without references too: of those two, what differs is tested with the first, all else with the second.

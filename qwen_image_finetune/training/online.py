@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ class Table:
     rows: Sequence[Sequence[str | float | None]]
 
 
-class Online:
+class Online(ABC):
     """A run at a tracker."""
 
     def __init__(self, tracker: Any) -> None:
@@ -42,13 +43,13 @@ class Online:
         """One point of the curve of each name, at an optimizer step."""
         self.tracker.log(dict(values), step=step)
 
+    @abstractmethod
     def picture(self, name: str, picture: Image, caption: str, step: int) -> None:
         """An RGB picture of an optimizer step."""
-        raise NotImplementedError
 
+    @abstractmethod
     def table(self, name: str, table: Table, step: int) -> None:
         """A table of an optimizer step."""
-        raise NotImplementedError
 
     def close(self) -> None:
         """Write what is left."""

@@ -580,3 +580,4 @@ const pushing = (place) => {
 };
 
 ({ ...pictures, ...form, ...watching, ...trying })[document.body.dataset.page]?.();
+$("main").inert = false;

@@ -53,9 +53,9 @@ def look(page: Path, folder: Path) -> list[str]:
         frame = folder / f"{page.stem}-{name}.html"
         frame.write_text(FRAME.format(url=page.resolve().as_uri(), width=width, height=HEIGHT), encoding="utf-8")
         options = (f"--window-size={max(width, 500)},{HEIGHT}", f"--screenshot={folder / f'{page.stem}-{name}.png'}")
-        said = chromium(frame.resolve().as_uri(), *options)
+        said = chromium(frame.resolve().as_uri(), *options, "--dump-dom")
         problems += [f"{page} ({name}): {line}" for line in re.findall(r".*CONSOLE.*", said)]
-        seen = re.search(r"sideways (-?\d+) cut \[(.*?)\]", chromium(frame.resolve().as_uri(), "--dump-dom"))
+        seen = re.search(r"sideways (-?\d+) cut \[(.*?)\]", said)
         if seen is None:
             problems.append(f"{page} ({name}): did not load")
         elif int(seen[1]) > 0:

@@ -33,7 +33,8 @@ def test_bash_completes(tmp_path: Path) -> None:
     (tmp_path / "my_run.yaml").touch()
     (tmp_path / "notes.txt").touch()
     assert offered("qif pl", tmp_path) == {"plan"}
-    assert offered("qif train ", tmp_path) >= {"my_run.yaml"} and "notes.txt" not in offered("qif train ", tmp_path)
+    files = offered("qif train ", tmp_path)
+    assert files >= {"my_run.yaml"} and "notes.txt" not in files
     assert offered("qif train my_run.yaml train.blocks", tmp_path) == {"train.blocks_to_swap="}
     assert "--card" in offered("qif plan my_run.yaml --c", tmp_path)
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import builtins
 import errno
 import hashlib
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
-import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -55,38 +57,40 @@ def visible(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir() if not path.name.startswith(".")}
 
 
-def run_until_call(number: int, code: str, folder: Path) -> int:
-    """Run `code` in a process that kills itself with SIGKILL just before its `number`-th call to the system.
+def run_until_call(number: int, work: Callable[[], None]) -> int:
+    """Run `work` in a forked process that kills itself with SIGKILL just before its `number`-th call to the system.
 
-    Returns the exit status: -9, or 0 where the code made fewer calls.
+    Returns the exit status: -9, or 0 where the work made fewer calls.
     """
-    prelude = f"""
-        import builtins, os, signal, shutil, sys
-        from pathlib import Path
-        sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[2])!r}]
-        from test_files import fill, save
-        from qwen_image_finetune.disk import files
-        folder = Path({str(folder)!r})
+    process = os.fork()
+    if process:
+        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    try:
         calls = 0
-        def counted(real):
-            def call(*arguments, **options):
-                global calls
+
+        def counted(real: Callable[..., object]) -> Callable[..., object]:
+            def call(*arguments: object, **options: object) -> object:
+                nonlocal calls
                 calls += 1
-                if calls == {number}:
+                if calls == number:
                     os.kill(os.getpid(), signal.SIGKILL)
                 return real(*arguments, **options)
+
             return call
-        for name in ("fsync", "rename", "replace", "mkdir", "rmdir", "unlink", "open"):
-            setattr(os, name, counted(getattr(os, name)))
-        builtins.open = counted(open)
-        Path.unlink = counted(Path.unlink)
-        Path.open = counted(Path.open)
-    """
-    script = textwrap.dedent(prelude) + textwrap.dedent(code)
-    command = [sys.executable, "-c", script]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode in (0, KILLED), done.stderr
-    return done.returncode
+
+        for owner, names in (
+            (os, ("fsync", "rename", "replace", "mkdir", "rmdir", "unlink", "open")),
+            (builtins, ("open",)),
+            (Path, ("unlink", "open")),
+        ):
+            for name in names:
+                setattr(owner, name, counted(getattr(owner, name)))
+        work()
+        os._exit(0)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        os._exit(1)
 
 
 @pytest.fixture
@@ -180,7 +184,8 @@ def test_write_atomic_killed_at_every_call(tmp_path: Path) -> None:
     while status == KILLED:
         number += 1
         path.write_text("old")
-        status = run_until_call(number, "files.write_atomic(folder / 'a', 'new')", tmp_path)
+        status = run_until_call(number, lambda: write_atomic(path, "new"))
+        assert status in (0, KILLED)
         assert path.read_text() in ("old", "new")
         clean_leftovers(tmp_path)
         assert os.listdir(tmp_path) == ["a"]
@@ -199,7 +204,8 @@ def test_staged_folder_killed_at_every_call(tmp_path: Path, existing: bool) -> N
         folder.mkdir()
         if existing:
             save(folder / "final", 1)
-        status = run_until_call(number, "save(folder / 'final', 2)", folder)
+        status = run_until_call(number, partial(save, folder / "final", 2))
+        assert status in (0, KILLED)
         assert visible(folder) <= {"final"}
         if (folder / "final").exists():
             assert version_in(folder / "final") in (1, 2)
@@ -216,7 +222,8 @@ def test_remove_folder_killed_at_every_call(tmp_path: Path) -> None:
     while status == KILLED:
         number += 1
         save(tmp_path / "final", 1)
-        status = run_until_call(number, "files.remove_folder(folder / 'final')", tmp_path)
+        status = run_until_call(number, lambda: remove_folder(tmp_path / "final"))
+        assert status in (0, KILLED)
         if (tmp_path / "final").exists():
             assert version_in(tmp_path / "final") == 1
         clean_leftovers(tmp_path)

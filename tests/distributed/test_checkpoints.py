@@ -42,12 +42,13 @@ def test_from_any_to_any(
     results = run_all(one_machine(2), [job(kind, writer, *WRITERS[writer]) for kind, writer in two])[0]
     written |= {key: result["run"] for key, result in zip(two, results, strict=True)}
 
+    both = [(kind, writer, True) for kind in KINDS for writer in ("one", "shared", "parallel")]
     for processes, ways in {
-        1: [("shared", False)],
-        2: [("one", True), ("shared", True), ("parallel", True)],
-        4: [("shared", True), ("shared", False)],
+        1: [(kind, "shared", False) for kind in KINDS],
+        2: both,
+        4: [("lora", "shared", False), ("full", "shared", True)],
     }.items():
-        jobs = [(kind, writer, resumed(kind, writer, processes, shared)) for kind in KINDS for writer, shared in ways]
+        jobs = [(kind, writer, resumed(kind, writer, processes, shared)) for kind, writer, shared in ways]
         done = run_all(one_machine(processes), [each for _, _, each in jobs])[0]
         for (kind, writer, each), result in zip(jobs, done, strict=True):
             source = checkpoint(written[kind, writer], 2)

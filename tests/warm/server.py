@@ -20,6 +20,7 @@ import shutil
 import signal
 import socket
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,16 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 import qwen_image_finetune.command.cli
 import qwen_image_finetune.training.job
 import qwen_image_finetune.training.train  # noqa: F401  (each launch would import it)
+from qwen_image_finetune import loading
+from qwen_image_finetune.families import get_family
+
+
+def load_once() -> None:
+    """Load encoders of two families: what diffusers and transformers import and compile when they first do."""
+    for name in ("FluxKontext", "QwenImageEdit"):
+        with tempfile.TemporaryDirectory() as folder:
+            get_family(name).tiny(Path(folder))
+            loading.load_encoders(get_family(name), Path(folder), torch.float32, {"default": "cpu"})
 
 
 def worker(*command: str) -> None:
@@ -107,6 +118,7 @@ def receive(client: socket.socket) -> tuple[dict[str, Any], list[int]]:
 
 
 def main() -> None:
+    load_once()
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(sys.argv[1])
     listening.listen()

@@ -145,8 +145,15 @@ class Lab:
         self.context = multiprocessing.get_context("forkserver")
         self._count = 0
 
-    def config(self, name: str, family: str = "FluxKontext", **sections: Mapping[str, Any]) -> Path:
-        """A configuration file in a folder of its own, with cache and output beside it; sections are merged in."""
+    def config(
+        self, name: str, family: str = "FluxKontext", *, own_cache: bool = False, **sections: Mapping[str, Any]
+    ) -> Path:
+        """A configuration file in a folder of its own, with its output beside it; sections are merged in.
+
+        Args:
+            own_cache: encode into `cache` beside the file. Else all runs of the laboratory share one, since half of so
+                short a run goes into encoding.
+        """
         place = self.folder / name
         place.mkdir(parents=True, exist_ok=True)
         base: dict[str, Any] = {
@@ -158,7 +165,7 @@ class Lab:
             "train": {"max_train_steps": 12, "mixed_precision": "no", "checkpointing_steps": 2},
             "optimizer": {"init_args": {"lr": 1e-2}},
             "lr_scheduler": {"scheduler_type": "cosine", "warmup_steps": 2},
-            "cache": {"use_cache": True, "cache_dir": str(place / "cache")},
+            "cache": {"use_cache": True, "cache_dir": str((place if own_cache else self.folder) / "cache")},
             "logging": {"output_dir": str(place / "output"), "report_to": "none", "tracker_project_name": "project"},
         }
         for section, values in sections.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from lab import FAMILIES, Lab, difference, outcome, record, versions
+from lab import FAMILIES, FULL, Lab, difference, outcome, record, versions
 
 YEAR = 365 * 86_400
 
@@ -11,9 +11,10 @@ YEAR = 365 * 86_400
 @pytest.mark.timeout(900)
 def test_a_clock_that_jumps(lab: Lab) -> None:
     lost = []
-    jumps = {"back": (0, -YEAR), "forward": (0, YEAR), "there and back": (YEAR, -YEAR, 0)}
+    jumps = {"there and back": (YEAR, -YEAR, 0), "back": (0, -YEAR), "forward": (0, YEAR)}
+    jumps = jumps if FULL else {"there and back": jumps["there and back"]}  # has a jump back and one forward
     expected = {}
-    for family in FAMILIES:
+    for family in FAMILIES[: len(jumps)]:
         config = lab.config(f"steady-{family}", family)
         lab.run(config)
         expected[family] = outcome(versions(config)[0])
@@ -28,7 +29,10 @@ def test_a_clock_that_jumps(lab: Lab) -> None:
             lost.append((name, names))
         # One version, continued under another clock each time: `latest` is the highest step.
         config = lab.config(
-            f"continued-{number}", family, train={"checkpoints_total_limit": 2, "resume_from_checkpoint": "latest"}
+            f"continued-{number}",
+            family,
+            own_cache=True,
+            train={"checkpoints_total_limit": 2, "resume_from_checkpoint": "latest"},
         )
         for offset, stop in zip(offsets, (4, 8, 9), strict=False):
             trial = lab.start(config, phases=True, sabotage=f"clock:{offset}")

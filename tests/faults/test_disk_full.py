@@ -44,17 +44,19 @@ def test_a_disk_that_fills_up_at_any_write(lab: Lab, disk: Path) -> None:
     drawing = {"enabled": True, "steps": 5, "num_validation_samples": 1, "num_inference_steps": 1}
     expected = {}
     places = {}
-    for family in FAMILIES:
+    families = FAMILIES[: full_or(2, 1)]  # both write the same files
+    for family in families:
         config = lab.config(
-            f"roomy-{family}", family, logging={"report_to": "tensorboard"}, validation=drawing, **settings
-        )
+            f"roomy-{family}", family, own_cache=True, logging={"report_to": "tensorboard"}, validation=drawing,
+            **settings,
+        )  # fmt: skip
         lab.run(config)
         expected[family] = outcome(versions(config)[0])
         used = sum(-(-path.stat().st_size // PAGE) * PAGE for path in config.parent.rglob("*") if path.is_file())
         places[family] = used // PAGE + 20  # what is deleted on the way takes room as well
 
     tried, lost, failures = 0, [], 0
-    for family in FAMILIES:
+    for family in families:
         pages = range(places[family]) if full_or(1, 0) else range(1, places[family], places[family] // 6)
         for page in pages:
             tried += 1

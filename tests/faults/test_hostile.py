@@ -244,7 +244,7 @@ HARMLESS = {
 @pytest.fixture
 def sound(lab: Lab) -> Iterator[Path]:
     """A configuration with its own data, model and one finished run, and what lies outside of them."""
-    config = lab.config("hostile", train={"max_train_steps": 2})
+    config = lab.config("hostile", own_cache=True, train={"max_train_steps": 2})
     values = yaml.safe_load(config.read_text())
     place = config.parent
     values["data"]["init_args"]["dataset_path"] = str(write_pairs(place / "pairs", 2))

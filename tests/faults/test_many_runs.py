@@ -83,7 +83,7 @@ def test_whole_runs_at_once(lab: Lab) -> None:
         lab.run(config)
         expected[family] = outcome(versions(config)[0])
     for number in range(tried):
-        config = lab.config(f"crowd-{number}", train={"max_train_steps": 4})
+        config = lab.config(f"crowd-{number}", own_cache=True, train={"max_train_steps": 4})
         other = lab.checkpoints["QwenImageEdit"]
         trials = [
             lab.start(config, *([f"model.pretrained_model_name_or_path={other}"] if place % 2 else []))

@@ -58,9 +58,10 @@ def test_latents_that_are_not_finite(lab: Lab, tmp_path: Path) -> None:
     """One poisoned latent of seven in the cache, with a right checksum; then one of everything."""
     pairs = write_pairs(tmp_path / "pairs", 7)
     lost, tried = [], 0
-    for family, value in itertools.product(FAMILIES, (float("nan"), float("inf"))):
+    values = (float("nan"), float("inf"))
+    for family, value in itertools.product(FAMILIES, values) if FULL else zip(FAMILIES, values, strict=True):
         config = lab.config(
-            f"latent-{family}-{value}", family, data={"init_args": {"dataset_path": str(pairs)}},
+            f"latent-{family}-{value}", family, own_cache=True, data={"init_args": {"dataset_path": str(pairs)}},
             train={"max_train_steps": 14, "checkpointing_steps": 1},
         )  # fmt: skip
         lab.run(config, verb="cache")

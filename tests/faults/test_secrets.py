@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from lab import FAMILIES, Lab, record
+from lab import FAMILIES, Lab, full_or, record
 
 NAMES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "SWANLAB_API_KEY", "AWS_SECRET_ACCESS_KEY",
          "OPENAI_API_KEY", "MY_PASSWORD", "DATABASE_URL")  # fmt: skip
@@ -21,11 +21,11 @@ def test_secrets_are_written_nowhere(lab: Lab) -> None:
         "not finite": ([], "not_finite:loss,nan,1,1000", 2),
     }
     lost, tried = [], 0
-    for family in FAMILIES:
+    for family in FAMILIES[: full_or(2, 1)]:
         for name, (overrides, sabotage, code) in endings.items():
             config = lab.config(
-                f"secret-{family}-{name}", family, logging={"report_to": "tensorboard"}, validation=drawing,
-                train={"max_train_steps": 4},
+                f"secret-{family}-{name}", family, own_cache=True, logging={"report_to": "tensorboard"},
+                validation=drawing, train={"max_train_steps": 4},
             )  # fmt: skip
             lab.run(config, *overrides, sabotage=sabotage, environment=environment, expect=code)
             tried += 1

@@ -26,13 +26,14 @@ def test_a_signal_at_any_moment(lab: Lab) -> None:
         lab.run(config)
         expected[family] = outcome(versions(config)[-1])
 
-    tried, lost = full_or(100, 8), []
+    tried, lost = full_or(100, len(PHASES)), []
     seen: dict[str, int] = {}
     for number in range(tried):
         family, kind = FAMILIES[number % 2], list(CODES)[number % len(CODES)]
         aim = list(PHASES)[number % len(PHASES)]
         config = lab.config(
-            f"stopped-{number}", family, validation=DRAWING, train={"resume_from_checkpoint": "latest"}
+            f"stopped-{number}", family, own_cache=aim in ("filling", "caching"), validation=DRAWING,
+            train={"resume_from_checkpoint": "latest"},
         )  # fmt: skip
         trial = lab.start(config, phases=True)
         trial.await_phase(aim, chance.randint(1, PHASES[aim]))

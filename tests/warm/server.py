@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import array
 import atexit
+import gc
 import json
 import os
 import runpy
@@ -119,6 +120,9 @@ def receive(client: socket.socket) -> tuple[dict[str, Any], list[int]]:
 
 def main() -> None:
     load_once()
+    # Else the collector of each child goes through all of this, and every page that it touches is copied.
+    gc.collect()
+    gc.freeze()
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(sys.argv[1])
     listening.listen()

@@ -127,6 +127,7 @@ def main() -> None:
     listening.bind(sys.argv[1])
     listening.listen()
     running: dict[socket.socket, int] = {}
+    gc.freeze()  # what was imported is shared: a collection of garbage would go through it, and copy every page
     while psutil.pid_exists(int(sys.argv[2])):
         ready, _, _ = select.select([listening, *running], [], [], 0.02)
         if listening in ready:

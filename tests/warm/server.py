@@ -22,6 +22,8 @@ import signal
 import socket
 import sys
 import tempfile
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -107,15 +109,36 @@ def child(request: dict[str, Any], streams: list[int]) -> None:
         os._exit(code)
 
 
+def close(streams: Iterable[int]) -> None:
+    for stream in streams:
+        os.close(stream)
+
+
 def receive(client: socket.socket) -> tuple[dict[str, Any], list[int]]:
-    """A request, and the two streams that came with it."""
+    """A request, and the two streams that came with it.
+
+    Raises OSError for a client that went away before all of it was said.
+    """
     streams = array.array("i")
     message, ancillary, _, _ = client.recvmsg(1 << 20, socket.CMSG_SPACE(2 * streams.itemsize))
     for _, _, data in ancillary:
         streams.frombytes(data)
     while not message.endswith(b"\n"):
-        message += client.recv(1 << 20)
+        more = client.recv(1 << 20)
+        if not more:
+            close(streams)
+            raise ConnectionError("the client went away in the middle of its request")
+        message += more
     return json.loads(message), list(streams)
+
+
+def kill(process: int) -> None:
+    """Kill a child and what it started; one that has not come as far as a group of its own has started nothing."""
+    with suppress(ProcessLookupError):
+        try:
+            os.killpg(process, signal.SIGKILL)
+        except ProcessLookupError:
+            os.kill(process, signal.SIGKILL)
 
 
 def main() -> None:
@@ -127,28 +150,30 @@ def main() -> None:
     listening.bind(sys.argv[1])
     listening.listen()
     running: dict[socket.socket, int] = {}
-    gc.freeze()  # what was imported is shared: a collection of garbage would go through it, and copy every page
     while psutil.pid_exists(int(sys.argv[2])):
         ready, _, _ = select.select([listening, *running], [], [], 0.02)
         if listening in ready:
             client, _ = listening.accept()
-            request, streams = receive(client)
+            try:
+                request, streams = receive(client)
+            except OSError:  # it was killed before it had asked for anything
+                client.close()
+                continue
             running[client] = os.fork()
             if running[client] == 0:
                 child(request, streams)
-            for stream in streams:
-                os.close(stream)
+            close(streams)
         for client, process in list(running.items()):
             if client in ready:
-                os.killpg(process, signal.SIGKILL)
+                kill(process)
             ended, status = os.waitpid(process, os.WNOHANG)
             if ended:
-                if client not in ready:
+                with suppress(OSError):  # a client that went away does not ask
                     client.sendall(str(os.waitstatus_to_exitcode(status)).encode())
                 client.close()
                 del running[client]
     for process in running.values():
-        os.killpg(process, signal.SIGKILL)
+        kill(process)
     shutil.rmtree(Path(sys.argv[1]).parent, ignore_errors=True)
     os._exit(0)  # taking leave of all that was imported takes seconds
 

@@ -275,7 +275,8 @@ def quick_bench(file: Path, overrides: Sequence[str]) -> None:
 
     family = get_family(resolve_family(config)[0])
     config = with_targets(config, family)
-    quick.run(config, family, largest_sample(open_pairs(config, family).training))
+    pairs = open_pairs(config, family)
+    quick.run(config, family, largest_sample(pairs.training, pairs.preserved))
 
 
 def export(options: argparse.Namespace) -> None:

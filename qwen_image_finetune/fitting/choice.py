@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -130,9 +130,6 @@ def candidates(estimator: Estimator, card: int, named: speed.Card | None, here: 
             if not estimate.fits(card) or one.config.train.compile is not compiled:  # swapped blocks are not compiled
                 continue
             measured = known.get(remembered.label(format, bool(compiled)))
-            if measured is not None:  # without the passes of loss.preservation
-                plain = one.footprint.operations(one.config.train.recomputation_keeps)
-                measured *= estimate.operations / plain
             seconds = measured
             if seconds is None and named is not None:
                 seconds = supposed(one, estimate, named, _attention(one.config, here))
@@ -164,7 +161,9 @@ def supposed(estimator: Estimator, estimate: Estimate, named: speed.Card, attend
     step = speed.Step(train.recomputation_keeps, train.compile is True, estimator.format, attends, preserves)
     blocks, activations = (estimate.host.get(part, 0) for part in ("swapped blocks", "activations"))
     fetched = (5 * blocks + 4 * activations) if preserves else 2 * (blocks + activations)
-    computed = speed.supposed(estimator.footprint, step, named)
+    computed = estimator.summed(
+        preserves, lambda found, both: speed.supposed(found, replace(step, preserves=both), named)
+    )
     return train.gradient_accumulation_steps * max(computed, fetched / LINK)
 
 

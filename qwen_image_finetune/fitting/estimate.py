@@ -11,7 +11,7 @@ import inspect
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from qwen_image_finetune.config import Config
+from qwen_image_finetune.config import Config, DatasetArguments
 from qwen_image_finetune.families import with_targets
 from qwen_image_finetune.families.base import Family, Published
 from qwen_image_finetune.fitting.footprint import Footprint, footprint, stand_in, usual_sizes
@@ -91,31 +91,62 @@ class Estimator:
     """Estimates for one model, one geometry and any settings."""
 
     def __init__(
-        self, family: Family, config: Config, folder: Path | None, sizes: Sequence[Size] | None = None
+        self,
+        family: Family,
+        config: Config,
+        folder: Path | None,
+        sizes: Sequence[Size] | None = None,
+        references: int | None = None,
     ) -> None:
         """
         Args:
             folder: of the checkpoint; None where it is not on this machine: the published model is taken for it.
-            sizes: (width, height) of target and references; without them the size that is set, and one reference
-                where the family takes any.
+            sizes: (width, height) of target and references; without them the size that is set, of the run's pairs and
+                of those of loss.preservation.
+            references: of each pair, where sizes are those that are set; default: one where the family takes any.
         """
         self.family, self.folder = family, folder
         self.config = with_targets(config, family)
         self.published = published(family, config.model.pretrained_model_name_or_path)
-        self.sizes = tuple(sizes) if sizes else self._usual_sizes()
+        arguments, kept = self.config.data.init_args, self.config.loss.preservation
+        own = tuple(sizes) if sizes else self._usual_sizes(arguments, references)
+        self.preserved_sizes = own  # of the pairs of loss.preservation, where they have sizes of their own
+        if not sizes and kept.weight > 0 and kept.dataset_path is not None:
+            others = arguments.model_copy(update={"dataset_path": kept.dataset_path})
+            self.preserved_sizes = self._usual_sizes(others, references)
+        self.own_sizes = own
+        self.sizes = max(own, self.preserved_sizes, key=lambda each: each[0][0] * each[0][1])  # those of the peak
         self.text_tokens = family.text_tokens(self.sizes[1:])
         self.format = self._format()
         self._others: dict[torch.dtype, Estimator] = {}  # by the precision of the weights that are trained
 
-    @cached_property
+    @property
     def footprint(self) -> Footprint:
+        """That of the largest pairs."""
+        return self._footprint(self.sizes)
+
+    def summed(self, preserves: bool, of: Callable[[Footprint, bool], float]) -> float:
+        """Something of all passes of a micro-batch.
+
+        Args:
+            preserves: whether there are those of loss.preservation, whose pairs may have another size.
+            of: the same of a footprint, without and with those passes.
+        """
+        found = of(self._footprint(self.own_sizes), False)
+        if preserves:
+            second = self._footprint(self.preserved_sizes)
+            found += of(second, True) - of(second, False)
+        return found
+
+    def _footprint(self, sizes: tuple[Size, ...]) -> Footprint:
         """Measured once in a process: only the geometry, the adapter and the model decide it."""
         about = transformer_config(self.family, self.folder, self.published)
         lora, rows = self.config.model.lora, self.config.data.batch_size
         dtypes = weight_dtype(self.config.train.mixed_precision), trained_dtype(self.config)
-        key = (type(self.family), repr(about), self.sizes, rows, self.text_tokens, repr(lora), *dtypes)
+        tokens = self.family.text_tokens(sizes[1:])
+        key = (type(self.family), repr(about), sizes, rows, tokens, repr(lora), *dtypes)
         if key not in _footprints:
-            batch = stand_in(self.family, about, self.sizes, rows, self.text_tokens)
+            batch = stand_in(self.family, about, sizes, rows, tokens)
             _footprints[key] = footprint(self.family, about, batch, lora, *dtypes)
         return _footprints[key]
 
@@ -163,7 +194,8 @@ class Estimator:
         encoding = self.encoding(config) if config.cache.use_cache else 0
         before = {"encoders, while they encode": encoding if on_cpu else 0}
         device, host, before = ({key: size for key, size in part.items() if size} for part in (device, host, before))
-        return Estimate(device, host, before, 0 if on_cpu else encoding, found.operations(keep, config.loss.preserves))
+        operations = int(self.summed(config.loss.preserves, lambda one, both: one.operations(keep, both)))
+        return Estimate(device, host, before, 0 if on_cpu else encoding, operations)
 
     def _weights(self, config: Config, format: str | None) -> tuple[int, list[int]]:
         """Bytes of the weights outside of the blocks, and of those of one block of each kind."""
@@ -242,13 +274,10 @@ class Estimator:
         quantised = sum(math.prod(one.shape) for one in inside if one.dtype not in ("F32", "F16", "BF16"))
         return narrow if not weights else (quantised * narrow + (weights - quantised) * wide) / weights
 
-    def _usual_sizes(self) -> tuple[Size, ...]:
-        arguments, kept = self.config.data.init_args, self.config.loss.preservation
-        found = [arguments.largest]
-        if kept.weight > 0 and kept.dataset_path is not None:  # pairs that may have sizes of their own
-            found.append(arguments.model_copy(update={"dataset_path": kept.dataset_path}).largest)
-        (width, height), area = max(found, key=lambda each: each[0][0] * each[0][1])
-        return usual_sizes(self.family, self.family.size(width, height, area))
+    def _usual_sizes(self, arguments: DatasetArguments, references: int | None) -> tuple[Size, ...]:
+        (width, height), area = arguments.largest
+        sizes = usual_sizes(self.family, self.family.size(width, height, area))
+        return sizes if references is None else sizes[:1] * (1 + references)
 
 
 def _quantisable(path: Path) -> int:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 
 import torch
 
 from qwen_image_finetune.config import Config, ConfigError, resolve_family
 from qwen_image_finetune.families import get_family
 from qwen_image_finetune.fitting import choice, speed
-from qwen_image_finetune.fitting.estimate import GIB, OUTSIDE, Estimator
+from qwen_image_finetune.fitting.estimate import GIB, OUTSIDE, Estimator, Size
 from qwen_image_finetune.fitting.plan import (
     NothingFits,
     as_overrides,
@@ -56,13 +57,10 @@ def estimator_of(config: Config, references: int | None = None) -> Estimator:
         ConfigError: the family takes fewer.
     """
     family, folder = get_family(resolve_family(config)[0]), local_checkpoint(config.model)
-    estimator = Estimator(family, config, folder)
-    if references is None:
-        return estimator
-    if references > family.max_references:
+    if references is not None and references > family.max_references:
         most = f"at most {family.max_references}" if family.max_references else "none"
         raise ConfigError(f"--references {references}: {family.name} takes {most}")
-    return Estimator(family, config, folder, estimator.sizes[:1] * (1 + references))
+    return Estimator(family, config, folder, references=references)
 
 
 def summary(config: Config) -> Iterator[str]:
@@ -91,7 +89,7 @@ def _lines(estimator: Estimator, card: int | None, named: speed.Card | None, her
     with suppress(NothingFits):  # the table shows why, and what is proposed below is more than "auto" may change
         notes += decide(estimator, card, named, here)
     family, config, estimate, found = estimator.family, estimator.config, estimator.estimate(), estimator.footprint
-    sizes = ", ".join(f"{width}x{height}" for width, height in estimator.sizes)
+    sizes = _sizes(estimator.own_sizes)
     base = estimator.format or PRECISIONS[config.train.mixed_precision]
     yield f"{family.name}, {count_words(found.weights)} weights, base in {base}"
     pictures = "target" if len(estimator.sizes) == 1 else "target and references"
@@ -117,6 +115,8 @@ def _lines(estimator: Estimator, card: int | None, named: speed.Card | None, her
     if config.loss.preserves:
         yield "loss.preservation: a micro-batch passes forward and backward twice, and forward once without the adapter"
         passes = "all passes of a micro-batch"
+        if estimator.preserved_sizes != estimator.own_sizes:
+            yield f"its pairs have {_sizes(estimator.preserved_sizes)}; memory is that of the larger"
     yield f"{passes}: {f'{tera:.1f} TFLOP' if tera >= 0.1 else f'{1000 * tera:.1f} GFLOP'}"
     yield step_words(estimator, config, estimator.format, named, here)
     if card is None:
@@ -135,6 +135,10 @@ def _lines(estimator: Estimator, card: int | None, named: speed.Card | None, her
     yield f"it costs {change.price}"
     format = change.keys.get("model.quantize", estimator.format)
     yield f"with it, {step_words(estimator, with_keys(config, change.keys), format, named, here)}"
+
+
+def _sizes(sizes: Sequence[Size]) -> str:
+    return ", ".join(f"{width}x{height}" for width, height in sizes)
 
 
 def count_words(number: int) -> str:
@@ -181,7 +185,8 @@ def step_words(estimator: Estimator, config: Config, format: str | None, card: s
     if expected is not None:
         how = f"{step.attention} attention, {'compiled' if step.compiled else 'not compiled'}"
         return f"a step: about {expected:.2f} s, estimated from rates measured on an {card.name} ({how})"
-    least = config.train.gradient_accumulation_steps * speed.floor(estimator.footprint, step, card)
+    one = estimator.summed(step.preserves, lambda found, both: speed.floor(found, replace(step, preserves=both), card))
+    least = config.train.gradient_accumulation_steps * one
     return f"a step: above {least:.2f} s, by the data sheet of the {card.name}; {lacking}"
 
 
@@ -192,8 +197,12 @@ def step_seconds(
     if card is None:
         return None
     step, lacking = _step(config, format, card, here)
-    one = None if lacking else speed.seconds(estimator.footprint, step, card)
-    return None if one is None else config.train.gradient_accumulation_steps * one
+    if lacking or speed.seconds(estimator.footprint, step, card) is None:
+        return None
+    one = estimator.summed(
+        step.preserves, lambda found, both: speed.seconds(found, replace(step, preserves=both), card) or 0.0
+    )
+    return config.train.gradient_accumulation_steps * one
 
 
 def _step(config: Config, format: str | None, card: speed.Card, here: bool) -> tuple[speed.Step, str | None]:

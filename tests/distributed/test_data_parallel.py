@@ -25,25 +25,38 @@ OPTIONS = (
 
 
 def test_two_processes_equal_accumulation(
-    task: Callable[..., Any], run_all: Callable[..., Any], alone: Callable[..., Path]
+    task: Callable[..., Any],
+    run_all: Callable[..., Any],
+    alone: Callable[..., Path],
+    write_pairs: Callable[..., Path],
+    tmp_path: Path,
 ) -> None:
-    """Sums of every family; accumulation and a second term of the loss, which are the loop's own, with one of them."""
+    """Sums of every family; what is the loop's own, with one of them: accumulation, a second term of the loss, with
+    the run's pairs or others, and noise levels that are spread over a step."""
     tasks = [task(name, f"two-{name}", *OPTIONS) for name in UNLIKE]
     references = [alone(job, "train.gradient_accumulation_steps=2") for job in tasks]
     twice = "train.gradient_accumulation_steps=2"
     tasks.append(task("FluxKontext", "four", *OPTIONS, twice, "loss.preservation.weight=0.5"))
     references.append(alone(tasks[-1], "train.gradient_accumulation_steps=4"))
+    kept = write_pairs(tmp_path / "kept", [(64, 64)] * 3 + [(96, 32)], seed=5)
+    tasks.append(task("FluxKontext", "kept", *OPTIONS, f"loss.preservation={{weight: 0.5, dataset_path: {kept}}}",
+                      "train.sigma_stratified=true"))  # fmt: skip
+    references.append(alone(tasks[-1], twice))
     # Two processes continue what one began, and the other way round. Same rows, same noise: same losses.
     onwards = task(UNLIKE[0], "onwards", *OPTIONS, resume=[str(references[0]), 2])
     results = run_all(one_machine(2), [*tasks, onwards])
     assert [result["run"] for result in results[1]] == [None] * (len(tasks) + 1)
     for result, reference in zip(results[0], [*references, references[0]], strict=True):
         assert losses(result["run"]) == pytest.approx(losses(reference)[-len(losses(result["run"])) :], rel=1e-5)
+        second, expected = ([line["preservation_loss"] for line in metrics(run) if "preservation_loss" in line]
+                            for run in (result["run"], reference))  # fmt: skip
+        assert second == pytest.approx(expected, rel=1e-3, abs=1e-9)
         rates = [line["learning_rate"] for line in metrics(result["run"])]
         assert rates == [line["learning_rate"] for line in metrics(reference)][-len(rates) :]
         assert furthest(weights(result["run"]), weights(reference), weights(reference, 1)) < BOUND
     assert [line["learning_rate"] for line in metrics(results[0][0]["run"])] == pytest.approx([0, 0.05, 0.1, 0.1, 0.1])
     assert len(losses(results[0][-1]["run"])) == 3
+    assert min(metrics(result["run"])[-1]["preservation_loss"] for result in results[0][-3:-1]) > 0
     back = alone(task(UNLIKE[0], "back", *OPTIONS, "train.gradient_accumulation_steps=2",
                       resume=[results[0][0]["run"], 3]))  # fmt: skip
     assert losses(back) == pytest.approx(losses(references[0])[3:], rel=1e-5)

@@ -17,6 +17,7 @@ from qwen_image_finetune.data.images import DataError
 from qwen_image_finetune.encoding.embeddings import prepare_embeddings, prepare_held_out
 from qwen_image_finetune.families import get_family
 from qwen_image_finetune.fitting.estimate import Estimator
+from qwen_image_finetune.fitting.plan_numbers import numbers
 from qwen_image_finetune.fitting.plan_words import describe
 from qwen_image_finetune.fitting.speed import Step, card_called, floor, seconds
 from qwen_image_finetune.lora.adapters import second_factors
@@ -211,3 +212,27 @@ def test_the_plan_counts_its_passes(configure: Configure) -> None:
     assert estimator.estimate(asked).device == estimator.estimate().device
     assert estimator.estimate(asked).operations > 2 * estimator.estimate().operations
     assert "forward and backward twice, and forward once without the adapter" in describe(asked, "H100")
+
+
+def test_the_plan_counts_pairs_of_another_size(configure: Configure) -> None:
+    """Operations and seconds of each pair of passes are those of its own size; memory is that of the larger."""
+    runs, family = [{"path": "data/face_seg", "resolution": side} for side in (256, 384)], get_family("FluxKontext")
+
+    def planned(own: int, kept: int | None) -> tuple[Estimator, float]:
+        second = "" if kept is None else f"loss.preservation={json.dumps({'weight': 1, 'dataset_path': [runs[kept]]})}"
+        config = configure("FluxKontext", "train.mixed_precision=bf16", "data.init_args.resolution=null",
+                           f"data.init_args.dataset_path={json.dumps([runs[own]])}", *filter(None, [second]))  # fmt: skip
+        estimator = Estimator(family, config, None)
+        seconds = numbers(config, "H100")["step_seconds"]
+        text = describe(config, "H100")
+        assert ("its pairs have" in text) == (kept is not None and kept != own)
+        assert f"target and references {(256, 384)[own]}x" in text
+        return estimator, seconds
+
+    for own, kept in ((0, 1), (1, 0)):
+        (found, seconds), (plain, alone) = planned(own, kept), planned(own, None)
+        (both, with_both), (other, without) = planned(kept, kept), planned(kept, None)
+        operations = [each.estimate().operations for each in (found, plain, both, other)]
+        assert operations[0] == operations[1] + operations[2] - operations[3]
+        assert seconds == pytest.approx(alone + with_both - without)
+        assert found.estimate().device == planned(1, 1)[0].estimate().device

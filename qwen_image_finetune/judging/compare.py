@@ -147,6 +147,8 @@ def samples(found: Sequence[Version], names: Sequence[str]) -> str:
                 figures += [_figure(sample.pictures[part], part, "") for part in sample.pictures]
             step = max(sample.drawn)
             figures.append(_figure(sample.drawn[step], name, f"step {step}"))
+            if step in sample.averaged:
+                figures.append(_figure(sample.averaged[step], name, f"step {step}, the average"))
         blocks.append(f'<h3>{escape(key)}: {escape(about)}</h3><div class="grid small">{"".join(figures)}</div>')
     return "".join(blocks)
 

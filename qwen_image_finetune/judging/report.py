@@ -6,6 +6,8 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from PIL import Image
+
 from qwen_image_finetune.data.captions import prompts_of
 from qwen_image_finetune.data.images import DataError, open_upright
 from qwen_image_finetune.data.listing import Row
@@ -21,6 +23,7 @@ from qwen_image_finetune.judging.usage import family_of, loading_words, pipeline
 
 THUMBNAILS, THUMBNAIL_HEIGHT, SAMPLE_HEIGHT = 12, 128, 768
 REQUIRED = "model.pretrained_model_name_or_path"  # has no default
+AVERAGED = "averaged"
 MOST_STEPS = 24  # of the samples; spread over the run where there are more
 
 
@@ -159,24 +162,29 @@ def samples(version: Version) -> str:
     steps = [every[round(place * (len(every) - 1) / max(min(MOST_STEPS, len(every)) - 1, 1))]
              for place in range(min(MOST_STEPS, len(every)))]  # fmt: skip
     names = list(dict.fromkeys(name for sample in drawn for name in sample.pictures))
+    averaged = any(step in sample.averaged for sample in drawn for step in steps)
+    names += [AVERAGED] if averaged else []
+    keys = "B, T, R and A are base, truth, reference and the average" if averaged else (
+        "B, T and R are base, truth and reference")  # fmt: skip
     options = "".join(f"<option>{escape(name)}</option>" for name in names)
     controls = (
         f'<div class="controls"><label>step <input type="range" data-control="step" min="0" max="{len(steps) - 1}" '
         f'value="{len(steps) - 1}" data-steps="{",".join(map(str, steps))}"> <output>{steps[-1]}</output></label>'
         f'<label>left side <select data-control="left">{options}</select></label>'
-        '<span class="note">A click shows a picture large; then B, T and R are base, truth and reference.</span></div>'
+        f'<span class="note">A click shows a picture large; then {keys}.</span></div>'
     )
-    figures = "".join(_sides(sample, steps, names[0]) for sample in drawn)
+    figures = "".join(_sides(sample, steps, names[0], averaged) for sample in drawn)
     return f'<div class="viewer">{controls}<div class="grid">{figures}</div></div>'
 
 
-def _sides(sample: Sample, steps: Sequence[int], left: str) -> str:
+def _sides(sample: Sample, steps: Sequence[int], left: str, averaged: bool) -> str:
+    """The pictures of a pair: what it is compared with, of which the average's differs from step to step, and drawn."""
     size = next(iter(sample.drawn.values())).size
     before = "".join(
         picture(image.resize(size), f"{name} of {sample.key}", SAMPLE_HEIGHT,
                 f'data-name="{escape(name)}"{" hidden" * (name != left)}')
         for name, image in sample.pictures.items()
-    )  # fmt: skip
+    ) + "".join(_average(sample, step, size) for step in steps if averaged and step in sample.drawn)  # fmt: skip
     after = "".join(
         picture(sample.drawn[step], f"{sample.key} drawn at step {step}", SAMPLE_HEIGHT,
                 f'data-step="{step}"{" hidden" * (step != steps[-1])}')
@@ -189,6 +197,15 @@ def _sides(sample: Sample, steps: Sequence[int], left: str) -> str:
         f'{escape(sample.key)} meet">'
         f"<figcaption><b>{escape(sample.key)}</b> {escape(sample.prompt)}</figcaption></figure>"
     )
+
+
+def _average(sample: Sample, step: int, size: tuple[int, int]) -> str:
+    """What the average drew at a step; where there was none yet, a grey picture that says so."""
+    words = f"{sample.key} drawn by the average at step {step}"
+    image = sample.averaged.get(step)
+    if image is None:
+        image, words = Image.new("RGB", size, "grey"), f"{sample.key}: no average yet at step {step}"
+    return picture(image, words, SAMPLE_HEIGHT, f'data-name="{AVERAGED}" data-step="{step}" hidden')
 
 
 def evaluation(found: Evaluation | None) -> str:

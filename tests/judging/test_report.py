@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from qwen_image_finetune.command.cli import main
 from qwen_image_finetune.config import Config
 from qwen_image_finetune.data.sources import read_folder
+from qwen_image_finetune.drawing.samples import side_by_side
 from qwen_image_finetune.encoding.remembered import content_of
 from qwen_image_finetune.judging.compare import compare
 from qwen_image_finetune.judging.pages.curves import MOST_POINTS, Curve, Series, charts, thinned
@@ -271,6 +273,57 @@ def a_run(folder: Path, config: Config, steps: int = 0, state: str = "running", 
     (folder / "metrics.jsonl").write_text("".join(f"{line}\n" for line in recorded))
     (folder / "run.json").write_text(json.dumps({"state": state, "step": steps}))
     return folder
+
+
+def with_rounds(run: Path, averaged_from: int) -> Path:
+    """Rounds of samples at steps 2, 4 and 6: grey as dark as the step, what the average drew a little brighter."""
+    for step in (2, 4, 6):
+        shades = {"base": 0, "drawn": 20 * step, "averaged": 20 * step + 100, "truth": 255}
+        if step < averaged_from:
+            del shades["averaged"]
+        strip, places = side_by_side(
+            [(name, Image.new("RGB", (32, 32), (shade,) * 3)) for name, shade in shades.items()], 32
+        )
+        folder = run / f"samples/step-{step}"
+        folder.mkdir(parents=True)
+        strip.save(folder / "0.png")
+        (folder / "layout.json").write_text(json.dumps([{"key": "a", "prompt": "b", "parts": places}]))
+    return run
+
+
+def test_what_the_average_drew_is_shown_round_by_round(configure: Configure, tmp_path: Path) -> None:
+    run = with_rounds(a_run(tmp_path / "v0", configure("FluxKontext"), 6, "finished"), averaged_from=4)
+    text = report(run).read_text(encoding="utf-8")
+    shown = [(image["data-step"], image["alt"]) for image in Page(text).images if image.get("data-name") == "averaged"]
+    assert shown == [("2", "a: no average yet at step 2"), ("4", "a drawn by the average at step 4"),
+                     ("6", "a drawn by the average at step 6")]  # fmt: skip
+    assert "R and A are" in text and "<option>averaged</option>" in text
+    compared = compare([run, run], tmp_path / "compare.html").read_text(encoding="utf-8")
+    assert compared.count("step 6, the average") == 2
+    without = with_rounds(a_run(tmp_path / "v1", configure("FluxKontext"), 6, "finished"), averaged_from=9)
+    assert "averaged</option>" not in report(without).read_text(encoding="utf-8")
+
+    playwright = pytest.importorskip("playwright.sync_api")
+    browser = shutil.which("chromium")
+    if browser is None:
+        pytest.skip("chromium is not installed")
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=browser, args=["--no-sandbox"])
+        page = chromium.new_page()
+        page.goto((run / "report.html").resolve().as_uri())
+        page.locator("[data-control=left]").select_option("averaged")
+        seen = []
+        for place in range(3):
+            page.locator("[data-control=step]").fill(str(place))
+            (before,) = page.locator(".before img:visible").all()
+            seen.append((page.locator("output").first.inner_text(), before.get_attribute("alt")))
+        assert seen == shown
+        page.locator(".sides").first.click()
+        page.keyboard.press("a")
+        assert page.locator("dialog.large img").get_attribute("alt") == shown[2][1]
+        page.keyboard.press("ArrowDown")
+        assert page.locator("dialog.large img").get_attribute("alt") == shown[1][1]
+        chromium.close()
 
 
 def test_what_is_configured_and_still_to_come_is_said(configure: Configure, tmp_path: Path) -> None:

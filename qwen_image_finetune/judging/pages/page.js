@@ -12,7 +12,8 @@ for (const viewer of document.querySelectorAll(".viewer")) {
     const steps = step.dataset.steps.split(","), now = steps[Number(step.value)];
     viewer.querySelector("output").textContent = now;
     for (const image of viewer.querySelectorAll(".after img")) image.hidden = image.dataset.step !== now;
-    for (const image of viewer.querySelectorAll(".before img")) image.hidden = image.dataset.name !== left.value;
+    for (const image of viewer.querySelectorAll(".before img"))
+      image.hidden = image.dataset.name !== left.value || (image.dataset.step ?? now) !== now;
   };
   step.addEventListener("input", show);
   left.addEventListener("input", show);
@@ -22,8 +23,8 @@ for (const viewer of document.querySelectorAll(".viewer")) {
   enlarge([...viewer.querySelectorAll(".sides")], step, show);
 }
 
-// One picture as large as the screen: B, T and R show base, truth and reference, D what was drawn; up and down are steps,
-// left and right pairs.
+// One picture as large as the screen: B, T and R show base, truth and reference, D what was drawn, A the same by the
+// average of the weights; up and down are steps, left and right pairs.
 function enlarge(figures, step, show) {
   const dialog = document.createElement("dialog");
   dialog.className = "large";
@@ -34,7 +35,9 @@ function enlarge(figures, step, show) {
   let place = 0, name = "drawn";
   const images = () => Object.fromEntries([
     ["drawn", figures[place].querySelector(".after img:not([hidden])")],
-    ...[...figures[place].querySelectorAll(".before img")].map((image) => [image.dataset.name, image]),
+    ...[...figures[place].querySelectorAll(".before img")]
+      .filter((image) => !image.dataset.step || image.dataset.step === step.dataset.steps.split(",")[Number(step.value)])
+      .map((image) => [image.dataset.name, image]),
   ].filter(([, image]) => image));
   const draw = () => {
     const found = images();

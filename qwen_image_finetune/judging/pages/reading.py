@@ -33,6 +33,7 @@ class Sample:
     prompt: str
     pictures: dict[str, Image.Image]  # references, base and truth, by name
     drawn: dict[int, Image.Image]  # by step
+    averaged: dict[int, Image.Image]  # the same by the average of the weights, where there was one
 
 
 class Version:
@@ -129,10 +130,13 @@ class Version:
                     continue
                 if "drawn" not in parts:
                     continue
-                drawn = parts.pop("drawn")
-                sample = found.setdefault(strip.key, Sample(strip.key, strip.prompt, parts, {}))
+                step, drawn = int(folder.name.removeprefix("step-")), parts.pop("drawn")
+                averaged = parts.pop("averaged", None)
+                sample = found.setdefault(strip.key, Sample(strip.key, strip.prompt, parts, {}, {}))
                 sample.pictures.update(parts)
-                sample.drawn[int(folder.name.removeprefix("step-"))] = drawn
+                sample.drawn[step] = drawn
+                if averaged is not None:
+                    sample.averaged[step] = averaged
         return list(found.values())
 
 

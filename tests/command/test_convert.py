@@ -389,3 +389,116 @@ def test_optimizers_are_what_they_are_called() -> None:
     assert terms.optimizer("SCHEDULE_FREE_ADAMW") == terms.optimizer("schedulefree.AdamWScheduleFree")
     assert terms.optimizer("AdEMAMix_8bit") == "bitsandbytes.optim.AdEMAMix8bit"
     assert terms.optimizer("lookahead") is None and terms.optimizer(3) is None
+
+
+def small(folder: str, number: int, caption: str = "make it") -> None:
+    """So many pairs, for the trainers whose references are beside the targets or in a folder of the same names."""
+    for place in range(number):
+        for name in (f"{place}.png", f"{place}-condlabel.png"):
+            picture(Path(folder, name), place)
+        picture(Path(f"{folder}-first", f"{place}.png"), 90 + place)
+        Path(folder, f"{place}.txt").write_text(caption)
+
+
+def entries(capsys: pytest.CaptureFixture[str], file: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """Data sets of the configuration that becomes of a project, what each has of its own, and what was said."""
+    found = converted(capsys, file, "--overwrite")
+    config = load_config(Path("my_run.yaml"))
+    own = [entry.model_dump(exclude_defaults=True) for entry in config.data.init_args.entries]
+    for entry in own:
+        rows, problems = read_folder(Path(entry.pop("path")), masks=False)
+        assert not problems and rows
+    return own, found["data"]
+
+
+def test_sets_of_simpletuner_that_differ(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Captions of several lines are several captions there, unless they are not to be; sizes, crops, shares."""
+    small("large", 2, "a hat\n\na cap\n")
+    small("little", 4, "first line\nsecond line")
+    small("plain", 6)
+
+    def sets(*own: dict[str, Any]) -> None:
+        many = [{"id": name, "type": "local", "instance_data_dir": name, "caption_strategy": "textfile",
+                 "conditioning_data": f"{name}-first", **more}
+                for name, more in zip(("large", "little", "plain"), own, strict=True)]  # fmt: skip
+        many += [{"id": f"{name}-first", "dataset_type": "conditioning", "type": "local",
+                  "instance_data_dir": f"{name}-first"} for name in ("large", "little", "plain")]  # fmt: skip
+        Path("multidatabackend.json").write_text(json.dumps(many))
+
+    sets({"resolution": 1.0, "resolution_type": "area", "repeats": 2}, {"disable_multiline_split": True},
+         {"resolution": 512, "crop": True, "instance_prompt": "oil,", "prepend_instance_prompt": True})  # fmt: skip
+    own, said = entries(capsys, "config.json")
+    assert own == [{"resolution": 1000, "repeats": 3, "prompt_per_line": True}, {},
+                   {"image_size": [512, 512], "prefix": "oil, "}]  # fmt: skip
+    assert any(line.startswith("repeats: 3 of data[0].instance_data_dir  ->  repeats: 3 of ") for line in said)
+
+    # By what each has: 2 pairs three times, 4 with half the probability, 6.
+    sets({"repeats": 2}, {"probability": 0.5}, {"crop": True, "crop_style": "random", "minimum_image_size": 64})
+    own, said = entries(capsys, "config.json")
+    assert [entry["weight"] for entry in own] == [6, 2, 6] and not any("repeats" in entry for entry in own)
+    assert any("as many visits as there are pairs here, 12, 14 there" in line for line in said)
+    assert any(line.startswith("random_crop: False, False, True  ->  no counterpart") for line in said)
+    assert load_config(Path("my_run.yaml")).data.init_args.random_crop is False
+
+    Path("config.json").write_text(json.dumps({**SIMPLETUNER, "data_backend_sampling": "uniform"}))
+    sets({}, {"probability": 0.25}, {})
+    assert [entry["weight"] for entry in entries(capsys, "config.json")[0]] == [1, 0.25, 1]
+
+
+def test_concepts_of_onetrainer_that_differ(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each line of a text file is a caption there; balancing by repeats or samples, sizes and flips of their own."""
+    small("large", 2, "a hat\na cap")
+    small("little", 4)
+    Path("all.txt").write_text("one\ntwo\n")
+
+    def concepts(*own: dict[str, Any]) -> None:
+        many = [{"path": name, "enabled": True, "image": {}, "text": {"prompt_source": "sample"}, **more}
+                for name, more in zip(("large", "little"), own, strict=True)]  # fmt: skip
+        Path("concepts.json").write_text(json.dumps(many))
+
+    concepts({"balancing": 3.0, "image": {"enable_resolution_override": True, "resolution_override": "1024,768"}},
+             {"text": {"prompt_source": "concept", "prompt_path": "all.txt"}})  # fmt: skip
+    own, _ = entries(capsys, "one.json")
+    assert own == [{"repeats": 3, "resolution": [1024, 768], "prompt_per_line": True},
+                   {"resolution": 640, "prompt_per_line": True}]  # fmt: skip
+    entry = load_config(Path("my_run.yaml")).data.init_args.entries[1]
+    rows, _ = read_folder(Path(entry.path), masks=False)
+    assert {row.caption.read_text() for row in rows if row.caption} == {"one\ntwo\n"}
+
+    concepts({"balancing": 2.5, "image": {"enable_random_flip": True}},
+             {"balancing": 7.0, "balancing_strategy": "SAMPLES", "loss_weight": 0.5})  # fmt: skip
+    found = converted(capsys, "one.json", "--overwrite")
+    config = load_config(Path("my_run.yaml"))
+    assert [entry.weight for entry in config.data.init_args.entries] == [5, 7]
+    assert config.data.init_args.random_flip is False
+    assert any(line.startswith("random_flip: True, False  ->  no counterpart") for line in found["data"])
+    assert "concepts[1].loss_weight" in {line["theirs"] for line in found["keys"] if line["lost"]}
+
+
+def test_sets_of_ai_toolkit_that_differ(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    project = yaml.safe_load(AI_TOOLKIT)
+    (first,) = project["config"]["process"][0]["datasets"]
+    project["config"]["process"][0]["datasets"] = [
+        {**first, "num_repeats": 2, "flip_x": True},
+        {**first, "resolution": [512, 1024], "caption_dropout_rate": 0.2, "flip_x": False},
+    ]
+    Path("ai.yaml").write_text(yaml.safe_dump(project))
+    own, said = entries(capsys, "ai.yaml")
+    assert own == [{"resolution": 768, "caption_dropout_rate": 0.05, "repeats": 2},
+                   {"resolution": [512, 1024], "caption_dropout_rate": 0.2}]  # fmt: skip
+    assert any(line.startswith("random_flip: True, False  ->  no counterpart") for line in said)
+
+
+def test_sets_of_musubi_that_differ(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A caption of several lines is one caption there."""
+    small("large", 2, "a hat\na cap")
+    rows = [{"image_path": "large/0.png", "control_path": "large-first/0.png", "caption": "a hat\na cap"}]
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    Path("sets.toml").write_text(
+        MUSUBI_SETS + '\n[[datasets]]\nimage_directory = "large"\ncontrol_directory = "large-first"\n'
+        'caption_extension = ".txt"\nresolution = 512\nenable_bucket = true\n\n[[datasets]]\n'
+        'image_jsonl_file = "rows.jsonl"\nnum_repeats = 5\n'
+    )
+    own, _ = entries(capsys, "train.sh")
+    assert own == [{"image_size": [832, 576], "repeats": 3}, {"resolution": 512},
+                   {"image_size": [832, 576], "repeats": 5}]  # fmt: skip

@@ -219,9 +219,10 @@ def test_the_plan_counts_pairs_of_another_size(configure: Configure) -> None:
     runs, family = [{"path": "data/face_seg", "resolution": side} for side in (256, 384)], get_family("FluxKontext")
 
     def planned(own: int, kept: int | None) -> tuple[Estimator, float]:
-        second = "" if kept is None else f"loss.preservation={json.dumps({'weight': 1, 'dataset_path': [runs[kept]]})}"
+        term = {"weight": 0 if kept is None else 1, "dataset_path": [runs[kept or 0]]}
         config = configure("FluxKontext", "train.mixed_precision=bf16", "data.init_args.resolution=null",
-                           f"data.init_args.dataset_path={json.dumps([runs[own]])}", *filter(None, [second]))  # fmt: skip
+                           f"data.init_args.dataset_path={json.dumps([runs[own]])}",
+                           f"loss.preservation={json.dumps(term)}")  # fmt: skip
         estimator = Estimator(family, config, None)
         seconds = numbers(config, "H100")["step_seconds"]
         text = describe(config, "H100")

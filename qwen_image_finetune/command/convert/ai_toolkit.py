@@ -269,7 +269,9 @@ def _folder(ledger: Ledger, at: str, process: Mapping[str, Any]) -> Folder:
                        (f"{at}trigger_word", "written into the captions"),
                        (f"{at.partition('datasets')[0]}trigger_word", "written into the captions")):  # fmt: skip
         ledger.is_so(key, words)
-    return Folder(place, kept, root, [*missing, *other], dict(_settings(ledger, at, bool(masks))))
+    visits = float(ledger.get(f"{at}num_repeats", 1))
+    ledger.is_so(f"{at}num_repeats", "of the data set, see below")
+    return Folder(place, kept, root, [*missing, *other], dict(_settings(ledger, at, bool(masks))), visits)
 
 
 def _caption(target: Path, ending: str, usual: str | None, trigger: str | None) -> Path | str:
@@ -284,16 +286,14 @@ def _caption(target: Path, ending: str, usual: str | None, trigger: str | None) 
 
 def _settings(ledger: Ledger, at: str, masks: bool) -> Iterator[tuple[str, Any]]:
     """What a data set has of its own."""
-    names = {"num_repeats": "repeats", "caption_dropout_rate": "caption_dropout_rate", "resolution": "resolution"}
+    names = {"caption_dropout_rate": "caption_dropout_rate", "resolution": "resolution", "flip_x": "random_flip",
+             "random_crop": "random_crop"}  # fmt: skip
     for theirs, ours in names.items():
         if f"{at}{theirs}" in ledger:
             yield ours, ledger.get(f"{at}{theirs}")
             ledger.is_so(f"{at}{theirs}", "of the data set, see below")
         elif theirs == "resolution":
             yield ours, 512  # their default
-    flip = ledger.get(f"{at}flip_x")
-    ledger.becomes(f"{at}flip_x", {"data.init_args.random_flip": bool(flip)}, "of the whole pair")
-    ledger.becomes(f"{at}random_crop", {"data.init_args.random_crop": bool(ledger.get(f"{at}random_crop"))})
     for name in ("cache_latents_to_disk", "cache_latents", "cache_text_embeddings"):
         if ledger.get(at + name):
             ledger.becomes(at + name, {CACHED: True})

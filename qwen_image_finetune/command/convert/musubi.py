@@ -262,7 +262,7 @@ def _directory(key: str, own: Mapping[str, Any]) -> Folder:
     said = [f"left out: {some(without)} without a control picture"] if without else []
     bare = [path for path in pictures(root, nested=False) if path not in targets]
     said += [f"left out: {some(bare)} without a caption {ending}"] if bare else []
-    return Folder(key, kept, root, [*said, *other], _settings(own))
+    return Folder(key, kept, root, [*said, *other], _settings(own), visits=float(own.get("num_repeats", 1)))
 
 
 def _number(stem: str, base: str) -> int:
@@ -282,7 +282,7 @@ def _table(key: str, own: Mapping[str, Any]) -> Folder:
             references = tuple(Path(fields[name]) for name in names)
             pairs.append(Pair(Path(fields["image_path"]), references, fields["caption"]))
     kept, other = readable(pairs)
-    return Folder(key, kept, file.parent, other, _settings(own))
+    return Folder(key, kept, file.parent, other, _settings(own), visits=float(own.get("num_repeats", 1)))
 
 
 def _settings(own: Mapping[str, Any]) -> dict[str, Any]:
@@ -292,6 +292,4 @@ def _settings(own: Mapping[str, Any]) -> dict[str, Any]:
         # With buckets it is an area; without them, the size of every picture.
         found |= ({"resolution": round((width * height) ** 0.5)} if own.get("enable_bucket")
                   else {"image_size": [width, height]})  # fmt: skip
-    if own.get("num_repeats", 1) != 1:
-        found["repeats"] = own["num_repeats"]
     return found

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_image_finetune.command.convert.ledger import ConvertError, Ledger
-from qwen_image_finetune.command.convert.pairs import Folder, Pair, beside, pictures, readable
+from qwen_image_finetune.command.convert.pairs import Folder, Pair, beside, pictures, readable, several_lines
 from qwen_image_finetune.command.convert.terms import CACHED, NO_CLASS, RATE, SCHEDULES, base_format, found, optimizer
 
 EDITING = {
@@ -241,19 +241,20 @@ def _folder(ledger: Ledger, at: str, one: Mapping[str, Any], masks: bool, condit
     for name in ("path", "name", "enabled", "type", "include_subdirectories", "text.prompt_source", "text.prompt_path"):
         ledger.is_so(at + name, f"{len(kept)} pairs, see data.init_args.dataset_path")
     settings: dict[str, Any] = {}
-    repeats = one.get("balancing", one.get("repeats", 1.0))
-    if float(repeats) != 1.0 and one.get("balancing_strategy", "REPEATS") == "REPEATS":
-        settings["repeats" if float(repeats).is_integer() else "weight"] = (
-            int(repeats) if float(repeats).is_integer() else float(repeats))  # fmt: skip
-        for name in ("balancing", "balancing_strategy", "repeats"):
-            ledger.is_so(at + name, "of the data set, see below")
+    visits = float(one.get("balancing", one.get("repeats", 1.0)))
+    if one.get("balancing_strategy", "REPEATS") == "SAMPLES" and kept:  # so many visits of an epoch, to all together
+        visits /= len(kept)
+    for name in ("balancing", "balancing_strategy", "repeats"):
+        ledger.is_so(at + name, "of the data set, see below")
+    if source in ("sample", "concept") and several_lines(kept):
+        settings["prompt_per_line"] = True
     image = one.get("image") or {}
     if image.get("enable_resolution_override"):
         settings["resolution"] = _sides(image.get("resolution_override", "512"))
         ledger.is_so(f"{at}image.resolution_override", "of the data set, see below")
         ledger.is_so(f"{at}image.enable_resolution_override", "of the data set, see below")
-    if image.get("enable_random_flip"):
-        ledger.becomes(f"{at}image.enable_random_flip", {"data.init_args.random_flip": True}, "of the whole pair")
+    settings["random_flip"] = bool(image.get("enable_random_flip"))
+    ledger.is_so(f"{at}image.enable_random_flip", "of the data set, see below")
     on = tuple(name.removeprefix("enable_") for name, given in {**image, **text}.items() if given is True)
     for key in ledger.below(at):
         value, name = ledger.get(key), key.rpartition(".")[2]
@@ -263,7 +264,7 @@ def _folder(ledger: Ledger, at: str, one: Mapping[str, Any], masks: bool, condit
             ledger.lost(key)
         else:
             ledger.is_so(key, "of something that is off")
-    return Folder(f"{at}path", kept, root, [*said, *other], settings)
+    return Folder(f"{at}path", kept, root, [*said, *other], settings, visits)
 
 
 def _sides(text: Any) -> Any:

@@ -38,7 +38,9 @@ class Folder:
     pairs: Sequence[Pair]
     root: Path  # names of pairs begin below it
     left_out: Sequence[str] = ()  # what their program would not train on either, or ours cannot, in words
-    settings: dict[str, Any] = field(default_factory=dict)  # its own: keys of an entry of dataset_path
+    settings: dict[str, Any] = field(default_factory=dict)  # its own: keys of an entry, or of data.init_args
+    visits: float = 1.0  # of an epoch to each of its pairs, on average, in their program
+    share: float | None = None  # of all visits, beside the shares of the others, where their program draws by it
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,14 @@ def named(folder: Path, stem: str) -> Path | None:
             if (path := folder / f"{stem}{spelt}").is_file():
                 return path
     return None
+
+
+def several_lines(pairs: Iterable[Pair]) -> bool:
+    """Whether some captions have more than one line that is not blank."""
+    files = {pair.caption for pair in pairs if isinstance(pair.caption, Path)}
+    texts = [path.read_text(encoding="utf-8-sig", errors="replace") for path in files]
+    texts += [pair.caption for pair in pairs if isinstance(pair.caption, str)]
+    return any(sum(bool(line.strip()) for line in text.splitlines()) > 1 for text in texts)
 
 
 def some(paths: Iterable[Path | str]) -> str:

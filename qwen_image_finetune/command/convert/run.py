@@ -28,7 +28,8 @@ DATASET = "data.init_args.dataset_path"
 LARGEST = 16 * MEBIBYTE  # of a file of theirs
 MODULES = {"networks.lora_flux": "flux_kontext", "networks.lora_qwen_image": "qwen_image",
            "networks.lora_flux_2": "flux_2"}  # fmt: skip
-OF_AN_ENTRY = ("image_size", "resolution", "caption_dropout_rate")
+OF_ALL_OR_ONE = ("image_size", "resolution", "caption_dropout_rate")  # keys of data.init_args and of an entry
+OF_ALL = ("random_flip", "random_crop", "center_crop")  # keys of data.init_args alone
 
 Project: TypeAlias = tuple[str, Ledger, list[Folder]]  # which program's, its keys, its data sets
 
@@ -186,42 +187,58 @@ def _name(folder: Folder, number: int) -> str:
     return f"{number + 1}_{folder.root.name}" if number else folder.root.name or "pairs"
 
 
-def _entry(place: Path, folder: Folder, own: Sequence[str]) -> str | dict[str, Any]:
-    """A data set as an entry of dataset_path: its folder, or a section where it has settings of its own."""
-    given = {name: folder.settings[name] for name in own if folder.settings.get(name) is not None}
-    if (repeats := folder.settings.get("repeats", 1)) != 1:
-        given["repeats"] = repeats
-    return {"path": str(place), **given} if given else str(place)
-
-
 def _settle(ledger: Ledger, folders: list[Folder], places: list[Path]) -> list[str]:
-    """Put the data sets among our keys; what a data set has of its own and cannot have here is said."""
+    """Put the data sets among our keys; what a data set has of its own, and what it cannot have here, is said."""
+    names = dict.fromkeys(name for folder in folders for name in folder.settings)
     given = [folder.settings for folder in folders]
-    names = dict.fromkeys(name for settings in given for name in settings)
-    alike = {name: common(list(given), name) for name in OF_AN_ENTRY if name in names}
-    own = [name for name, value in alike.items() if value is None]
-    entries: list[Any] = [_entry(place, folder, own) for folder, place in zip(folders, places, strict=True)]
-    entries += ledger.on_hub
-    if not entries:
+    alike = {name: common(list(given), name) for name in (*OF_ALL_OR_ONE, *OF_ALL) if name in names}
+    said, entries = list[str](), list[dict[str, Any]]()
+    shares, why = _shares(folders, bool(ledger.on_hub))
+    said += why
+    for folder, place, share in zip(folders, places, shares, strict=True):
+        own = {name: value for name, value in folder.settings.items()
+               if name not in OF_ALL and alike.get(name) is None and value is not None}  # fmt: skip
+        entries.append({"path": str(place), **own, **share})
+        said += [f"{name}: {value} of {folder.key}  ->  {name}: {value} of {place}"
+                 for name, value in (own | share).items()]  # fmt: skip
+    every = [*(entry if len(entry) > 1 else entry["path"] for entry in entries), *ledger.on_hub]
+    if not every:
         return []
-    ledger.values[DATASET] = entries[0] if len(entries) == 1 and isinstance(entries[0], str) else entries
-    said = [
-        f"{name}: {folder.settings[name]} of {folder.key}  ->  {name}: {value} of {entry['path']}"
-        for folder, entry in zip(folders, entries, strict=False)
-        if isinstance(entry, dict)
-        for name, value in entry.items()
-        if name != "path"
-    ]
-    for name in names:
-        if alike.get(name) is not None:
-            ledger.values[f"data.init_args.{name}"] = alike[name]
-            said.append(f"{name}: {alike[name]}  ->  data.init_args.{name}: {alike[name]}")
-        elif name not in ("repeats", *own):
-            each = ", ".join(str(settings.get(name)) for settings in given)
-            said.append(
-                f"{name}: {each}  ->  nothing: give each entry a weight, its share of all visits (docs/data.md)"
-            )
+    ledger.values[DATASET] = every[0] if len(every) == 1 and isinstance(every[0], str) else every
+    for name, value in alike.items():
+        if value is not None:
+            ledger.values[f"data.init_args.{name}"] = value
+            said.append(f"{name}: {value}  ->  data.init_args.{name}: {value}")
+        elif name in OF_ALL:
+            each = ", ".join(str(settings.get(name, False)) for settings in given)
+            said.append(f"{name}: {each}  ->  no counterpart; data.init_args.{name} is of all data sets, and stays off")
     return said
+
+
+def _shares(folders: Sequence[Folder], on_hub: bool) -> tuple[list[dict[str, Any]], list[str]]:
+    """How often each data set is visited: `repeats` where they are whole and that is all, else `weight`; and what to
+    say of it.
+
+    Args:
+        on_hub: whether there are others, whose pairs were not counted.
+    """
+    shares = [folder.share for folder in folders]
+    if all(share is None for share in shares) and all(folder.visits == int(folder.visits) > 0 for folder in folders):
+        return [{"repeats": int(folder.visits)} if folder.visits != 1 else {} for folder in folders], []
+    visits = [len(folder.pairs) * folder.visits if share is None else share for folder, share in
+              zip(folders, shares, strict=True)]  # fmt: skip
+    each = ", ".join(f"{number:g} of {folder.key}" for number, folder in zip(visits, folders, strict=True))
+    if on_hub:
+        return [{} for _ in folders], [
+            f"visits: {each}  ->  no counterpart; with data sets of the hub, whose pairs are not counted here, give "
+            "each entry a weight, its share of all visits (docs/data.md)"
+        ]
+    if len(folders) == 1 or not all(visits):
+        return [{} for _ in folders], [f"visits: {each}  ->  no counterpart; each pair is visited once in an epoch"]
+    counted = "" if any(share is not None for share in shares) else f", {sum(visits):g} there"
+    return [{"weight": round(number, 6)} for number in visits], [
+        f"an epoch has as many visits as there are pairs here, {sum(len(folder.pairs) for folder in folders)}{counted}"
+    ]
 
 
 def _write(output: Path, text: str) -> None:

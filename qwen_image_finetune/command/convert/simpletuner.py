@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from qwen_image_finetune.command.convert.ledger import ConvertError, Ledger
-from qwen_image_finetune.command.convert.pairs import Folder, Pair, beside, named, pictures, readable, some
+from qwen_image_finetune.command.convert.pairs import (
+    Folder,
+    Pair,
+    beside,
+    named,
+    pictures,
+    readable,
+    several_lines,
+    some,
+)
 from qwen_image_finetune.command.convert.terms import (
     CACHED,
     NO_CLASS,
@@ -51,7 +60,7 @@ SO_HERE = {
     "model_family": "in model.pretrained_model_name_or_path", "model_flavour": "in model.pretrained_model_name_or_path",
     "data_backend_config": "read: its keys are those below `data`", "aspect_bucket_rounding":
     "every picture keeps its shape", "disable_benchmark": "no picture of the base is drawn first",
-    "minimum_image_size": "small pictures are enlarged, and named by qif check", "quantize_via":
+    "quantize_via":
     "quantised while it is read", "lora_type": "a LoRA", "delete_invalid_checkpoints":
     "a checkpoint is whole or not there", "vae_batch_size": "pictures are encoded one by one",
     "attention_mechanism": "attention is chosen by train.attention",
@@ -71,12 +80,16 @@ LOST = {
     "all references of a pair are shown together", "lycoris_config": "see model.lora.type",
     "eval_dataset_id": "see validation.dataset_path",
 }  # fmt: skip
+LEFT_OUT = {  # there
+    "minimum_image_size": "no pair is left out: small pictures are enlarged, and named by qif check",
+    "minimum_aspect_ratio": "no pair is left out by its shape",
+    "maximum_aspect_ratio": "no pair is left out by its shape",
+}  # fmt: skip
 OF_DATA = {
     "cache_dir_vae": "the cache is one folder, by content: cache.cache_dir", "cache_dir":
     "the cache is one folder, by content: cache.cache_dir", "vae_cache_clear_each_epoch": "see cache.num_variations",
-    "minimum_image_size": "small pictures are enlarged, and named by qif check", "maximum_image_size":
-    "pictures are resized once", "target_downsample_size": "pictures are resized once", "crop_aspect":
-    "every picture keeps its shape", "skip_file_discovery": "folders are listed at every start",
+    "maximum_image_size": "pictures are resized once", "target_downsample_size": "pictures are resized once",
+    "skip_file_discovery": "folders are listed at every start",
     "preserve_data_backend_cache": "the cache is kept, by content",
     "metadata_backend": "folders are listed at every start", "text_embeds": "one cache for all",
     "image_embeds": "one cache for all", "conditioning_image_embeds":
@@ -102,7 +115,7 @@ def read(tree: Mapping[str, Any], file: Path) -> tuple[Ledger, list[Folder]]:
     ledger.same("", {"pretrained_model_name_or_path": "model.pretrained_model_name_or_path"})
     ledger.becomes("model_type", {"model.lora": None} if options.get("model_type") == "full" else {})
     ledger.is_so("model_type", "a LoRA")
-    folders = _folders(ledger, sets)
+    folders = _folders(ledger, sets, options)
     for name, ours in (("max_train_steps", "train.max_train_steps"), ("num_train_epochs", "train.num_epochs")):
         if int(ledger.get(name, 0)) > 0:
             ledger.same("", {name: ours})
@@ -126,11 +139,12 @@ def read(tree: Mapping[str, Any], file: Path) -> tuple[Ledger, list[Folder]]:
         ledger.becomes("validation_steps", {"validation.enabled": True, "validation.steps": steps})
     for name in ("resolution", "resolution_type"):
         ledger.is_so(name, "of the data sets that have none, see below")
+    ledger.is_so("data_backend_sampling", "shares of the data sets, see below")
     targets = "model.lora.target_modules"
     ledger.read("flux_lora_target", targets, {"all+ffs": "all-linear"}, f"see {targets}")
     ledger.values[CACHED] = True
     ledger.table("", SO_HERE, lost=False)
-    ledger.table("", LOST)
+    ledger.table("", LOST | LEFT_OUT)
     return ledger, folders
 
 
@@ -145,7 +159,7 @@ def _backends(options: Mapping[str, Any], file: Path) -> list[dict[str, Any]]:
         raise ConvertError(f"{place}: no JSON ({error})") from error
 
 
-def _folders(ledger: Ledger, sets: Sequence[Mapping[str, Any]]) -> list[Folder]:
+def _folders(ledger: Ledger, sets: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> list[Folder]:
     by_id = {one.get("id"): one for one in sets}
     conditioning = {name for one in sets for name in _listed(one.get("conditioning_data"))}
     folders = []
@@ -168,7 +182,7 @@ def _folders(ledger: Ledger, sets: Sequence[Mapping[str, Any]]) -> list[Folder]:
                 ledger.lost(key, f"data of type {one['type']} is not read: bring it to this machine")
         else:
             others = [by_id[name] for name in _listed(one.get("conditioning_data")) if name in by_id]
-            folders.append(_folder(ledger, at, one, others))
+            folders.append(_folder(ledger, at, one, others, options))
     return folders
 
 
@@ -192,7 +206,13 @@ def _hub(ledger: Ledger, at: str, one: Mapping[str, Any], references: Sequence[M
         ledger.lost(key, "of a data set on the hub")
 
 
-def _folder(ledger: Ledger, at: str, one: Mapping[str, Any], references: Sequence[Mapping[str, Any]]) -> Folder:
+def _folder(
+    ledger: Ledger,
+    at: str,
+    one: Mapping[str, Any],
+    references: Sequence[Mapping[str, Any]],
+    options: Mapping[str, Any],
+) -> Folder:
     root = Path(str(one.get("instance_data_dir", ""))).expanduser()
     homes = [Path(str(other.get("instance_data_dir", ""))).expanduser() for other in references]
     strategy, instance = one.get("caption_strategy", "filename"), one.get("instance_prompt") or ""
@@ -212,27 +232,36 @@ def _folder(ledger: Ledger, at: str, one: Mapping[str, Any], references: Sequenc
     if strategy in ("textfile", "filename", "instanceprompt"):
         ledger.is_so(f"{at}caption_strategy", "captions are .txt there")
     ledger.lost(f"{at}caption_strategy", "captions are taken from .txt: write others there")
-    ledger.is_so(f"{at}instance_prompt", "the caption" if strategy == "instanceprompt" else "not used")
+    prepended = one.get("prepend_instance_prompt", options.get("prepend_instance_prompt")) and instance
+    prepended = prepended and strategy != "instanceprompt"
+    ledger.is_so(f"{at}instance_prompt", "the caption" if strategy == "instanceprompt" else
+                 "the prefix" if prepended else "not used")  # fmt: skip
+    ledger.is_so(f"{at}prepend_instance_prompt", "of the data set, see below")
+    lines = strategy == "textfile" and not one.get("disable_multiline_split") and several_lines(kept)
+    ledger.is_so(f"{at}disable_multiline_split", "of the data set, see below")
     ledger.is_so(f"{at}only_instance_prompt", "captions are what caption_strategy says")
-    if one.get("crop"):
-        random = one.get("crop_style") == "random"
-        ledger.becomes(f"{at}crop", {f"data.init_args.{'random' if random else 'center'}_crop": True})
-    ledger.is_so(f"{at}crop", "nothing is cut off")
-    ledger.is_so(f"{at}crop_style", "as crop says")
+    random = one.get("crop_style") == "random"
+    square = bool(one.get("crop")) and one.get("crop_aspect", "square") == "square"
+    if square and one.get("crop_style", "center") not in ("random", "center"):
+        ledger.lost(f"{at}crop_style", "the middle is kept")
+    for name in ("crop", "crop_style", "crop_aspect"):
+        ledger.is_so(at + name, "of the data set, see below" if square else "every picture keeps its shape")
     for name in ("resolution", "resolution_type", "repeats", "probability"):
         ledger.is_so(at + name, "of the data set, see below")
     ledger.is_so(f"{at}disabled", "it is on")
+    ledger.table(at, LEFT_OUT)
     ledger.table(at, OF_DATA, lost=False)
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = {"random_crop": square and random}
+    settings |= ({"prefix": f"{instance} "} if prepended else {}) | ({"prompt_per_line": True} if lines else {})
     size = one.get("resolution", ledger.get("resolution"))
     if size is not None:
         kind = one.get("resolution_type", ledger.get("resolution_type", "pixel_area"))
-        settings["resolution"] = round(float(size) ** 0.5 * 1000) if kind == "area" else int(size)
-    if one.get("repeats"):
-        settings["repeats"] = int(one["repeats"]) + 1  # theirs are beyond the first visit
-    if one.get("probability", 1.0) != 1.0:
-        settings["weight"] = float(one["probability"])
-    return Folder(f"{at}instance_data_dir", kept, root, [*said, *other], settings)
+        side = round(float(size) ** 0.5 * 1000) if kind == "area" else int(size)
+        settings |= {"image_size": [side, side]} if square else {"resolution": side}
+    visits, likely = int(one.get("repeats") or 0) + 1, float(one.get("probability", 1.0))  # beyond the first visit
+    # A data set is drawn for each batch: by what it has, times its probability, or by that alone.
+    share = likely if options.get("data_backend_sampling") == "uniform" else None
+    return Folder(f"{at}instance_data_dir", kept, root, [*said, *other], settings, visits * likely, share)
 
 
 def _caption(target: Path, strategy: str, instance: str) -> Path | str:

@@ -252,9 +252,9 @@ class Family(ABC):
     def decode(self, pipe: DiffusionPipeline, latents: Tensor) -> list[Image]:
         """Pictures of normalised latents (B, C, H, W)."""
 
-    @abstractmethod
     def guide(self, conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-        """Classifier-free guidance as the pipeline combines it; all (B, C, H, W)."""
+        """Classifier-free guidance as the pipeline combines it, most as Ho and Salimans (2022); all (B, C, H, W)."""
+        return unconditional + scale * (conditional - unconditional)
 
     def distilled_guidance(self, transformer_config: Mapping[str, Any]) -> bool:
         """Whether `guidance_scale` goes into the model (an embedding) instead of a second, unconditional pass."""

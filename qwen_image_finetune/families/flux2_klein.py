@@ -233,9 +233,6 @@ class Flux2Klein(Family):
         pictures: list[Image] = pipe.image_processor.postprocess(pixels)
         return pictures
 
-    def guide(self, conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-        return unconditional + scale * (conditional - unconditional)
-
     def defaults(self, pipeline_config: Mapping[str, Any], transformer_config: Mapping[str, Any]) -> Defaults:
         """A distilled checkpoint draws in four steps."""
         return (

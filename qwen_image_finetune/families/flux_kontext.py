@@ -187,9 +187,6 @@ class FluxKontext(Family):
         pictures: list[Image] = pipe.image_processor.postprocess(pipe.vae.decode(latents, return_dict=False)[0])
         return pictures
 
-    def guide(self, conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-        return unconditional + scale * (conditional - unconditional)
-
     def text_shape(self, name: str, tokens: int, transformer_config: Mapping[str, Any]) -> tuple[int, ...]:
         if name == "pooled_prompt_embeds":
             return (transformer_config["pooled_projection_dim"],)

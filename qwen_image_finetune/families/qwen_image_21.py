@@ -151,9 +151,6 @@ class QwenImage21(Family):
         pictures: list[Image] = pipe.image_processor.postprocess(pixels)
         return pictures
 
-    def guide(self, conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-        return unconditional + scale * (conditional - unconditional)
-
     def distilled_guidance(self, transformer_config: Mapping[str, Any]) -> bool:
         return False
 

@@ -187,9 +187,6 @@ class MadeUp(Family):
         pictures: list[Image] = pipe.image_processor.postprocess(pipe.vae.decode(latents, return_dict=False)[0])
         return pictures
 
-    def guide(self, conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-        return unconditional + scale * (conditional - unconditional)
-
     def mu(self, tokens: int, scheduler_config: Mapping[str, Any], steps: int) -> float:
         return 0.5 + tokens / 4096 + steps / 100
 

@@ -91,6 +91,7 @@ class Family(ABC):
     sizing_reference: ClassVar[int] = 0  # which of several references gives the picture its size
     references_follow: ClassVar[bool] = False  # the pipeline brings them to the size of what is drawn
     side_multiple: ClassVar[int]  # sides of target and references are multiples of this, in pixels
+    token_side: ClassVar[int] = 2  # latents of a side of one token of the transformer
     num_inference_steps: ClassVar[int]  # of prediction, with a checkpoint that is not distilled
     guidance_scale: ClassVar[float]
     resampling: ClassVar[Resampling] = Resampling.LANCZOS  # with which the pipeline resizes pictures
@@ -294,7 +295,7 @@ class Family(ABC):
 
     def tokens(self, latent_shape: Sequence[int]) -> int:
         """Number of transformer tokens of a latent (..., H, W)."""
-        return (latent_shape[-2] // 2) * (latent_shape[-1] // 2)
+        return (latent_shape[-2] // self.token_side) * (latent_shape[-1] // self.token_side)
 
     def latent_shape(
         self, width: int, height: int, transformer_config: Mapping[str, Any], vae_scale_factor: int | None = None

@@ -136,6 +136,7 @@ class Flux2Klein(Family):
     text_sees_references = False
     max_references = 4  # by the authors' documentation of editing
     side_multiple = 16
+    token_side = 1
     num_inference_steps = 50
     guidance_scale = 4.0
     negative_prompt = ""
@@ -253,9 +254,6 @@ class Flux2Klein(Family):
     def mu(self, tokens: int, scheduler_config: Mapping[str, Any], steps: int) -> float:
         """The authors' fit to the number of tokens and of sampler steps. Of the scheduler nothing enters."""
         return float(compute_empirical_mu(tokens, steps))
-
-    def tokens(self, latent_shape: Sequence[int]) -> int:
-        return latent_shape[-2] * latent_shape[-1]
 
     def latent_shape(
         self, width: int, height: int, transformer_config: Mapping[str, Any], vae_scale_factor: int | None = None

@@ -111,6 +111,7 @@ class Flux3Klein(Family):
     text_sees_references = False
     max_references = 10
     side_multiple = SIDE
+    token_side = 1
     num_inference_steps = 50
     guidance_scale = 3.5
     rounds_levels = True
@@ -241,9 +242,6 @@ class Flux3Klein(Family):
             "flow_map=true: this transformer is distilled to few steps, each of which it is told the end of; train on "
             f"its base, {BASE}"
         )
-
-    def tokens(self, latent_shape: Sequence[int]) -> int:
-        return latent_shape[-2] * latent_shape[-1]
 
     def latent_shape(
         self, width: int, height: int, transformer_config: Mapping[str, Any], vae_scale_factor: int | None = None

@@ -49,6 +49,7 @@ class QwenImage21(Family):
     max_references = 10
     sizing_reference = -1  # as the pipeline does
     side_multiple = 32
+    token_side = 1
     num_inference_steps = 40
     guidance_scale = 1.0
     # Of diffusers, which was asked; what ComfyUI and kohya's tools make of it is not known.
@@ -153,10 +154,6 @@ class QwenImage21(Family):
 
     def distilled_guidance(self, transformer_config: Mapping[str, Any]) -> bool:
         return False
-
-    def tokens(self, latent_shape: Sequence[int]) -> int:
-        """One for each latent."""
-        return latent_shape[-2] * latent_shape[-1]
 
     def latent_shape(
         self, width: int, height: int, transformer_config: Mapping[str, Any], vae_scale_factor: int | None = None

@@ -121,6 +121,7 @@ class MadeUp(Family):
     text_sees_references = False
     max_references = 3
     side_multiple = 8
+    token_side = 1
     num_inference_steps = 6
     guidance_scale = 3.0
     negative_prompt = ""
@@ -189,9 +190,6 @@ class MadeUp(Family):
 
     def mu(self, tokens: int, scheduler_config: Mapping[str, Any], steps: int) -> float:
         return 0.5 + tokens / 4096 + steps / 100
-
-    def tokens(self, latent_shape: Sequence[int]) -> int:
-        return latent_shape[-2] * latent_shape[-1]
 
     def latent_shape(
         self, width: int, height: int, transformer_config: Mapping[str, Any], vae_scale_factor: int | None = None

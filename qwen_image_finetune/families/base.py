@@ -353,25 +353,6 @@ def plain_tokens(tokenizer: Any, text: str) -> list[int]:
     return tokens
 
 
-def pack(latents: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, H/2 * W/2, 4 C), channels of a token in the order (c, row, column)."""
-    batch, channels, height, width = latents.shape
-    latents = latents.view(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
-    return latents.reshape(batch, (height // 2) * (width // 2), channels * 4)
-
-
-def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """Inverse of `pack` for a latent of `height` x `width`."""
-    batch, _, channels = tokens.shape
-    tokens = tokens.view(batch, height // 2, width // 2, channels // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
-    return tokens.reshape(batch, channels // 4, height, width)
-
-
-def concatenate_tokens(noisy: Tensor, references: Sequence[Tensor]) -> Tensor:
-    """The image sequence [noisy target | reference 1 | ...], each (B, C, H, W) packed: (B, tokens, 4 C)."""
-    return torch.cat([pack(noisy), *(pack(reference.to(noisy.dtype)) for reference in references)], dim=1)
-
-
 @contextmanager
 def quiet(*loggers: str) -> Iterator[None]:
     """Nothing below an error from these loggers for a while: what they say was said before, with a file's name."""

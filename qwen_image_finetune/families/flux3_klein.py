@@ -37,6 +37,7 @@ from qwen_image_finetune.families.base import (
 )
 from qwen_image_finetune.families.flux2_klein import whole
 from qwen_image_finetune.families.modular import OneFolder
+from qwen_image_finetune.families.packing import one_by_one
 from qwen_image_finetune.lora.names import USUAL_TARGETS, Native
 from qwen_image_finetune.lora.readers import EVERYTHING, Reader
 from qwen_image_finetune.records import Batch
@@ -195,28 +196,21 @@ class Flux3Klein(Family):
     def velocity(
         self, transformer: ModelMixin, noisy: Tensor, timestep: Tensor, batch: Batch, guidance: float | None = None
     ) -> Tensor:
-        """One row after the other: texts of unequal length cannot be padded to each other, because the transformer has
-        no mask. So each row predicts what it predicts alone, and processes that share a model call it equally often.
-        """
-        rows = [self._row(transformer, noisy, timestep, batch, row) for row in range(len(noisy))]
-        return torch.cat(rows)
+        """One row after the other: texts of unequal length cannot be padded to each other."""
+        return torch.cat([self._alone(transformer, *row) for row in one_by_one(noisy, timestep, batch)])
 
-    def _row(self, transformer: ModelMixin, noisy: Tensor, timestep: Tensor, batch: Batch, row: int) -> Tensor:
-        one = slice(row, row + 1)
-        text, mask = batch.text["prompt_embeds"][one], batch.text_masks.get("prompt_embeds")
-        if mask is not None:
-            text = text[:, : int(mask[row].sum())]
-        references = [reference[one].to(noisy.dtype) for reference in batch.references]
+    def _alone(self, transformer: ModelMixin, noisy: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
+        text = batch.text["prompt_embeds"]
         shown: dict[str, Any] = {}
-        if references:
-            places = [grid(each, -(1 + number)) for number, each in enumerate(references)]
-            tokens = torch.cat([each.flatten(2).transpose(1, 2) for each in references], dim=1)
+        if batch.references:
+            places = [grid(each, -(1 + number)) for number, each in enumerate(batch.references)]
+            tokens = torch.cat([each.flatten(2).transpose(1, 2) for each in batch.references], dim=1)
             shown = {"image_cond_hidden_states": tokens, "image_cond_ids": torch.cat(places)}
         words = torch.arange(text.shape[1], dtype=torch.float32, device=noisy.device)
         predicted: Tensor = transformer(
-            hidden_states=noisy[one].flatten(2).transpose(1, 2),
+            hidden_states=noisy.flatten(2).transpose(1, 2),
             encoder_hidden_states=text,
-            timestep=timestep[one],
+            timestep=timestep,
             img_ids=grid(noisy, 0),
             txt_ids=torch.nn.functional.pad(words[:, None], (3, 0)),
             return_dict=False,

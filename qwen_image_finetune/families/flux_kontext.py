@@ -29,10 +29,9 @@ from qwen_image_finetune.families.base import (
     Published,
     Reference,
     Room,
-    concatenate_tokens,
     quiet,
-    unpack,
 )
+from qwen_image_finetune.families.packing import concatenate_tokens, unpack
 from qwen_image_finetune.lora.names import Native
 from qwen_image_finetune.lora.readers import CONVERTED, EVERYTHING, OUTSIDE_BLOCKS, Reader
 from qwen_image_finetune.records import Batch

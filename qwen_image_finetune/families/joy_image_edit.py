@@ -22,6 +22,7 @@ from torch import Tensor
 
 from qwen_image_finetune.families.base import Asked, Published, Reference, Room, replaced
 from qwen_image_finetune.families.joy_image_edit_plus import LONGEST_TEXT, PUBLISHED, JoyImageEditPlus
+from qwen_image_finetune.families.packing import one_by_one
 from qwen_image_finetune.records import Batch
 
 
@@ -76,21 +77,15 @@ class JoyImageEdit(JoyImageEditPlus):
     def velocity(
         self, transformer: ModelMixin, noisy: Tensor, timestep: Tensor, batch: Batch, guidance: float | None = None
     ) -> Tensor:
-        """One row after the other: the transformer has no mask for the padding of a text, as the pipeline needs none.
-
-        As many calls for every batch, so that processes that share the weights stay in step.
-        """
-        text, mask = batch.text["prompt_embeds"], batch.text_masks.get("prompt_embeds")
-        lengths = [text.shape[1]] * len(noisy) if mask is None else mask.sum(dim=1).tolist()
-        items = torch.stack([*(reference.to(noisy.dtype) for reference in batch.references), noisy], dim=1).unsqueeze(3)
+        """One row after the other: the transformer has no mask for the padding of a text."""
         rows = [
             transformer(
-                hidden_states=items[row : row + 1],
-                timestep=timestep[row : row + 1] * 1000,
-                encoder_hidden_states=text[row : row + 1, :length],
+                hidden_states=torch.stack([*alone.references, latents], dim=1).unsqueeze(3),
+                timestep=level * 1000,
+                encoder_hidden_states=alone.text["prompt_embeds"],
                 return_dict=False,
             )[0][:, -1, :, 0]
-            for row, length in enumerate(lengths)
+            for latents, level, alone in one_by_one(noisy, timestep, batch)
         ]
         return torch.cat(rows)
 

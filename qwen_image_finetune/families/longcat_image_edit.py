@@ -32,14 +32,13 @@ from qwen_image_finetune.families.base import (
     Published,
     Reference,
     Room,
-    concatenate_tokens,
     covering,
     plain_tokens,
     quiet,
     replaced,
-    unpack,
 )
 from qwen_image_finetune.families.flux_kontext import FluxKontext, authors_names, tiny_scheduler, tiny_vae
+from qwen_image_finetune.families.packing import concatenate_tokens, unpack
 from qwen_image_finetune.families.qwen_image_edit import SEEN_SIDE, sliver_fault
 from qwen_image_finetune.lora.readers import EVERYTHING, Reader
 from qwen_image_finetune.records import Batch

@@ -25,6 +25,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from qwen_image_finetune.families.base import Asked, Family, Published, Reference, replaced
+from qwen_image_finetune.families.packing import one_by_one
 from qwen_image_finetune.families.qwen_image_edit import tiny_scheduler
 from qwen_image_finetune.lora.names import Names, Native
 from qwen_image_finetune.lora.readers import EVERYTHING, Reader
@@ -115,28 +116,24 @@ class QwenImage21(Family):
         self, transformer: ModelMixin, noisy: Tensor, timestep: Tensor, batch: Batch, guidance: float | None = None
     ) -> Tensor:
         """One row after the other: where the target stands follows from the length of the prompt, and the transformer
-        reads that from its first row. So each row predicts what it predicts alone, as the pipeline does for one prompt.
+        reads that from its first row.
         """
-        rows = [self._row(transformer, noisy, timestep, batch, row) for row in range(len(noisy))]
-        return torch.cat(rows)
+        return torch.cat([self._alone(transformer, *row) for row in one_by_one(noisy, timestep, batch)])
 
-    def _row(self, transformer: ModelMixin, noisy: Tensor, timestep: Tensor, batch: Batch, row: int) -> Tensor:
-        one, text = slice(row, row + 1), batch.text["prompt_embeds"]
-        mask = batch.text_masks.get("prompt_embeds")
-        length = text.shape[1] if mask is None else int(mask[row].sum())
-        pictures = [*(reference[one].to(noisy.dtype) for reference in batch.references), noisy[one]]
-        tokens, slots = self.tokens(noisy.shape), batch.text["image_slots"][one].bool()
-        words = slots.new_zeros(1, length - slots.shape[1])
+    def _alone(self, transformer: ModelMixin, noisy: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
+        text, slots = batch.text["prompt_embeds"], batch.text["image_slots"].bool()
+        pictures, tokens = [*batch.references, noisy], self.tokens(noisy.shape)
+        words = slots.new_zeros(1, text.shape[1] - slots.shape[1])
         target = slots.new_ones(1, tokens // LATENTS_OF_A_SLOT)
         predicted: Tensor = transformer(
             hidden_states=torch.cat([picture.flatten(2).transpose(1, 2) for picture in pictures], dim=1),
-            timestep=timestep[one],
-            encoder_hidden_states=text[one, :length],
+            timestep=timestep,
+            encoder_hidden_states=text,
             img_shapes=[[(1, *picture.shape[-2:]) for picture in pictures]],
             img_mask=torch.cat([slots, words, target], dim=1),
             return_dict=False,
         )[0]
-        return predicted[:, -tokens:].transpose(1, 2).reshape(1, *noisy.shape[1:])
+        return predicted[:, -tokens:].transpose(1, 2).reshape(noisy.shape)
 
     @torch.no_grad()
     def decode(self, pipe: DiffusionPipeline, latents: Tensor) -> list[Image]:

@@ -30,12 +30,10 @@ from qwen_image_finetune.families.base import (
     Published,
     Reference,
     Room,
-    concatenate_tokens,
-    pack,
     plain_tokens,
     replaced,
-    unpack,
 )
+from qwen_image_finetune.families.packing import concatenate_tokens, pack, unpack
 from qwen_image_finetune.records import Batch
 
 MODEL_AREA = 1024 * 1024

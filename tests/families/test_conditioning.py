@@ -20,8 +20,9 @@ from qwen_image_finetune.data.dataset import ImageDataset
 from qwen_image_finetune.drawing.predict import Predictor, draw_noise
 from qwen_image_finetune.encoding.cache import EncodedDataset, fill
 from qwen_image_finetune.families import FAMILIES, get_family
-from qwen_image_finetune.families.base import Asked, Family, Reference, pack, unpack
+from qwen_image_finetune.families.base import Asked, Family, Reference
 from qwen_image_finetune.families.flux_kontext import image_ids
+from qwen_image_finetune.families.packing import pack, unpack
 from qwen_image_finetune.records import Encoded, collate
 
 AREA = 128 * 96

@@ -153,15 +153,13 @@ class Flux2Klein(Family):
 
     def size(self, width: int, height: int, area: int | None = None, references: int = 1) -> tuple[int, int]:
         """Its own size, scaled down to a megapixel if it is larger; both sides then cut to multiples of 16."""
-        width, height = whole(width, height, area)
-        return max(width // 16, 1) * 16, max(height // 16, 1) * 16
+        return cut(*whole(width, height, area))
 
     def scaled(
         self, picture: tuple[int, int], size: tuple[int, int], area: int | None = None, references: int = 1
     ) -> tuple[int, int]:
         """What stands over the multiples of 16 is cut off, and what stands over another size where one was set."""
-        width, height = whole(*picture, area)
-        return (width, height) if (width // 16 * 16, height // 16 * 16) == size else covering(picture, size)
+        return before_cut(picture, size, area)
 
     @torch.no_grad()
     def encode_image(self, pipe: DiffusionPipeline, image: Image) -> Tensor:
@@ -226,11 +224,9 @@ class Flux2Klein(Family):
 
     @torch.no_grad()
     def decode(self, pipe: DiffusionPipeline, latents: Tensor) -> list[Image]:
-        vae = pipe.vae
-        latents = latents.to(vae.device, vae.dtype)
-        mean = vae.bn.running_mean.view(1, -1, 1, 1).to(latents)
-        std = torch.sqrt(vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps).to(latents)
-        pixels = vae.decode(pipe._unpatchify_latents(latents * std + mean), return_dict=False)[0]
+        latents = latents.to(pipe.vae.device, pipe.vae.dtype)
+        mean, std = normalisation(pipe.vae, latents)
+        pixels = pipe.vae.decode(pipe._unpatchify_latents(latents * std + mean), return_dict=False)[0]
         pictures: list[Image] = pipe.image_processor.postprocess(pixels)
         return pictures
 
@@ -292,6 +288,24 @@ def whole(width: int, height: int, area: int | None) -> tuple[int, int]:
         return width, height
     scale = math.sqrt((area or MODEL_AREA) / (width * height))
     return int(width * scale), int(height * scale)
+
+
+def cut(width: int, height: int) -> tuple[int, int]:
+    """Size of a picture of which what stands over multiples of 16 is cut off; at least one."""
+    return max(width // 16, 1) * 16, max(height // 16, 1) * 16
+
+
+def before_cut(picture: tuple[int, int], size: tuple[int, int], area: int | None) -> tuple[int, int]:
+    """Size to which a picture is scaled before it is cut to `size`: that of `whole`, or what covers another size."""
+    width, height = whole(*picture, area)
+    return (width, height) if (width // 16 * 16, height // 16 * 16) == size else covering(picture, size)
+
+
+def normalisation(vae: AutoencoderKLFlux2, latents: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation (1, C, 1, 1) of latents (B, C, H, W), 2 x 2 side by side, as the VAE's norm has seen them."""
+    mean = vae.bn.running_mean.view(1, -1, 1, 1)
+    std = torch.sqrt(vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps)
+    return mean.to(latents), std.to(latents)
 
 
 def grid(first: int, rows: int, columns: int, words: int, device: torch.device) -> Tensor:

@@ -35,7 +35,7 @@ from qwen_image_finetune.families.base import (
     plain_tokens,
     replaced,
 )
-from qwen_image_finetune.families.flux2_klein import whole
+from qwen_image_finetune.families.flux2_klein import before_cut, cut, normalisation, tiny_vae, whole
 from qwen_image_finetune.families.modular import OneFolder
 from qwen_image_finetune.families.packing import one_by_one
 from qwen_image_finetune.lora.names import USUAL_TARGETS, Native
@@ -133,8 +133,7 @@ class Flux3Klein(Family):
         """
         if references == 1:
             return canvas(*shrunk(width, height, area))
-        width, height = whole(width, height, area)
-        return max(width // SIDE, 1) * SIDE, max(height // SIDE, 1) * SIDE
+        return cut(*whole(width, height, area))
 
     def scaled(
         self, picture: tuple[int, int], size: tuple[int, int], area: int | None = None, references: int = 1
@@ -143,8 +142,7 @@ class Flux3Klein(Family):
         if references == 1:
             width, height = shrunk(*picture, area)
             return (width, height) if canvas(width, height) == size else covering(picture, size)
-        width, height = whole(*picture, area)
-        return (width, height) if (width // SIDE * SIDE, height // SIDE * SIDE) == size else covering(picture, size)
+        return before_cut(picture, size, area)
 
     def pixels(self, pipe: DiffusionPipeline, image: Image) -> Tensor:
         """Without the pipeline's `preprocess`, which would bring it to a size of its own once more."""
@@ -157,7 +155,7 @@ class Flux3Klein(Family):
         """(128, H/16, W/16): 2 x 2 latents side by side, normalised by the running statistics of the VAE's norm."""
         vae = pipe.vae
         latent = vae.encode(self.pixels(pipe, image).to(vae.device, vae.dtype)).latent_dist.mode()
-        mean, std = _normalisation(vae, latent)
+        mean, std = normalisation(vae, latent)
         normal: Tensor = (Flux3VaeEncoderStep._patchify_latents(latent) - mean) / std
         return normal[0]
 
@@ -221,7 +219,7 @@ class Flux3Klein(Family):
     @torch.no_grad()
     def decode(self, pipe: DiffusionPipeline, latents: Tensor) -> list[Image]:
         latents = latents.to(pipe.vae.device, pipe.vae.dtype)
-        mean, std = _normalisation(pipe.vae, latents)
+        mean, std = normalisation(pipe.vae, latents)
         pixels = pipe.vae.decode(Flux3DecodeStep._unpatchify_latents(latents * std + mean), return_dict=False)[0]
         pictures: list[Image] = pipe.image_processor.postprocess(pixels)
         return pictures
@@ -304,17 +302,9 @@ def grid(latents: Tensor, place: int) -> Tensor:
     return torch.cartesian_prod(row.new_zeros(1), row, column, row.new_full((1,), place))
 
 
-def _normalisation(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each channel of latents, 2 x 2 side by side: those that the VAE's norm has seen."""
-    mean = vae.bn.running_mean.view(1, -1, 1, 1)
-    std = torch.sqrt(vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps)
-    return mean.to(latents.device, latents.dtype), std.to(latents.device, latents.dtype)
-
-
 def tiny_pipeline() -> Flux3ModularPipeline:
     """The pipeline that `Flux3Klein.tiny` writes; its scheduler is that of the blocks, as in the published one."""
     from qwen_image_finetune.families import tiny
-    from qwen_image_finetune.families.flux2_klein import tiny_vae
 
     text = tiny.qwen3_text(chat_template=CHAT_TEMPLATE, **TINY_LANGUAGE)
     processor = text["processor"]

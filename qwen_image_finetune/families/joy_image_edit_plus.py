@@ -214,10 +214,6 @@ def tiny_pipeline(pipeline: type[DiffusionPipeline], transformer_class: type[Mod
     """The pipeline that `JoyImageEditPlus.tiny` writes."""
     from qwen_image_finetune.families import tiny
 
-    # The defaults hold the published mean and std.
-    vae = AutoencoderKLWan(base_dim=8, num_res_blocks=1)
-    tiny.amplify(tiny.randomise(vae, seed=1).quant_conv, rows=vae.config.z_dim, factor=4.0)
-    tiny.amplify(vae.decoder.conv_out, rows=3, factor=2.0)
     transformer = transformer_class(
         hidden_size=tiny.HEADS * tiny.HEAD_DIM,
         num_attention_heads=tiny.HEADS,
@@ -229,7 +225,7 @@ def tiny_pipeline(pipeline: type[DiffusionPipeline], transformer_class: type[Mod
     text = tiny.qwen3_text()
     return pipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.5),
-        vae=vae,
+        vae=tiny.film_vae(AutoencoderKLWan(base_dim=8, num_res_blocks=1)),
         tokenizer=text["processor"].tokenizer,
         **text,
         transformer=tiny.sharpen(tiny.randomise(transformer, seed=3)),

@@ -197,10 +197,6 @@ def tiny_pipeline() -> QwenImage21Pipeline:
     """The pipeline that `QwenImage21.tiny` writes."""
     from qwen_image_finetune.families import tiny
 
-    # The defaults hold the published mean and std.
-    vae = AutoencoderKLQwenImage21(base_dim=8, decoder_base_dim=8, num_res_blocks=1)
-    tiny.amplify(tiny.randomise(vae, seed=1).quant_conv, rows=vae.config.z_dim, factor=4.0)
-    tiny.amplify(vae.decoder.conv_out, rows=3, factor=2.0)
     transformer = QwenImage21Transformer2DModel(
         num_layers=3,
         attention_head_dim=tiny.HEAD_DIM,
@@ -210,7 +206,7 @@ def tiny_pipeline() -> QwenImage21Pipeline:
     )
     return QwenImage21Pipeline(
         scheduler=tiny_scheduler(),
-        vae=vae,
+        vae=tiny.film_vae(AutoencoderKLQwenImage21(base_dim=8, decoder_base_dim=8, num_res_blocks=1)),
         **tiny.qwen3_text(),
         transformer=tiny.sharpen(tiny.randomise(transformer, seed=3)),
     )

@@ -220,9 +220,6 @@ def tiny_pipeline(cls: type[DiffusionPipeline], zero_cond_t: bool) -> DiffusionP
     """The pipeline that `write_tiny` writes."""
     from qwen_image_finetune.families import tiny
 
-    vae = AutoencoderKLQwenImage(base_dim=8, num_res_blocks=1)  # the defaults hold the published mean and std
-    tiny.amplify(tiny.randomise(vae, seed=1).quant_conv, rows=vae.config.z_dim, factor=4.0)
-    tiny.amplify(vae.decoder.conv_out, rows=3, factor=2.0)
     transformer = QwenImageTransformer2DModel(
         in_channels=64,
         out_channels=16,
@@ -238,7 +235,7 @@ def tiny_pipeline(cls: type[DiffusionPipeline], zero_cond_t: bool) -> DiffusionP
         del text["processor"]
     return cls(
         scheduler=tiny_scheduler(),
-        vae=vae,
+        vae=tiny.film_vae(AutoencoderKLQwenImage(base_dim=8, num_res_blocks=1)),
         **text,
         transformer=tiny.sharpen(tiny.randomise(transformer, seed=3)),
     )

@@ -108,9 +108,20 @@ def qwen_text(sentences: Sequence[str] = SENTENCES) -> dict[str, Any]:
 
 def _qwen_vl(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
     """The model that reads prompt and references: 2 language and 2 vision layers."""
+    parts = _vision_language(tokenizer, mrope_section=[4, 6, 6], rope_theta=1e6)
+    parts["vision_config"] |= {"fullatt_block_indexes": [1]}
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**parts))
+
+
+def _vision_language(tokenizer: Qwen2Tokenizer, **rope: Any) -> dict[str, Any]:
+    """What the configurations of Qwen's models of words and pictures have in common.
+
+    Args:
+        rope: of the language model's positions.
+    """
     ids = tokenizer.convert_tokens_to_ids
-    config = Qwen2_5_VLConfig(
-        text_config={
+    return {
+        "text_config": {
             "hidden_size": WIDTH,
             "intermediate_size": 2 * WIDTH,
             "num_hidden_layers": 2,
@@ -118,25 +129,21 @@ def _qwen_vl(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
             "num_key_value_heads": 2,
             "vocab_size": len(tokenizer),
             "max_position_embeddings": 4096,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]},
+            "rope_parameters": {"rope_type": "default", **rope},
             "bos_token_id": ids("<|endoftext|>"),
             "eos_token_id": ids("<|im_end|>"),
         },
-        vision_config={
+        "vision_config": {
             "depth": 2,
             "hidden_size": 32,
             "intermediate_size": 64,
             "num_heads": 2,
             "out_hidden_size": WIDTH,
-            "fullatt_block_indexes": [1],
         },
-        image_token_id=ids("<|image_pad|>"),
-        video_token_id=ids("<|video_pad|>"),
-        vision_start_token_id=ids("<|vision_start|>"),
-        vision_end_token_id=ids("<|vision_end|>"),
-        tie_word_embeddings=True,
-    )
-    return Qwen2_5_VLForConditionalGeneration(config)
+        **{f"{kind}_token_id": ids(f"<|{kind}_pad|>") for kind in ("image", "video")},
+        **{f"vision_{edge}_token_id": ids(f"<|vision_{edge}|>") for edge in ("start", "end")},
+        "tie_word_embeddings": True,
+    }
 
 
 def _qwen_vl_processor(tokenizer: Qwen2Tokenizer) -> Qwen2VLProcessor:
@@ -166,38 +173,14 @@ def qwen3_text(
 
 def _qwen3_vl(tokenizer: Qwen2Tokenizer, language: Mapping[str, Any]) -> Qwen3VLForConditionalGeneration:
     """2 language and 2 vision layers, the first of which reaches into the language model."""
-    ids = tokenizer.convert_tokens_to_ids
-    config = Qwen3VLConfig(
-        text_config={
-            "hidden_size": WIDTH,
-            "intermediate_size": 2 * WIDTH,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 2,
-            "head_dim": 32,
-            "vocab_size": len(tokenizer),
-            "max_position_embeddings": 4096,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [6, 5, 5]},
-            "bos_token_id": ids("<|endoftext|>"),
-            "eos_token_id": ids("<|im_end|>"),
-            **language,
-        },
-        vision_config={
-            "depth": 2,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_heads": 2,
-            "out_hidden_size": language.get("hidden_size", WIDTH),
-            "num_position_embeddings": 64,
-            "deepstack_visual_indexes": [0],
-        },
-        image_token_id=ids("<|image_pad|>"),
-        video_token_id=ids("<|video_pad|>"),
-        vision_start_token_id=ids("<|vision_start|>"),
-        vision_end_token_id=ids("<|vision_end|>"),
-        tie_word_embeddings=True,
-    )
-    return Qwen3VLForConditionalGeneration(config)
+    parts = _vision_language(tokenizer, mrope_section=[6, 5, 5], rope_theta=5e6)
+    parts["text_config"] |= {"head_dim": 32, **language}
+    parts["vision_config"] |= {
+        "out_hidden_size": parts["text_config"]["hidden_size"],
+        "num_position_embeddings": 64,
+        "deepstack_visual_indexes": [0],
+    }
+    return Qwen3VLForConditionalGeneration(Qwen3VLConfig(**parts))
 
 
 # Weights
@@ -230,6 +213,13 @@ def amplify(layer: nn.Module, rows: int, factor: float) -> None:
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter[:rows] *= factor
+
+
+def film_vae(vae: Any) -> Any:
+    """An autoencoder of films with random weights. Its class's defaults hold the published mean and deviation."""
+    amplify(randomise(vae, seed=1).quant_conv, rows=vae.config.z_dim, factor=4.0)
+    amplify(vae.decoder.conv_out, rows=3, factor=2.0)
+    return vae
 
 
 def sharpen(transformer: Model) -> Model:

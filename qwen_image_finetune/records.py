@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from torch import Tensor, device, dtype
 
 
+Extent = tuple[int, int]  # (width, height) in pixels
+
+
 @dataclass(frozen=True)
 class Example:
     """One row of a dataset: pixels in, pixels wanted. Pictures are upright RGB, already cropped.
@@ -24,7 +27,7 @@ class Example:
     key: str
     prompt: str
     references: tuple[Image, ...]
-    reference_sizes: tuple[tuple[int, int], ...]  # (width, height) for the VAE, one per reference
+    reference_sizes: tuple[Extent, ...]  # for the VAE, one per reference
     target: Image  # at its final size
     mask: Image | None = None  # mode L, size of the target; white is foreground
     area: int | None = None  # in pixels, that its pictures are brought to; None is the model's own

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from qwen_image_finetune.data.geometry import Extent
+from qwen_image_finetune.records import Extent
 
 CANDIDATES = 256  # of sizes that may be kept, the most frequent ones: the search takes their cube
 

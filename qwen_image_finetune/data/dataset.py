@@ -15,7 +15,6 @@ from qwen_image_finetune.data import looks, suspects, told
 from qwen_image_finetune.data.captions import has_several, prompts_of
 from qwen_image_finetune.data.geometry import (
     Crop,
-    Extent,
     Picture,
     Plan,
     Scaled,
@@ -32,7 +31,7 @@ from qwen_image_finetune.data.left_out import LeftOut
 from qwen_image_finetune.data.listing import Row, RowFault
 from qwen_image_finetune.data.sizes import Sizes, fixed_notes, rounded
 from qwen_image_finetune.data.sources import read_sets
-from qwen_image_finetune.records import Example
+from qwen_image_finetune.records import Example, Extent
 
 if TYPE_CHECKING:
     from qwen_image_finetune.config import DatasetArguments

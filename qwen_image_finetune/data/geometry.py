@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from qwen_image_finetune.data.images import DataError
+from qwen_image_finetune.records import Extent
 
-Extent = tuple[int, int]  # (width, height) in pixels
 Box = tuple[int, int, int, int]  # (left, upper, right, lower) in pixels, as in Pillow
 Size = Callable[
     [int, int, int | None, int], Extent

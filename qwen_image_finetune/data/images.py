@@ -17,6 +17,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from qwen_image_finetune.data import png, shards
 from qwen_image_finetune.data.colours import ProfileError, to_srgb
 from qwen_image_finetune.data.kinds import kind_of
+from qwen_image_finetune.records import Extent
 
 # What a file may contain, whatever its name says.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
@@ -86,7 +87,7 @@ def open_upright(path: str | Path, mask: bool = False, remarks: list[str] | None
     return result
 
 
-def size_upright(path: str | Path) -> tuple[int, int]:
+def size_upright(path: str | Path) -> Extent:
     """(width, height) of the upright picture, from the header alone.
 
     Raises:
@@ -98,7 +99,7 @@ def size_upright(path: str | Path) -> tuple[int, int]:
         return _upright_size(image)
 
 
-def size_of(data: bytes, name: str) -> tuple[int, int]:
+def size_of(data: bytes, name: str) -> Extent:
     """The same of a file's bytes.
 
     Raises:
@@ -108,7 +109,7 @@ def size_of(data: bytes, name: str) -> tuple[int, int]:
         return _upright_size(image)
 
 
-def _upright_size(image: Image.Image) -> tuple[int, int]:
+def _upright_size(image: Image.Image) -> Extent:
     width, height = image.size
     return (height, width) if _orientation(image, []) in _SWAPS_SIDES else (width, height)
 
@@ -119,17 +120,15 @@ def upright(image: Image.Image) -> Image.Image:
     return _turned(to_rgb(image), turn)
 
 
-def resize(
-    image: Image.Image, size: tuple[int, int], resampling: Image.Resampling = Image.Resampling.LANCZOS
-) -> Image.Image:
+def resize(image: Image.Image, size: Extent, resampling: Image.Resampling = Image.Resampling.LANCZOS) -> Image.Image:
     """The one antialiased resize of the project, to (width, height): that of diffusers' `VaeImageProcessor`."""
     return image.resize(size, resample=resampling)
 
 
 def fitted(
     image: Image.Image,
-    scaled: tuple[int, int],
-    size: tuple[int, int],
+    scaled: Extent,
+    size: Extent,
     resampling: Image.Resampling = Image.Resampling.LANCZOS,
 ) -> Image.Image:
     """A picture resized to `scaled`; of what stands over `size` the middle is kept, what is missing is its reflection.
@@ -141,14 +140,14 @@ def fitted(
     return kept if kept.size == size else _reflected(kept, size)
 
 
-def middle(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+def middle(image: Image.Image, size: Extent) -> Image.Image:
     """The middle of a picture, `size` (width, height) large, or less where the picture is smaller."""
     width, height = min(image.width, size[0]), min(image.height, size[1])
     left, upper = (image.width - width) // 2, (image.height - height) // 2
     return image if (width, height) == image.size else image.crop((left, upper, left + width, upper + height))
 
 
-def _reflected(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+def _reflected(image: Image.Image, size: Extent) -> Image.Image:
     """A picture in the middle of `size`, the rest filled with its reflection: diffusers' `Flux3ImageProcessor`."""
     sides = [(size[axis] - image.size[axis], (size[axis] - image.size[axis]) // 2) for axis in (1, 0)]
     padding = [(before, missing - before) for missing, before in sides]

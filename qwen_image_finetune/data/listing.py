@@ -7,6 +7,8 @@ import unicodedata
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from qwen_image_finetune.records import Extent
+
 NOT_UTF8 = "its name is not UTF-8, and names go into hashes and files; rename it"
 LONGEST_CAPTION = 1_000_000  # bytes, or characters in a table; models read a few hundred words
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")  # endings of picture files, in any case
@@ -23,7 +25,7 @@ class Shared:
     prefix: str = ""  # stands before the prompts
     per_line: bool = False  # each line of a caption is a prompt
     identity: tuple[str, ...] = ()  # the rows want their source as it is, and ask for it so
-    image_size: tuple[int, int] | None = None  # of every target, as it was given
+    image_size: Extent | None = None  # of every target, as it was given
     areas: tuple[int, ...] = ()  # in pixels, that visits take turns at, the largest first; none: the model's own
     caption_dropout: float = 0.0
     reference_dropout: float = 0.0

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from qwen_image_finetune.data.dataset import ImageDataset
-from qwen_image_finetune.data.geometry import Extent, Plan
-from qwen_image_finetune.records import Example
+from qwen_image_finetune.data.geometry import Plan
+from qwen_image_finetune.records import Example, Extent
 
 
 class Part(ImageDataset):

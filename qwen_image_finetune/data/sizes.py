@@ -8,9 +8,10 @@ from contextlib import suppress
 from functools import partial
 
 from qwen_image_finetune.data import buckets, told
-from qwen_image_finetune.data.geometry import Crop, Extent, Size, drawn, final_size
+from qwen_image_finetune.data.geometry import Crop, Size, drawn, final_size
 from qwen_image_finetune.data.images import DataError
 from qwen_image_finetune.data.listing import Row
+from qwen_image_finetune.records import Extent
 
 
 class Sizes:

@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen_image_finetune.data import shards
-from qwen_image_finetune.data.geometry import Extent, Plan, same_aspect
+from qwen_image_finetune.data.geometry import Plan, same_aspect
 from qwen_image_finetune.data.hashes import groups
 from qwen_image_finetune.data.listing import Row
 from qwen_image_finetune.data.looks import Decoded, Look, Stamp
+from qwen_image_finetune.records import Extent
 
 CUT_OFF = 0.1  # share of a target's area above which a crop that nobody asked for is mentioned
 ENLARGED = 2.0  # factor of a side above which a target is too small for what it is trained at

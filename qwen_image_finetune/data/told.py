@@ -8,8 +8,8 @@ from math import sqrt
 from qwen_image_finetune.data.batches import Share, allotted
 from qwen_image_finetune.data.buckets import lost, nearest
 from qwen_image_finetune.data.captions import has_several
-from qwen_image_finetune.data.geometry import Extent
 from qwen_image_finetune.data.listing import Row
+from qwen_image_finetune.records import Extent
 
 
 def shares_of(rows: Sequence[Row]) -> list[Share]:

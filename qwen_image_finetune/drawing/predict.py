@@ -14,10 +14,10 @@ from torch import Tensor
 
 from qwen_image_finetune import flow
 from qwen_image_finetune.data.images import fitted, middle, upright
-from qwen_image_finetune.encoding.limits import References, prompt_faults, reference_faults
-from qwen_image_finetune.families.base import Family, Reference
+from qwen_image_finetune.encoding.limits import prompt_faults, reference_faults
+from qwen_image_finetune.families.base import Family, Reference, References
 from qwen_image_finetune.machine import console
-from qwen_image_finetune.records import Batch, Encoded, collate, joined
+from qwen_image_finetune.records import Batch, Encoded, Extent, collate, joined
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
@@ -134,24 +134,24 @@ class Predictor:
                 encoder.to("cpu")
             self.transformer.to(device)
 
-    def size(self, image: Image, references: int = 1) -> tuple[int, int]:
+    def size(self, image: Image, references: int = 1) -> Extent:
         """(width, height) of a picture that takes its size from a reference, one of so many."""
         return self.family.size(*image.size, self.area, references)
 
-    def seen(self, image: Image, size: tuple[int, int], references: int = 1) -> tuple[int, int]:
+    def seen(self, image: Image, size: Extent, references: int = 1) -> Extent:
         """(width, height) at which the model sees a reference of a picture of `size`, one of so many."""
         return self.family.reference_size(image.size, size, self.area, references)
 
-    def scaled(self, image: Image, size: tuple[int, int], references: int = 1) -> tuple[int, int]:
+    def scaled(self, image: Image, size: Extent, references: int = 1) -> Extent:
         """`Family.scaled` of a reference."""
         return self.family.scaled(image.size, size, self.area, references)
 
-    def fitted(self, image: Image, size: tuple[int, int], references: int = 1) -> Image:
+    def fitted(self, image: Image, size: Extent, references: int = 1) -> Image:
         """A reference as the VAE sees it."""
         return fitted(image, self.scaled(image, size, references), size, self.family.resampling)
 
     def encode(
-        self, prompt: str, images: Sequence[Image], size: tuple[int, int], references: Sequence[Tensor] | None = None
+        self, prompt: str, images: Sequence[Image], size: Extent, references: Sequence[Tensor] | None = None
     ) -> Encoded:
         """Conditions of one picture of `size`; the target latent only carries the shape of what is to be drawn.
 
@@ -273,13 +273,13 @@ class Predictor:
             scale = 1.0  # it has learnt the guidance: the pipelines do not look at a scale either
         return Guidance(prompt=scale if true_cfg_scale is None else true_cfg_scale, image=image)
 
-    def _picture_size(self, images: Sequence[Image], width: int | None, height: int | None) -> tuple[int, int]:
+    def _picture_size(self, images: Sequence[Image], width: int | None, height: int | None) -> Extent:
         if width is None or height is None:
             return usual_size(self.family, [image.size for image in images], self.area)
         return width, height
 
 
-def usual_size(family: Family, references: Sequence[tuple[int, int]], area: int | None) -> tuple[int, int]:
+def usual_size(family: Family, references: Sequence[Extent], area: int | None) -> Extent:
     """(width, height) of a picture of which none is asked for: as a reference is seen, or a square without any.
 
     Args:
@@ -291,7 +291,7 @@ def usual_size(family: Family, references: Sequence[tuple[int, int]], area: int 
 
 
 def check_prompt(
-    family: Family, pipe: DiffusionPipeline, prompt: str, size: tuple[int, int], references: References
+    family: Family, pipe: DiffusionPipeline, prompt: str, size: Extent, references: References
 ) -> str | None:
     """Refuse a prompt, or references, that the family's encoders do not take; how much is read where that is not all.
 

@@ -12,16 +12,15 @@ from qwen_image_finetune.data.dataset import ImageDataset
 from qwen_image_finetune.data.geometry import Plan
 from qwen_image_finetune.data.images import DataError
 from qwen_image_finetune.data.listing import unwritable
-from qwen_image_finetune.families.base import Family
+from qwen_image_finetune.families.base import Family, References
 from qwen_image_finetune.machine import console
+from qwen_image_finetune.records import Extent
 
-Size = tuple[int, int]
-References = Sequence[tuple[Size, Size]]  # of each its own (width, height), and that at which the VAE sees it
 _NAMED = 3  # captions in a note
 
 
 def prompt_faults(
-    family: Family, pipe: DiffusionPipeline, prompt: str, target: Size, references: References
+    family: Family, pipe: DiffusionPipeline, prompt: str, target: Extent, references: References
 ) -> tuple[list[str], str | None]:
     """(why a prompt cannot be encoded beside such pictures, how much of it is read where that is not all).
 
@@ -56,7 +55,7 @@ def reference_faults(family: Family, references: References) -> Iterator[tuple[i
             yield place, fault
 
 
-def shown_references(plan: Plan) -> list[tuple[Size, Size]]:
+def shown_references(plan: Plan) -> list[tuple[Extent, Extent]]:
     """The references of a row as `prompt_faults` takes them."""
     boxes = [(picture.box, picture.size) for picture in plan.references]
     return [((right - left, lower - upper), size) for (left, upper, right, lower), size in boxes]
@@ -90,7 +89,7 @@ def check_prompts(
     pipe = loading.load_tokenizers(family, checkpoint)
     problems: list[str] = []
     cut: list[str] = []
-    layouts: dict[tuple[Size, tuple[tuple[Size, Size], ...]], None] = {}
+    layouts: dict[tuple[Extent, tuple[tuple[Extent, Extent], ...]], None] = {}
     for index in rows:
         row, plan = dataset.rows[index], dataset.plan(index)
         shown = shown_references(plan)

@@ -19,14 +19,17 @@ from torch import Tensor
 from qwen_image_finetune.config.registry import FAMILIES
 from qwen_image_finetune.lora.names import USUAL_TARGETS, Names, Naming, Native
 from qwen_image_finetune.lora.readers import USUAL_READERS, Reader
-from qwen_image_finetune.records import Batch
+from qwen_image_finetune.records import Batch, Extent
+
+# Of each its own size, and that at which the VAE sees it.
+References = Sequence[tuple[Extent, Extent]]
 
 
 class Reference(NamedTuple):
     """A picture that a prompt speaks about."""
 
     picture: Image  # at its own size
-    size: tuple[int, int]  # (width, height) at which the VAE sees it
+    size: Extent  # (width, height) at which the VAE sees it
 
 
 class Defaults(NamedTuple):
@@ -49,7 +52,7 @@ class Asked:
 
     prompt: str
     references: Sequence[Image]
-    size: tuple[int, int]  # (width, height)
+    size: Extent  # (width, height)
     steps: int
     guidance: float  # as `guidance_scale` of our prediction
     area: int  # of the references, in place of the pipeline's own, which may be written into its code
@@ -126,7 +129,7 @@ class Family(ABC):
                 yield self.transformer(**one.transformer)
 
     @abstractmethod
-    def size(self, width: int, height: int, area: int | None = None, references: int = 1) -> tuple[int, int]:
+    def size(self, width: int, height: int, area: int | None = None, references: int = 1) -> Extent:
         """Size, in pixels, at which the pipeline sees a picture of `width` x `height`.
 
         Args:
@@ -134,9 +137,7 @@ class Family(ABC):
             references: how many the model is shown at once, of which this may be one, or the picture that is drawn.
         """
 
-    def scaled(
-        self, picture: tuple[int, int], size: tuple[int, int], area: int | None = None, references: int = 1
-    ) -> tuple[int, int]:
+    def scaled(self, picture: Extent, size: Extent, area: int | None = None, references: int = 1) -> Extent:
         """Size to which a picture is resized before it is brought to `size`: what stands over is cut off on both sides,
         what is missing is filled with its reflection.
 
@@ -149,9 +150,7 @@ class Family(ABC):
         """
         return size
 
-    def reference_size(
-        self, picture: tuple[int, int], target: tuple[int, int], area: int | None = None, references: int = 1
-    ) -> tuple[int, int]:
+    def reference_size(self, picture: Extent, target: Extent, area: int | None = None, references: int = 1) -> Extent:
         """(width, height) at which the VAE sees a reference beside a target of a size.
 
         Args:
@@ -180,7 +179,7 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def text_tokens(self, references: Sequence[tuple[int, int]]) -> int:
+    def text_tokens(self, references: Sequence[Extent]) -> int:
         """About how many tokens `encode_text` gives for a prompt of a few sentences.
 
         Args:
@@ -195,7 +194,7 @@ class Family(ABC):
             f"such as {FAMILIES[self.edit_family].example}"
         )
 
-    def reference_fault(self, picture: tuple[int, int], size: tuple[int, int]) -> str | None:
+    def reference_fault(self, picture: Extent, size: Extent) -> str | None:
         """Why a reference cannot be shown to the model, or None.
 
         Args:
@@ -204,12 +203,7 @@ class Family(ABC):
         """
         return None
 
-    def room(
-        self,
-        pipe: DiffusionPipeline,
-        target: tuple[int, int],
-        references: Sequence[tuple[tuple[int, int], tuple[int, int]]],
-    ) -> Room | None:
+    def room(self, pipe: DiffusionPipeline, target: Extent, references: References) -> Room | None:
         """How many tokens a prompt may have; None where there is no limit.
 
         Args:
@@ -331,7 +325,7 @@ class Family(ABC):
         """The same picture from diffusers' own pipeline, called as its users call it: what tests compare with."""
 
 
-def covering(picture: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+def covering(picture: Extent, size: Extent) -> Extent:
     """The least (width, height) of the aspect ratio of `picture` in which `size` fits.
 
     Source: `_resize_and_crop` of diffusers' `VaeImageProcessor`.

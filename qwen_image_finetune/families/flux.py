@@ -13,6 +13,7 @@ from PIL.Image import Image
 
 from qwen_image_finetune.families.base import Asked, Defaults, Published
 from qwen_image_finetune.families.flux_kontext import FluxKontext, prompt_length
+from qwen_image_finetune.records import Extent
 
 MODEL_AREA = 1024 * 1024
 
@@ -29,7 +30,7 @@ class Flux(FluxKontext):
         Published("black-forest-labs/FLUX.1-schnell", 4.97e9, "Apache 2.0", {"guidance_embeds": False}),
     )
 
-    def size(self, width: int, height: int, area: int | None = None, references: int = 1) -> tuple[int, int]:
+    def size(self, width: int, height: int, area: int | None = None, references: int = 1) -> Extent:
         """The aspect ratio kept at `area` (the pipeline's: 1024 x 1024), in multiples of 16."""
         return super().size(width, height, area or MODEL_AREA)
 

@@ -29,6 +29,7 @@ from qwen_image_finetune.families.base import (
     Family,
     Published,
     Reference,
+    References,
     Room,
     covering,
     plain_tokens,
@@ -36,7 +37,7 @@ from qwen_image_finetune.families.base import (
 from qwen_image_finetune.families.flux_kontext import tiny_scheduler
 from qwen_image_finetune.lora.names import Native
 from qwen_image_finetune.lora.readers import EVERYTHING, Reader
-from qwen_image_finetune.records import Batch
+from qwen_image_finetune.records import Batch, Extent
 
 MODEL_AREA = 1024 * 1024
 MAX_PROMPT_TOKENS = 512
@@ -151,13 +152,11 @@ class Flux2Klein(Family):
         klein("FLUX.2-klein-9B", (8.27e9, 6.95e9), "FLUX non-commercial", (8, 24), 32, 12288),
     )
 
-    def size(self, width: int, height: int, area: int | None = None, references: int = 1) -> tuple[int, int]:
+    def size(self, width: int, height: int, area: int | None = None, references: int = 1) -> Extent:
         """Its own size, scaled down to a megapixel if it is larger; both sides then cut to multiples of 16."""
         return cut(*whole(width, height, area))
 
-    def scaled(
-        self, picture: tuple[int, int], size: tuple[int, int], area: int | None = None, references: int = 1
-    ) -> tuple[int, int]:
+    def scaled(self, picture: Extent, size: Extent, area: int | None = None, references: int = 1) -> Extent:
         """What stands over the multiples of 16 is cut off, and what stands over another size where one was set."""
         return before_cut(picture, size, area)
 
@@ -184,12 +183,7 @@ class Flux2Klein(Family):
         """Tokens to which prompts are padded."""
         return min(MAX_PROMPT_TOKENS, pipe.tokenizer.model_max_length)
 
-    def room(
-        self,
-        pipe: DiffusionPipeline,
-        target: tuple[int, int],
-        references: Sequence[tuple[tuple[int, int], tuple[int, int]]],
-    ) -> Room:
+    def room(self, pipe: DiffusionPipeline, target: Extent, references: References) -> Room:
         """What the words of the chat leave. Its closing words come last, so they are lost where a prompt is cut."""
         return Room(self.prompt_length(pipe) - self.around(pipe), cut=True)
 
@@ -201,7 +195,7 @@ class Flux2Klein(Family):
         )
         return len(plain_tokens(pipe.tokenizer, text))
 
-    def text_tokens(self, references: Sequence[tuple[int, int]]) -> int:
+    def text_tokens(self, references: Sequence[Extent]) -> int:
         return MAX_PROMPT_TOKENS
 
     def velocity(
@@ -279,7 +273,7 @@ class Flux2Klein(Family):
         return picture
 
 
-def whole(width: int, height: int, area: int | None) -> tuple[int, int]:
+def whole(width: int, height: int, area: int | None) -> Extent:
     """Size of a picture before the cut: scaled to `area`; with None, down to a megapixel if it is larger.
 
     Source: `_resize_to_target_area` of diffusers' `Flux2ImageProcessor`.
@@ -290,12 +284,12 @@ def whole(width: int, height: int, area: int | None) -> tuple[int, int]:
     return int(width * scale), int(height * scale)
 
 
-def cut(width: int, height: int) -> tuple[int, int]:
+def cut(width: int, height: int) -> Extent:
     """Size of a picture of which what stands over multiples of 16 is cut off; at least one."""
     return max(width // 16, 1) * 16, max(height // 16, 1) * 16
 
 
-def before_cut(picture: tuple[int, int], size: tuple[int, int], area: int | None) -> tuple[int, int]:
+def before_cut(picture: Extent, size: Extent, area: int | None) -> Extent:
     """Size to which a picture is scaled before it is cut to `size`: that of `whole`, or what covers another size."""
     width, height = whole(*picture, area)
     return (width, height) if (width // 16 * 16, height // 16 * 16) == size else covering(picture, size)

@@ -30,6 +30,7 @@ from qwen_image_finetune.families.base import (
     Family,
     Published,
     Reference,
+    References,
     Room,
     covering,
     plain_tokens,
@@ -40,7 +41,7 @@ from qwen_image_finetune.families.modular import OneFolder
 from qwen_image_finetune.families.packing import one_by_one
 from qwen_image_finetune.lora.names import USUAL_TARGETS, Native
 from qwen_image_finetune.lora.readers import EVERYTHING, Reader
-from qwen_image_finetune.records import Batch
+from qwen_image_finetune.records import Batch, Extent
 
 SIDE = 16  # pixels of a side of one token
 LARGEST_CANVAS = 4 * 1024 * 1024  # of a reference that is shown alone
@@ -126,7 +127,7 @@ class Flux3Klein(Family):
                     Reader("diffusers", "kohya", EVERYTHING))  # fmt: skip
     published: ClassVar[tuple[Published, ...]] = (Published(BASE, 4.52e9, "FLUX Kommunity"),)
 
-    def size(self, width: int, height: int, area: int | None = None, references: int = 1) -> tuple[int, int]:
+    def size(self, width: int, height: int, area: int | None = None, references: int = 1) -> Extent:
         """Shown alone, a reference is kept whole on a canvas of multiples of 16, of at most four megapixels.
 
         Of several, each is scaled down to a megapixel if it is larger, and cut to multiples of 16.
@@ -135,9 +136,7 @@ class Flux3Klein(Family):
             return canvas(*shrunk(width, height, area))
         return cut(*whole(width, height, area))
 
-    def scaled(
-        self, picture: tuple[int, int], size: tuple[int, int], area: int | None = None, references: int = 1
-    ) -> tuple[int, int]:
+    def scaled(self, picture: Extent, size: Extent, area: int | None = None, references: int = 1) -> Extent:
         """The canvas of one is filled around it; of several, what stands over is cut off, as where a size was set."""
         if references == 1:
             width, height = shrunk(*picture, area)
@@ -177,18 +176,13 @@ class Flux3Klein(Family):
         """Tokens up to which prompts are read."""
         return min(LONGEST_PROMPT, pipe.tokenizer.tokenizer.model_max_length)
 
-    def room(
-        self,
-        pipe: DiffusionPipeline,
-        target: tuple[int, int],
-        references: Sequence[tuple[tuple[int, int], tuple[int, int]]],
-    ) -> Room:
+    def room(self, pipe: DiffusionPipeline, target: Extent, references: References) -> Room:
         """What the words of the chat leave. Its closing words come last, so they are lost where a prompt is cut."""
         chat = [{"role": "user", "content": ""}]
         text = pipe.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         return Room(self.prompt_length(pipe) - len(plain_tokens(pipe.tokenizer.tokenizer, text)), cut=True)
 
-    def text_tokens(self, references: Sequence[tuple[int, int]]) -> int:
+    def text_tokens(self, references: Sequence[Extent]) -> int:
         return int(Flux3TextEncoderStep().pad_multiple)
 
     def velocity(
@@ -270,7 +264,7 @@ class Flux3Klein(Family):
         return drawn
 
 
-def canvas(width: int, height: int) -> tuple[int, int]:
+def canvas(width: int, height: int) -> Extent:
     """The (width, height) that a whole picture is filled up to.
 
     Source: `_get_canvas_height_width` of diffusers' `Flux3ImageProcessor`.
@@ -279,7 +273,7 @@ def canvas(width: int, height: int) -> tuple[int, int]:
     return width, height
 
 
-def shrunk(width: int, height: int, area: int | None) -> tuple[int, int]:
+def shrunk(width: int, height: int, area: int | None) -> Extent:
     """(width, height) at which a whole picture lies on its canvas; with an `area`, also enlarged to it.
 
     Source: `_resize_if_canvas_exceeds_area` of diffusers' `Flux3ImageProcessor`.

@@ -28,13 +28,14 @@ from qwen_image_finetune.families.base import (
     Family,
     Published,
     Reference,
+    References,
     Room,
     quiet,
 )
 from qwen_image_finetune.families.packing import concatenate_tokens, unpack
 from qwen_image_finetune.lora.names import Native
 from qwen_image_finetune.lora.readers import CONVERTED, EVERYTHING, OUTSIDE_BLOCKS, Reader
-from qwen_image_finetune.records import Batch
+from qwen_image_finetune.records import Batch, Extent
 
 MAX_PROMPT_TOKENS = 512
 
@@ -118,7 +119,7 @@ class FluxKontext(Family):
         ),
     )
 
-    def size(self, width: int, height: int, area: int | None = None, references: int = 1) -> tuple[int, int]:
+    def size(self, width: int, height: int, area: int | None = None, references: int = 1) -> Extent:
         """The nearest of the 17 preferred resolutions; at another area, the aspect ratio in multiples of 16."""
         ratio = width / height
         if area is None:
@@ -149,16 +150,11 @@ class FluxKontext(Family):
             )
         return {"prompt_embeds": embeds[0], "pooled_prompt_embeds": pooled[0]}
 
-    def room(
-        self,
-        pipe: DiffusionPipeline,
-        target: tuple[int, int],
-        references: Sequence[tuple[tuple[int, int], tuple[int, int]]],
-    ) -> Room:
+    def room(self, pipe: DiffusionPipeline, target: Extent, references: References) -> Room:
         """What T5 reads, less its closing token. CLIP's summary, of 77 tokens, is of the beginning at any length."""
         return Room(prompt_length(pipe) - 1, cut=True)
 
-    def text_tokens(self, references: Sequence[tuple[int, int]]) -> int:
+    def text_tokens(self, references: Sequence[Extent]) -> int:
         return MAX_PROMPT_TOKENS
 
     def velocity(

@@ -20,10 +20,10 @@ from diffusers.pipelines.joyimage import image_processor as processing
 from PIL.Image import Image
 from torch import Tensor
 
-from qwen_image_finetune.families.base import Asked, Published, Reference, Room, replaced
+from qwen_image_finetune.families.base import Asked, Published, Reference, References, Room, replaced
 from qwen_image_finetune.families.joy_image_edit_plus import LONGEST_TEXT, PUBLISHED, JoyImageEditPlus
 from qwen_image_finetune.families.packing import one_by_one
-from qwen_image_finetune.records import Batch
+from qwen_image_finetune.records import Batch, Extent
 
 
 class JoyImageEdit(JoyImageEditPlus):
@@ -65,12 +65,7 @@ class JoyImageEdit(JoyImageEditPlus):
         )
         return {"prompt_embeds": embeds[0]}
 
-    def room(
-        self,
-        pipe: DiffusionPipeline,
-        target: tuple[int, int],
-        references: Sequence[tuple[tuple[int, int], tuple[int, int]]],
-    ) -> Room | None:
+    def room(self, pipe: DiffusionPipeline, target: Extent, references: References) -> Room | None:
         """Without a reference the pipeline cuts."""
         return None if references else Room(pipe.text_token_max_length, cut=True)
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from qwen_image_finetune.families.base import Asked, Family, Published, Reference, replaced
 from qwen_image_finetune.lora.readers import EVERYTHING, Reader
-from qwen_image_finetune.records import Batch
+from qwen_image_finetune.records import Batch, Extent
 
 SLOT_SIDE = 32  # pixels of a side of what is one token to the language model, and 2 x 2 patches to the transformer
 MODEL_SIDE = 1024
@@ -65,7 +65,7 @@ class JoyImageEditPlus(Family):
         Published("jdopensource/JoyAI-Image-Edit-Plus-Diffusers", 8.9e9, "Apache 2.0", PUBLISHED, 7.48e9),
     )
 
-    def size(self, width: int, height: int, area: int | None = None, references: int = 1) -> tuple[int, int]:
+    def size(self, width: int, height: int, area: int | None = None, references: int = 1) -> Extent:
         """The size nearest in ratio of those near a megapixel that the model was trained at.
 
         At another `area` they are scaled to it, sides rounded to 32.
@@ -73,9 +73,7 @@ class JoyImageEditPlus(Family):
         ratio = height / width
         return min(_sizes(area), key=lambda size: abs(size[1] / size[0] - ratio))
 
-    def scaled(
-        self, picture: tuple[int, int], size: tuple[int, int], area: int | None = None, references: int = 1
-    ) -> tuple[int, int]:
+    def scaled(self, picture: Extent, size: Extent, area: int | None = None, references: int = 1) -> Extent:
         """`JoyImageEditImageProcessor.resize_center_crop`: scaled to cover `size`."""
         scale = max(size[1] / picture[1], size[0] / picture[0])
         return math.ceil(picture[0] * scale), math.ceil(picture[1] * scale)
@@ -112,7 +110,7 @@ class JoyImageEditPlus(Family):
         )
         return {"prompt_embeds": embeds[0]}
 
-    def text_tokens(self, references: Sequence[tuple[int, int]]) -> int:
+    def text_tokens(self, references: Sequence[Extent]) -> int:
         """The language model sees the references: they are most of it."""
         return WORDS + sum((width // SLOT_SIDE) * (height // SLOT_SIDE) for width, height in references)
 
@@ -177,7 +175,7 @@ class JoyImageEditPlus(Family):
 
 
 @cache
-def _sizes(area: int | None) -> tuple[tuple[int, int], ...]:
+def _sizes(area: int | None) -> tuple[Extent, ...]:
     """(width, height) that pictures are brought to at an area, one of each ratio; None is the model's own."""
     found: dict[float, tuple[int, int]] = {}
     for height, width in processing.BUCKETS[MODEL_SIDE]:

@@ -31,6 +31,7 @@ from qwen_image_finetune.families.base import (
     Asked,
     Published,
     Reference,
+    References,
     Room,
     covering,
     plain_tokens,
@@ -41,7 +42,7 @@ from qwen_image_finetune.families.flux_kontext import FluxKontext, authors_names
 from qwen_image_finetune.families.packing import concatenate_tokens, unpack
 from qwen_image_finetune.families.qwen_image_edit import SEEN_SIDE, sliver_fault
 from qwen_image_finetune.lora.readers import EVERYTHING, Reader
-from qwen_image_finetune.records import Batch
+from qwen_image_finetune.records import Batch, Extent
 
 MODEL_AREA = 1024 * 1024
 MAX_PROMPT_TOKENS = 512
@@ -84,26 +85,24 @@ class LongCatImageEdit(FluxKontext):
         ),
     )
 
-    def size(self, width: int, height: int, area: int | None = None, references: int = 1) -> tuple[int, int]:
+    def size(self, width: int, height: int, area: int | None = None, references: int = 1) -> Extent:
         """The aspect ratio kept at `area` (the model's: 1024 x 1024), sides up to multiples of 16."""
         width, height = editing.calculate_dimensions(area or MODEL_AREA, width / height)
         return width, height
 
-    def scaled(
-        self, picture: tuple[int, int], size: tuple[int, int], area: int | None = None, references: int = 1
-    ) -> tuple[int, int]:
+    def scaled(self, picture: Extent, size: Extent, area: int | None = None, references: int = 1) -> Extent:
         """As the pipeline does, to `size` itself where rounding alone makes it of another ratio than the picture.
 
         Else the picture covers `size`; the pipeline draws no such sizes.
         """
         return size if self._keeps_ratio(picture, size) else covering(picture, size)
 
-    def _keeps_ratio(self, picture: tuple[int, int], size: tuple[int, int]) -> bool:
+    def _keeps_ratio(self, picture: Extent, size: Extent) -> bool:
         """Whether there is an area at which a picture has this size."""
         sides = list(zip(picture, size, strict=True))
         return max((side - self.side_multiple) / own for own, side in sides) < min(side / own for own, side in sides)
 
-    def _fitted(self, pipe: DiffusionPipeline, picture: Image, size: tuple[int, int]) -> Image:
+    def _fitted(self, pipe: DiffusionPipeline, picture: Image, size: Extent) -> Image:
         """A reference as the VAE sees it; see `scaled`."""
         mode = "default" if self._keeps_ratio(picture.size, size) else "crop"
         fitted: Image = pipe.image_processor.resize(picture, size[1], size[0], resize_mode=mode)
@@ -131,20 +130,15 @@ class LongCatImageEdit(FluxKontext):
             embeds, _ = reader.encode_prompt([prompt], **seen)
         return {"prompt_embeds": embeds[0]}
 
-    def seen(self, size: tuple[int, int]) -> tuple[int, int]:
+    def seen(self, size: Extent) -> Extent:
         """(width, height) at which the language model sees a reference that the VAE sees at `size`."""
         return size[0] // 2, size[1] // 2
 
-    def reference_fault(self, picture: tuple[int, int], size: tuple[int, int]) -> str | None:
+    def reference_fault(self, picture: Extent, size: Extent) -> str | None:
         """The picture processor of the language model refuses slivers."""
         return sliver_fault(picture, self.seen(size))
 
-    def room(
-        self,
-        pipe: DiffusionPipeline,
-        target: tuple[int, int],
-        references: Sequence[tuple[tuple[int, int], tuple[int, int]]],
-    ) -> Room:
+    def room(self, pipe: DiffusionPipeline, target: Extent, references: References) -> Room:
         """What both pipelines read. That for editing fails on more, that without a reference cuts."""
         return Room(prompt_length(pipe), cut=not references)
 
@@ -153,7 +147,7 @@ class LongCatImageEdit(FluxKontext):
         words = [letters for part, quoted in parts_of(prompt) for letters in (part if quoted else [part])]
         return [token for word in words for token in plain_tokens(pipe.tokenizer, word)]
 
-    def text_tokens(self, references: Sequence[tuple[int, int]]) -> int:
+    def text_tokens(self, references: Sequence[Extent]) -> int:
         """Padding is part of the text, and the language model sees the reference."""
         seen = [self.seen(size) for size in references]
         return MAX_PROMPT_TOKENS + sum(round(width / SEEN_SIDE) * round(height / SEEN_SIDE) for width, height in seen)

@@ -10,8 +10,9 @@ from typing import ClassVar
 
 from diffusers import DiffusionPipeline, QwenImagePipeline
 
-from qwen_image_finetune.families.base import Published, Room
+from qwen_image_finetune.families.base import Published, References, Room
 from qwen_image_finetune.families.qwen_image_edit import WORDS, QwenImageEdit
+from qwen_image_finetune.records import Extent
 
 
 class QwenImage(QwenImageEdit):
@@ -29,14 +30,9 @@ class QwenImage(QwenImageEdit):
         Published("Qwen/Qwen-Image-2512", 8.42e9, "Apache 2.0"),
     )
 
-    def room(
-        self,
-        pipe: DiffusionPipeline,
-        target: tuple[int, int],
-        references: Sequence[tuple[tuple[int, int], tuple[int, int]]],
-    ) -> Room:
+    def room(self, pipe: DiffusionPipeline, target: Extent, references: References) -> Room:
         """The pipeline's cut."""
         return Room(pipe.tokenizer_max_length, cut=True)
 
-    def text_tokens(self, references: Sequence[tuple[int, int]]) -> int:
+    def text_tokens(self, references: Sequence[Extent]) -> int:
         return WORDS

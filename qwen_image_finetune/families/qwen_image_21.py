@@ -29,7 +29,7 @@ from qwen_image_finetune.families.packing import one_by_one
 from qwen_image_finetune.families.qwen_image_edit import tiny_scheduler
 from qwen_image_finetune.lora.names import Names, Native
 from qwen_image_finetune.lora.readers import EVERYTHING, Reader
-from qwen_image_finetune.records import Batch
+from qwen_image_finetune.records import Batch, Extent
 
 MODEL_AREA = 1024 * 1024
 SLOT_SIDE = 32  # pixels of a side of what is one token to the language model, and 2 x 2 latents to the transformer
@@ -67,7 +67,7 @@ class QwenImage21(Family):
         block = "transformer_blocks.{}.img_mlp"
         return {f"{block}.gate_up": Native((f"{block}.gate_layer", f"{block}.proj"), rows=(1, 1))}
 
-    def size(self, width: int, height: int, area: int | None = None, references: int = 1) -> tuple[int, int]:
+    def size(self, width: int, height: int, area: int | None = None, references: int = 1) -> Extent:
         """The aspect ratio kept at `area` (the model's: 1024 x 1024), sides rounded to 32."""
         width, height, _ = calculate_dimensions(area or MODEL_AREA, width / height)
         return max(width, SLOT_SIDE), max(height, SLOT_SIDE)
@@ -108,7 +108,7 @@ class QwenImage21(Family):
         end = int(places[-1]) + 1 if len(places) else 0
         return {"prompt_embeds": embeds[0], "image_slots": seen[0, :end].long()}
 
-    def text_tokens(self, references: Sequence[tuple[int, int]]) -> int:
+    def text_tokens(self, references: Sequence[Extent]) -> int:
         """The language model sees the references: they are most of it."""
         return WORDS + _slots(references)
 
@@ -188,7 +188,7 @@ class QwenImage21(Family):
         return drawn
 
 
-def _slots(sizes: Sequence[tuple[int, int]]) -> int:
+def _slots(sizes: Sequence[Extent]) -> int:
     """Tokens of the language model that stand for pictures of these (width, height)."""
     return sum((width // SLOT_SIDE) * (height // SLOT_SIDE) for width, height in sizes)
 

@@ -29,12 +29,13 @@ from qwen_image_finetune.families.base import (
     Family,
     Published,
     Reference,
+    References,
     Room,
     plain_tokens,
     replaced,
 )
 from qwen_image_finetune.families.packing import concatenate_tokens, pack, unpack
-from qwen_image_finetune.records import Batch
+from qwen_image_finetune.records import Batch, Extent
 
 MODEL_AREA = 1024 * 1024
 SEEN_SIDE = 28  # pixels of a side of what is one token to the language model
@@ -59,7 +60,7 @@ class QwenImageEdit(Family):
     guidance_scale = 4.0
     published: ClassVar[tuple[Published, ...]] = (Published("Qwen/Qwen-Image-Edit", 8.42e9, "Apache 2.0", {}, 7.15e9),)
 
-    def size(self, width: int, height: int, area: int | None = None, references: int = 1) -> tuple[int, int]:
+    def size(self, width: int, height: int, area: int | None = None, references: int = 1) -> Extent:
         """The aspect ratio kept at `area` (the model's: 1024 x 1024), sides rounded to 32."""
         width, height, _ = calculate_dimensions(area or MODEL_AREA, width / height)
         return max(width, 32), max(height, 32)
@@ -97,20 +98,15 @@ class QwenImageEdit(Family):
         embeds, _ = pipe.encode_prompt(prompt, image=picture, device=device)
         return {"prompt_embeds": embeds[0]}
 
-    def reference_fault(self, picture: tuple[int, int], size: tuple[int, int]) -> str | None:
+    def reference_fault(self, picture: Extent, size: Extent) -> str | None:
         """The picture processor of the language model refuses slivers."""
         return sliver_fault(picture, self.seen(picture, size))
 
-    def seen(self, picture: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    def seen(self, picture: Extent, size: Extent) -> Extent:
         """(width, height) at which the language model sees a reference; see `reference_fault`."""
         return size
 
-    def room(
-        self,
-        pipe: DiffusionPipeline,
-        target: tuple[int, int],
-        references: Sequence[tuple[tuple[int, int], tuple[int, int]]],
-    ) -> Room:
+    def room(self, pipe: DiffusionPipeline, target: Extent, references: References) -> Room:
         """The positions of the transformer that pictures and template leave; without references, the pipeline's cut."""
         if not references and "{}" in pipe.prompt_template_encode and "image_pad" in pipe.prompt_template_encode:
             return Room(text_to_image(pipe).tokenizer_max_length, cut=True)
@@ -123,7 +119,7 @@ class QwenImageEdit(Family):
         behind = around - pipe.prompt_template_encode_start_idx - len(references) + patches // processor.merge_size**2
         return Room(POSITIONS - start - behind, cut=False)
 
-    def text_tokens(self, references: Sequence[tuple[int, int]]) -> int:
+    def text_tokens(self, references: Sequence[Extent]) -> int:
         """The language model sees the references: they are most of it."""
         return WORDS + sum(round(width / SEEN_SIDE) * round(height / SEEN_SIDE) for width, height in references)
 
@@ -182,7 +178,7 @@ class QwenImageEdit(Family):
         return drawn
 
 
-def sliver_fault(picture: tuple[int, int], seen: tuple[int, int]) -> str | None:
+def sliver_fault(picture: Extent, seen: Extent) -> str | None:
     """Why Qwen2.5-VL cannot be shown a picture, or None.
 
     Args:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from qwen_image_finetune.families.base import Asked, Published, Reference, replaced
 from qwen_image_finetune.families.qwen_image_edit import QwenImageEdit, write_tiny
+from qwen_image_finetune.records import Extent
 
 
 class QwenImageEditPlus(QwenImageEdit):
@@ -47,11 +48,11 @@ class QwenImageEditPlus(QwenImageEdit):
         embeds, _ = pipe.encode_prompt(prompt, image=pictures or None, device=pipe.text_encoder.device)
         return {"prompt_embeds": embeds[0]}
 
-    def seen(self, picture: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    def seen(self, picture: Extent, size: Extent) -> Extent:
         width, height = plus.calculate_dimensions(plus.CONDITION_IMAGE_SIZE, picture[0] / picture[1])
         return width, height
 
-    def text_tokens(self, references: Sequence[tuple[int, int]]) -> int:
+    def text_tokens(self, references: Sequence[Extent]) -> int:
         seen = [plus.calculate_dimensions(plus.CONDITION_IMAGE_SIZE, width / height) for width, height in references]
         return super().text_tokens(seen)
 

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen_image_finetune.data.geometry import Box, Crop, Extent, cover, fit, generator, same_aspect, transfer
+from qwen_image_finetune.data.geometry import Box, Crop, cover, fit, generator, same_aspect, transfer
 from qwen_image_finetune.data.images import DataError
+from qwen_image_finetune.records import Extent
 
 quick = settings(max_examples=100, deadline=None)
 extents = st.tuples(st.integers(1, 3000), st.integers(1, 3000))

@@ -13,9 +13,9 @@ from qwen_image_finetune.config import DatasetArguments
 from qwen_image_finetune.data.dataset import ImageDataset
 from qwen_image_finetune.data.part import Part
 from qwen_image_finetune.data.suspects import few_note
+from qwen_image_finetune.records import Extent
 
 DATA = Path(__file__).parents[2] / "data"
-Extent = tuple[int, int]
 
 
 def dataset(folder: Path, **arguments: Any) -> ImageDataset:

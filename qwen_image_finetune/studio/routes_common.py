@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlencode
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -16,7 +17,7 @@ from starlette.routing import Route
 
 from qwen_image_finetune.machine.console import duration
 from qwen_image_finetune.studio.bin import Bin
-from qwen_image_finetune.studio.jobs import Jobs
+from qwen_image_finetune.studio.jobs import Job, Jobs
 from qwen_image_finetune.studio.pairs import DataSets
 from qwen_image_finetune.studio.queue import Queue
 from qwen_image_finetune.studio.shelf import Refused, Shelf
@@ -129,6 +130,21 @@ def post(path: str, ask: type[Asked], act: Callable[[Studio, Asked], Any]) -> Ro
         return JSONResponse(await run_in_threadpool(act, of(request), wanted))
 
     return Route(path, endpoint, methods=["POST"], name=path)
+
+
+def address(job: Job) -> str:
+    """Where to look at a job."""
+    if job.kind == "predict":
+        return "/try?" + urlencode({"run": job.about["run"], "job": job.id})
+    if job.kind == "look":
+        return "/data?" + urlencode({"set": job.about["set"]})
+    return "/watch?" + urlencode({"job": job.id})
+
+
+def queued(studio: Studio, job: Job) -> dict[str, str]:
+    """What is answered once a job waits for its turn, which may be now."""
+    studio.queue.tick()
+    return {"job": job.id, "address": address(job)}
 
 
 async def bounded(request: Request, limit: int) -> AsyncIterator[bytes]:

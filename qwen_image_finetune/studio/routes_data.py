@@ -19,7 +19,7 @@ from qwen_image_finetune.studio import captioning, looking, uploads
 from qwen_image_finetune.studio.inbox import Inbox
 from qwen_image_finetune.studio.jobs import Step
 from qwen_image_finetune.studio.pairs import Change
-from qwen_image_finetune.studio.routes_common import Ask, Studio, asked, bounded, file, get, number, post
+from qwen_image_finetune.studio.routes_common import Ask, Studio, asked, bounded, file, get, number, post, queued
 from qwen_image_finetune.studio.shelf import Refused
 from qwen_image_finetune.studio.thumbnails import small
 
@@ -41,7 +41,6 @@ def data_page(studio: Studio, request: Request) -> Response:
     page = min(number(request, "page", 1), pages)
     aside, proposals = kept_aside(studio, name), captioning.read_proposals(studio.shelf, name)
     orphans, waiting = studio.data.orphans(name), Inbox(studio.shelf, name).waiting()
-    jobs = [job for job in studio.jobs.all() if job.kind == "look" and job.about.get("set") == name]
     return studio.page(
         "data.html",
         name=name,
@@ -60,7 +59,7 @@ def data_page(studio: Studio, request: Request) -> Response:
         counts=notes.counts(),
         looked=notes.done,
         words=looking.WORDS,
-        looking=bool(jobs) and jobs[-1].state in ("waiting", "running"),
+        looking=is_looking(studio, name),
         waiting=waiting[:MOST_SHOWN],
         num_waiting=len(waiting),
         ready=sum(each.after is not None and bool(each.before) for each in waiting),
@@ -69,8 +68,7 @@ def data_page(studio: Studio, request: Request) -> Response:
 
 def kept_aside(studio: Studio, name: str) -> set[str]:
     """Keys of the pairs that the newest run of this set does not learn from, so that it can be measured on them."""
-    names = studio.shelf.found().runs
-    for run in sorted(names, key=lambda each: (studio.shelf.root / each).stat().st_mtime_ns, reverse=True)[:MOST_RUNS]:
+    for run in studio.runs.newest(studio.shelf.found().runs)[:MOST_RUNS]:
         settings = studio.runs.settings(run)
         if settings.get("data.init_args.dataset_path") == name:
             elsewhere = settings.get("validation.dataset_path") is not None  # pairs of another folder
@@ -178,15 +176,15 @@ def bin_page(studio: Studio, request: Request) -> Response:
     return studio.page("bin.html", content=studio.bin.content())
 
 
-class Orphan(Ask):
-    """A reference and a target that belong together."""
+class Halves(Ask):
+    """A reference and a target that belong together: their names, or in an inbox their stems."""
 
     set: str
     before: str
     after: str
 
 
-def join(studio: Studio, ask: Orphan) -> dict[str, str]:
+def join(studio: Studio, ask: Halves) -> dict[str, str]:
     """A picture before the edit is renamed to fit the one after it."""
     return {"name": studio.data.join(ask.set, ask.before, ask.after)}
 
@@ -245,14 +243,6 @@ async def upload(request: Request) -> Response:
     return JSONResponse({"taken": received.taken, "refused": received.refused[:MOST_SHOWN]})
 
 
-class InboxJoin(Ask):
-    """Halves in an inbox that belong together, by their stems."""
-
-    set: str
-    before: str
-    after: str
-
-
 class Accept(Ask):
     """What is whole in the inbox becomes part of the data set."""
 
@@ -266,7 +256,7 @@ class Named(Ask):
     set: str
 
 
-def join_inbox(studio: Studio, ask: InboxJoin) -> dict[str, bool]:
+def join_inbox(studio: Studio, ask: Halves) -> dict[str, bool]:
     Inbox(studio.shelf, ask.set).join(ask.before, ask.after)
     return {"joined": True}
 
@@ -304,8 +294,7 @@ def propose(studio: Studio, ask: Proposed) -> dict[str, str]:
     job = studio.jobs.add(
         "caption", f"Propose captions for {ask.set}", [Step("caption", arguments)], True, about={"set": ask.set}
     )
-    studio.queue.tick()
-    return {"job": job.id, "address": f"/watch?job={job.id}"}
+    return queued(studio, job)
 
 
 def looked(studio: Studio, request: Request) -> Response:
@@ -313,9 +302,14 @@ def looked(studio: Studio, request: Request) -> Response:
     name = asked(request, "set")
     studio.shelf.folder(name)
     notes = looking.read_notes(studio.shelf, name)
+    told = {"going": is_looking(studio, name), "done": notes.done, "total": notes.total, "counts": notes.counts()}
+    return JSONResponse(told)
+
+
+def is_looking(studio: Studio, name: str) -> bool:
+    """Whether a data set is being looked through, or waits for it."""
     jobs = [job for job in studio.jobs.all() if job.kind == "look" and job.about.get("set") == name]
-    going = bool(jobs) and jobs[-1].state in ("waiting", "running")
-    return JSONResponse({"going": going, "done": notes.done, "total": notes.total, "counts": notes.counts()})
+    return bool(jobs) and jobs[-1].state in ("waiting", "running")
 
 
 ROUTES = [
@@ -329,12 +323,12 @@ ROUTES = [
     post("/data/caption", Caption, write_caption),
     post("/data/captions", Captions, change_captions),
     post("/data/throw", Keys, throw_away),
-    post("/data/join", Orphan, join),
+    post("/data/join", Halves, join),
     post("/data/add-captions", WriteEmpty, add_captions),
     post("/data/look", Named, look),
     post("/data/propose", Proposed, propose),
     Route("/inbox/upload", upload, methods=["POST"]),
-    post("/inbox/join", InboxJoin, join_inbox),
+    post("/inbox/join", Halves, join_inbox),
     post("/inbox/accept", Accept, accept),
     post("/inbox/clear", Named, clear),
     post("/bin/restore", Identity, lambda studio, ask: {"title": studio.bin.restore(ask.id).title}),

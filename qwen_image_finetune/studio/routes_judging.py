@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
@@ -17,12 +18,13 @@ from qwen_image_finetune.disk import versions
 from qwen_image_finetune.judging.pages.reading import said
 from qwen_image_finetune.studio import form, pushing, running, uploads, verbs
 from qwen_image_finetune.studio.jobs import Job
-from qwen_image_finetune.studio.routes_common import Ask, Studio, asked, bounded, file, get, number, post
-from qwen_image_finetune.studio.routes_runs import about, address, newest, read_evaluation
+from qwen_image_finetune.studio.routes_common import Ask, Studio, asked, bounded, file, get, number, post, queued
+from qwen_image_finetune.studio.routes_runs import about
 from qwen_image_finetune.studio.shelf import Refused
 from qwen_image_finetune.studio.thumbnails import small
 
 MOST_COMPARED = 8  # runs side by side
+MOST_OFFERED = 40  # further runs to compare with
 FORMATS = {"diffusers": "diffusers", "comfy": "ComfyUI", "kohya": "kohya"}
 
 
@@ -39,15 +41,14 @@ def compare(studio: Studio, request: Request) -> Response:
             for key in differing]  # fmt: skip
     steps = [studio.runs.sample_steps(name) for name in names]
     layouts = [studio.runs.layout(name, each[-1]) if each else [] for name, each in zip(names, steps, strict=True)]
+    newest = studio.runs.newest(studio.shelf.found().runs)
     return studio.page(
         "compare.html",
         runs=[studio.runs.brief(name) for name in names],
         rows=rows,
         samples=side_by_side(names, steps, layouts),
-        evaluations=[(studio.runs.brief(name), found) for name in names if (found := read_evaluation(studio, name))],
-        others=[
-            studio.runs.brief(name) for name in newest(studio, studio.shelf.found().runs)[:40] if name not in names
-        ],
+        evaluations=[(studio.runs.brief(name), found) for name in names if (found := studio.runs.evaluation(name))],
+        others=[studio.runs.brief(name) for name in newest[:MOST_OFFERED] if name not in names],
     )
 
 
@@ -81,13 +82,12 @@ class Measured(Ask):
 
 def evaluate(studio: Studio, ask: Measured) -> dict[str, str]:
     job = running.evaluate(studio.shelf, studio.jobs, ask.run, ask.set, ask.count, ask.checkpoints)
-    studio.queue.tick()
-    return {"job": job.id, "address": address(job)}
+    return queued(studio, job)
 
 
 def try_page(studio: Studio, request: Request) -> Response:
     """Drawing with what a run has learnt."""
-    found = newest(studio, studio.shelf.found().runs)
+    found = studio.runs.newest(studio.shelf.found().runs)
     run = asked(request, "run", "") or next((name for name in found if studio.runs.checkpoints(name)), "")
     checkpoints = studio.runs.checkpoints(run) if run else []
     earlier = [job for job in studio.jobs.all() if job.kind == "predict" and job.about["run"] == run]
@@ -131,13 +131,13 @@ def drawn(studio: Studio, request: Request) -> Response:
 
 def tried(studio: Studio, request: Request) -> Response:
     """A picture that was dropped to be tried on."""
-    return file(studio.thumbnails.kept(dropped(studio, asked(request, "name")), "640", lambda: small(
-        dropped(studio, asked(request, "name")), 640)), "image/webp")  # fmt: skip
+    path = dropped(studio, asked(request, "name"))
+    return file(studio.thumbnails.kept(path, "640", lambda: small(path, 640)), "image/webp")
 
 
-def dropped(studio: Studio, name: str) -> Any:
-    folder = studio.shelf.own / "tried"
-    path = folder / name
+def dropped(studio: Studio, name: str) -> Path:
+    """The file that `drop` has kept by a name."""
+    path = studio.shelf.own / "tried" / name
     if not name.isalnum() or not path.is_file():
         raise Refused("there is no such picture", 404)
     return path
@@ -185,8 +185,7 @@ def draw(studio: Studio, ask: Wanted) -> dict[str, str]:
     job = running.draw(
         studio.shelf, studio.jobs, ask.run, pictures, ask.prompt, ask.checkpoints, ask.strengths, ask.seed, ask.steps
     )
-    studio.queue.tick()
-    return {"job": job.id, "address": address(job)}
+    return queued(studio, job)
 
 
 def download(studio: Studio, request: Request) -> Response:
@@ -233,9 +232,7 @@ def show_push(studio: Studio, ask: Wished) -> dict[str, Any]:
 
 
 def send_push(studio: Studio, ask: Agreed) -> dict[str, str]:
-    job = pushing.send(studio.shelf, studio.jobs, ask.wish, ask.shown)
-    studio.queue.tick()
-    return {"job": job.id, "address": address(job)}
+    return queued(studio, pushing.send(studio.shelf, studio.jobs, ask.wish, ask.shown))
 
 
 def family(studio: Studio, run: str) -> str:

@@ -6,7 +6,6 @@ import json
 import time
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlencode
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
@@ -15,8 +14,8 @@ from qwen_image_finetune.config.registry import FAMILIES
 from qwen_image_finetune.studio import form, running, verbs
 from qwen_image_finetune.studio.jobs import Job
 from qwen_image_finetune.studio.machine import machine
-from qwen_image_finetune.studio.routes_common import Ask, Studio, asked, file, get, number, post
-from qwen_image_finetune.studio.shelf import Refused
+from qwen_image_finetune.studio.routes_common import Ask, Studio, address, asked, file, get, number, post, queued
+from qwen_image_finetune.studio.shelf import Found, Refused
 from qwen_image_finetune.studio.watching import Brief
 
 NEWEST = 12  # runs on the first page
@@ -33,7 +32,7 @@ def home(studio: Studio, request: Request) -> Response:
     return studio.page(
         "home.html",
         sets=[card(studio, name) for name in found.data_sets],
-        runs=[studio.runs.brief(name) for name in newest(studio, found.runs)[:NEWEST]],
+        runs=[studio.runs.brief(name) for name in studio.runs.newest(found.runs)[:NEWEST]],
         num_runs=len(found.runs),
         now=[about(studio, job) for job in jobs if job.state == "running"],
         waiting=[about(studio, job) for job in studio.queue.waiting()],
@@ -44,16 +43,11 @@ def home(studio: Studio, request: Request) -> Response:
 
 def all_runs(studio: Studio, request: Request) -> Response:
     """Every run, page by page."""
-    names = newest(studio, studio.shelf.found().runs)
+    names = studio.runs.newest(studio.shelf.found().runs)
     pages = max(-(-len(names) // PAGE), 1)
     page = min(max(number(request, "page", 1), 1), pages)
     shown = [studio.runs.brief(name) for name in names[(page - 1) * PAGE : page * PAGE]]
     return studio.page("runs.html", runs=shown, num_runs=len(names), page=page, pages=pages)
-
-
-def newest(studio: Studio, names: list[str]) -> list[str]:
-    """Names of runs, what was written last first."""
-    return sorted(names, key=lambda name: (studio.shelf.root / name).stat().st_mtime_ns, reverse=True)
 
 
 def is_recent(job: Job) -> bool:
@@ -85,24 +79,11 @@ def about(studio: Studio, job: Job) -> dict[str, Any]:
             "card": job.card, "address": address(job), "set": job.about.get("set")}  # fmt: skip
 
 
-def address(job: Job) -> str:
-    """Where to look at a job."""
-    if job.kind == "predict":
-        return "/try?" + urlencode({"run": job.about["run"], "job": job.id})
-    if job.kind == "look":
-        return "/data?" + urlencode({"set": job.about["set"]})
-    return "/watch?" + urlencode({"job": job.id})
-
-
 def new(studio: Studio, request: Request) -> Response:
     """The form of a run."""
     found = studio.shelf.found()
     source, data_set = asked(request, "from", ""), asked(request, "set", "")
-    text = (
-        started_from(studio, source)
-        if source
-        else first_draft(studio, found.models, data_set or first(found.data_sets))
-    )
+    text = started_from(studio, source) if source else first_draft(studio, found, data_set)
     if source and data_set:
         text = form.edited(text, "data.init_args.dataset_path", data_set)
     knobs = form.knobs()
@@ -120,13 +101,11 @@ def new(studio: Studio, request: Request) -> Response:
     )
 
 
-def first(names: list[str]) -> str:
-    return names[0] if names else ""
-
-
-def first_draft(studio: Studio, models: list[str], data_set: str) -> str:
-    name = data_set.rpartition("/")[2] or "my_run"
-    return form.draft(studio.shelf, models[0] if models else next(iter(FAMILIES.values())).example, data_set, name)
+def first_draft(studio: Studio, found: Found, data_set: str) -> str:
+    """The text of a configuration for a data set, or for the first there is, with the first model there is."""
+    data_set = data_set or next(iter(found.data_sets), "")
+    model = next(iter(found.models), next(iter(FAMILIES.values())).example)
+    return form.draft(studio.shelf, model, data_set, data_set.rpartition("/")[2] or "my_run")
 
 
 def started_from(studio: Studio, source: str) -> str:
@@ -203,9 +182,7 @@ def plan(studio: Studio, ask: Planned) -> dict[str, Any]:
 
 def start(studio: Studio, ask: Draft) -> dict[str, str]:
     """A run is queued."""
-    job = running.start(studio.shelf, studio.jobs, ask.yaml)
-    studio.queue.tick()
-    return {"job": job.id, "address": address(job)}
+    return queued(studio, running.start(studio.shelf, studio.jobs, ask.yaml))
 
 
 class JobAsked(Ask):
@@ -239,9 +216,7 @@ def withdraw(studio: Studio, ask: JobAsked) -> dict[str, bool]:
 
 
 def go_on(studio: Studio, ask: RunAsked) -> dict[str, str]:
-    job = running.go_on(studio.shelf, studio.jobs, ask.run)
-    studio.queue.tick()
-    return {"job": job.id, "address": address(job)}
+    return queued(studio, running.go_on(studio.shelf, studio.jobs, ask.run))
 
 
 def watch(studio: Studio, request: Request) -> Response:
@@ -255,7 +230,6 @@ def watch(studio: Studio, request: Request) -> Response:
     if not run and job is None:
         raise Refused("there is no such run", 404)
     settings = studio.runs.settings(run) if run else {}
-    evaluation = read_evaluation(studio, run) if run else {}
     return studio.page(
         "watch.html",
         run=run,
@@ -264,7 +238,7 @@ def watch(studio: Studio, request: Request) -> Response:
         settings=settings,
         changed=form.changed_settings(settings),
         pairs=studio.runs.pairs(run) if settings else None,
-        evaluation=evaluation,
+        evaluation=studio.runs.evaluation(run) if run else {},
         held_out=len(studio.runs.held_out(run)) if run else 0,
         sets=studio.shelf.found().data_sets,
         family=settings.get("train.trainer") or "",
@@ -276,11 +250,6 @@ def job_of(studio: Studio, run: str) -> Job | None:
     studio.shelf.run(run)
     found = [job for job in studio.jobs.all() if job.kind == "train" and studio.runs.of_job(job) == run]
     return found[-1] if found else None
-
-
-def read_evaluation(studio: Studio, run: str) -> dict[str, Any]:
-    path = studio.runs.file(run, "evaluation/evaluation.json")
-    return {} if path is None else json.loads(path.read_text(encoding="utf-8"))
 
 
 def live(studio: Studio, request: Request) -> Response:
@@ -303,6 +272,10 @@ def sample(studio: Studio, request: Request) -> Response:
     """A picture that was drawn while training."""
     run, step = asked(request, "run"), number(request, "step")
     place, part = number(request, "place"), number(request, "part")
+    return part_of_sample(studio, run, step, place, part)
+
+
+def part_of_sample(studio: Studio, run: str, step: int, place: int, part: int) -> Response:
     path = studio.runs.file(run, f"samples/step-{step}/{place}.png")
     if path is None:
         raise Refused("there is no such sample", 404)
@@ -316,13 +289,7 @@ def strip(studio: Studio, request: Request) -> Response:
     layout = studio.runs.layout(run, step)
     parts = [part["name"] for part in layout[0]["parts"]] if layout else []
     wanted = asked(request, "part", "drawn")
-    part = parts.index(wanted) if wanted in parts else 0
-    path = studio.runs.file(run, f"samples/step-{step}/0.png")
-    if path is None:
-        raise Refused("there is no such sample", 404)
-    return file(
-        studio.thumbnails.kept(path, f"part {part}", lambda: studio.runs.sample(run, step, 0, part)), "image/webp"
-    )
+    return part_of_sample(studio, run, step, 0, parts.index(wanted) if wanted in parts else 0)
 
 
 def queue_state(studio: Studio, request: Request) -> Response:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,10 @@ class Runs:
         self.shelf = shelf
         self._settings: dict[str, tuple[int, dict[str, Any]]] = {}
         self._briefs: dict[str, tuple[tuple[int, ...], Brief]] = {}
+
+    def newest(self, names: Sequence[str]) -> list[str]:
+        """Names of runs, what was written last first."""
+        return sorted(names, key=lambda name: _changed(self.shelf.root / name), reverse=True)
 
     def file(self, name: str, inner: str) -> Path | None:
         """A file of a run; None where it is not there."""
@@ -107,6 +111,11 @@ class Runs:
             str(settings.get("model.pretrained_model_name_or_path", "")),
             drawn[-1] if drawn else None, _changed(path / history.METRICS) / 1e9,
         )  # fmt: skip
+
+    def evaluation(self, name: str) -> dict[str, Any]:
+        """What was measured of it; empty where nothing was."""
+        path = self.file(name, "evaluation/evaluation.json")
+        return {} if path is None else json.loads(path.read_text(encoding="utf-8"))
 
     def total(self, name: str) -> int | None:
         """Optimizer steps at its end, by its configuration; None where that depends on its data."""

@@ -18,10 +18,13 @@ class Layout:
     references: tuple[str, ...]
     prompt: str
     mask: str | None = None
+    turns: str | None = None  # the one column there is: a list of edits, each of which has the others
 
     @property
     def names(self) -> list[str]:
-        """All of them, each once."""
+        """Columns to read, each once."""
+        if self.turns is not None:
+            return [self.turns]
         return list(dict.fromkeys([self.target, *self.references, self.prompt, *([self.mask] if self.mask else [])]))
 
 
@@ -32,6 +35,8 @@ KNOWN = {
     "MagicBrush": Layout("target_img", ("source_img",), "instruction", "mask_img"),
     "OmniEdit": Layout("edited_img", ("src_img",), "edited_prompt_list"),
     "HQ-Edit": Layout("output_image", ("input_image",), "edit"),
+    "ImgEdit": Layout("output_images", ("input_images",), "prompt"),
+    "ImgEdit, several turns": Layout("output_images", ("input_images",), "prompt", turns="data"),
     "the guide's": Layout("target_image", ("control_images",), "prompt", "control_mask"),
     "target and source": Layout("target", ("source",), "prompt", "mask"),
     "output and input": Layout("output", ("input",), "prompt", "mask"),
@@ -51,7 +56,10 @@ def layout_of(names: Sequence[str], given: Columns | None) -> Layout | str:
         lacking = [name for name in layout.names if name not in names]
         return layout if not lacking else f"no column {', '.join(lacking)}; it has {_listed(names)}"
     for known in KNOWN.values():
-        if all(name in names for name in (known.target, *known.references, known.prompt)):
+        if known.turns is not None:
+            if list(names) == known.names:
+                return known
+        elif all(name in names for name in (known.target, *known.references, known.prompt)):
             mask = known.mask if known.mask in names else None
             return Layout(known.target, known.references, known.prompt, mask)
     return (

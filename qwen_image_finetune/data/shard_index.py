@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 from qwen_image_finetune.data import shards
 from qwen_image_finetune.data.columns import Layout, layout_of
 from qwen_image_finetune.data.images import DataError, size_of
-from qwen_image_finetune.data.listing import LONGEST_CAPTION, Row, RowFault, unwritable
+from qwen_image_finetune.data.listing import LONGEST_CAPTION, Row, RowFault, Tree, unwritable
 from qwen_image_finetune.disk.files import write_atomic
 from qwen_image_finetune.disk.reading import MEBIBYTE, Unreadable, read_json
 
 if TYPE_CHECKING:
     from qwen_image_finetune.config import Columns
 
-FORMAT = 3  # raise it when an index holds something else
+FORMAT = 4  # raise it when an index holds something else
 LARGEST = 1024 * MEBIBYTE
 
 
@@ -80,21 +80,57 @@ def read_shard(
         place.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(place, json.dumps(found, ensure_ascii=False))
     shards.remember(shard.path, {name: shards.Cell(*cell) for name, cell in found["cells"].items()})
-    rows = [
-        Row(
-            key=f"{shard.name}/{key}",
-            folder=shard.folder,
-            target_name=f"{shard.name}/{target}",
-            reference_names=tuple(f"{shard.name}/{name}" for name in references),
-            caption_name=None,
-            prompt=prompts[0],
-            more_prompts=tuple(prompts[1:]),
-            mask_name=f"{shard.name}/{mask}" if masks and mask else None,
+    rows, bad, files = list[Row](), list[tuple[str, str]](found["bad_rows"]), _Files(shard)
+    for key, prompts, target, references, mask in found["rows"]:
+        try:
+            row = Row(
+                key=f"{shard.name}/{key}",
+                folder=shard.folder,
+                target_name=files.named(target),
+                reference_names=tuple(files.named(name) for name in references),
+                caption_name=None,
+                prompt=prompts[0],
+                more_prompts=tuple(prompts[1:]),
+                mask_name=files.named(mask) if masks and mask else None,
+            )
+        except DataError as error:
+            bad += [(key, line) for line in error.problems]
+        else:
+            rows.append(row)
+    faults = [RowFault(f"{shard.path}, row {key}: {line}", f"{shard.name}/{key}") for key, line in bad]
+    return rows, [*(f"{shard.path}: {line}" for line in found["problems"]), *faults]
+
+
+_Name = str | dict[str, str]  # of a member of a shard; or {"file": path}, a file beside it, as the shard names it
+
+
+class _Files:
+    """Files that a shard names: below the data set's folder, or below one of the folders in that."""
+
+    def __init__(self, shard: Shard) -> None:
+        self.shard, self.tree = shard, Tree(shard.folder)
+        self.homes: list[str] | None = None  # the last one that had a file is asked first
+
+    def named(self, name: _Name) -> str:
+        """The path of a picture below the data set's folder.
+
+        Raises:
+            DataError: there is no such file.
+        """
+        if isinstance(name, str):
+            return f"{self.shard.name}/{name}"
+        if self.homes is None:
+            inside = sorted(each for each, kind in self.tree.list().items() if kind == "folder")
+            self.homes = ["", *(f"{each}/" for each in inside)]
+        for home in self.homes:
+            if self.tree.file_fault(path := f"{home}{name['file']}") is None:
+                self.homes.remove(home)
+                self.homes.insert(0, home)
+                return path
+        raise DataError(
+            f"{name['file']}: no such file in {self.shard.folder} or a folder in it; pictures that are packed have to "
+            "be unpacked there, and those of a data set on the hub brought there"
         )
-        for key, prompts, target, references, mask in found["rows"]
-    ]
-    bad = [RowFault(f"{shard.path}, row {key}: {line}", f"{shard.name}/{key}") for key, line in found["bad_rows"]]
-    return rows, [*(f"{shard.path}: {line}" for line in found["problems"]), *bad]
 
 
 def _index(shard: Shard, columns: Columns | None) -> dict[str, Any]:
@@ -104,21 +140,35 @@ def _index(shard: Shard, columns: Columns | None) -> dict[str, Any]:
     rows: list[Any] = []
     cells: dict[str, shards.Cell] = {}
     bad: list[tuple[str, str]] = []  # (key, what is wrong)
-    for key, row in shards.rows_of(str(shard.path), layout.names):
-        try:
-            own = dict(_cells(row, layout))
-            rows.append(_row(key, row, layout, list(own)))
-            cells |= own
-        except DataError as error:
-            bad += [(key, line) for line in error.problems]
+    for row_key, whole in shards.rows_of(str(shard.path), layout.names):
+        for key, row in _edits(row_key, whole, layout):
+            try:
+                own = list(_cells(row, layout))
+                rows.append(_row(key, row, layout, [(column, name) for column, name, _ in own]))
+                cells |= {name: cell for _, name, cell in own if isinstance(name, str) and cell is not None}
+            except DataError as error:
+                bad += [(key, line) for line in error.problems]
     return {"rows": rows, "cells": cells, "problems": [], "bad_rows": bad}
 
 
-def _row(key: str, row: dict[str, tuple[str, Any]], layout: Layout, pictures: Sequence[str]) -> list[Any]:
-    target = row[layout.target][0]
-    first = next(name for name in pictures if name == target or name.startswith(f"{target}/"))
-    mask = row[layout.mask][0] if layout.mask in row else None
-    references = [name for name in pictures if name not in (first, mask)]
+_Columns = dict[str, tuple[str, Any]]  # of each its member's name and its value
+
+
+def _edits(key: str, row: _Columns, layout: Layout) -> Iterator[tuple[str, _Columns]]:
+    """The edits of a row: itself, or each of its turns, whose pictures are files."""
+    if layout.turns is None:
+        yield key, row
+        return
+    turns = row[layout.turns][1] if layout.turns in row else None
+    for place, turn in enumerate(turns if isinstance(turns, list) else [turns]):
+        fields = turn if isinstance(turn, dict) else {}
+        yield f"{key}/{place}", {name: ("", value) for name, value in fields.items() if value is not None}
+
+
+def _row(key: str, row: _Columns, layout: Layout, pictures: list[tuple[str, _Name]]) -> list[Any]:
+    first = next(name for column, name in pictures if column == layout.target)
+    mask = next((name for column, name in pictures if column == layout.mask), None)
+    references = [name for column, name in pictures if column in layout.references]
     given = row.get(layout.prompt, ("", None))[1]
     said = [each for each in given if each] if isinstance(given, list) else []  # several ways to say it
     return [key, [_prompt(each, layout.prompt) for each in said or [given]], first, references, mask]
@@ -134,9 +184,9 @@ def _prompt(value: Any, column: str) -> str:
     return value
 
 
-def _cells(row: dict[str, tuple[str, Any]], layout: Layout) -> Iterator[tuple[str, shards.Cell]]:
-    """Every picture of a row by the name of its member: target, references in order, mask."""
-    if layout.target not in row:
+def _cells(row: _Columns, layout: Layout) -> Iterator[tuple[str, _Name, shards.Cell | None]]:
+    """Every picture of a row, its column and its name, and what is known of it: target, references in order, mask."""
+    if row.get(layout.target, ("", None))[1] in (None, []):
         raise DataError(f"{layout.target} is empty")
     for column in (layout.target, *layout.references, *([layout.mask] if layout.mask else [])):
         if column not in row:
@@ -145,10 +195,15 @@ def _cells(row: dict[str, tuple[str, Any]], layout: Layout) -> Iterator[tuple[st
         several = value if isinstance(value, list) else [value]
         for place, each in enumerate(several):
             member = f"{name}/{place}" if isinstance(value, list) else name
-            try:
-                data = shards.picture_bytes(each, column)
-            except shards.ShardError as error:
-                raise DataError(str(error)) from error
-            yield member, shards.Cell(*size_of(data, member), hashlib.sha256(data).hexdigest())
+            if (path := shards.path_in(each)) is not None:
+                yield column, {"file": path}, None
+            elif not name:
+                raise DataError(f"{column} of one of its turns is no path")
+            else:
+                try:
+                    data = shards.picture_bytes(each, column)
+                except shards.ShardError as error:
+                    raise DataError(str(error)) from error
+                yield column, member, shards.Cell(*size_of(data, member), hashlib.sha256(data).hexdigest())
             if column == layout.target:
                 break  # a list of one

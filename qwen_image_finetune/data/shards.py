@@ -133,6 +133,13 @@ def content(shard: str, member: str) -> bytes:
     return picture_bytes(value[int(place[0])] if place else value, f"{shard}/{member}")
 
 
+def path_in(value: Any) -> str | None:
+    """The path of a file that a picture's cell names in place of the picture: as a text, or as `{path}` alone."""
+    if isinstance(value, dict):
+        value = None if value.get("bytes") else value.get("path")
+    return value if isinstance(value, str) and value else None
+
+
 def picture_bytes(value: Any, name: str) -> bytes:
     """The bytes of a picture's cell: as such, or as `{bytes, path}`.
 

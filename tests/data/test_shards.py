@@ -146,6 +146,8 @@ def test_an_index_spares_the_shard(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", KNOWN)
 def test_layouts_are_known_by_name(name: str, folder: Path, tmp_path: Path) -> None:
     layout, pictures = KNOWN[name], rows(folder)[0]
+    if layout.turns is not None:
+        pytest.skip("its pictures are files: test_pictures_that_are_files_beside_their_shards")
     row: dict[str, Any] = {layout.target: pictures["target_image"], layout.prompt: "an edit", "width": 64}
     row |= dict.fromkeys(layout.references, pictures["control_images"][0])
     if layout.prompt.endswith("_list"):
@@ -163,7 +165,11 @@ def test_layouts_are_known_by_name(name: str, folder: Path, tmp_path: Path) -> N
         ({"a": 1}, "of no layout that is known"),
         ({"target_image": None, "control_images": [], "prompt": "x"}, "row 0: target_image is empty"),
         ({"target_image": b"no picture", "control_images": [], "prompt": "x"}, "row 0: target_image: 0/target_image"),
-        ({"target_image": {"bytes": None, "path": "/etc/passwd"}, "control_images": [], "prompt": "x"}, "a path where"),
+        ({"target_image": {"bytes": None, "path": "/etc/passwd"}, "control_images": [], "prompt": "x"}, "no such file"),
+        ({"target_image": "../x.png", "control_images": [], "prompt": "x"}, "row 0: ../x.png: no such file"),
+        ({"target_image": {"bytes": None, "path": None}, "control_images": [], "prompt": "x"}, "nothing where"),
+        ({"data": [{"output_images": [3], "input_images": ["x"], "prompt": "x"}]}, "row 0/0: output_images of one"),
+        ({"data": [{"prompt": "x"}]}, "row 0/0: output_images is empty"),
         ({"target_image": "PICTURE", "control_images": [], "prompt": 3}, "row 0: prompt is 3, not a text"),
     ],
 )  # fmt: skip
@@ -173,6 +179,35 @@ def test_what_is_wrong_is_named(row: dict[str, Any], message: str, folder: Path,
     parquet.write_table(pa.Table.from_pylist([row]), tmp_path / "x.parquet")
     assert any(message in line or message.replace("target_image: 0", "0") in line
                for line in dataset(str(tmp_path), tmp_path).check())  # fmt: skip
+
+
+def test_pictures_that_are_files_beside_their_shards(folder: Path, tmp_path: Path) -> None:
+    """As ImgEdit keeps them: paths in lists, below a folder of the data set; of several turns, each is a sample."""
+    home = tmp_path / "set"
+    edits = []
+    for number in range(len(SIZES)):
+        names = (f"control_images/{number}.png", f"control_images/{number}_control_1.png",
+                 f"training_images/{number}.png")  # fmt: skip
+        places = [f"results_{number % 2}/{number}/{name.replace('/', '_')}" for name in names]
+        for name, place in zip(names, places, strict=True):
+            copy = home / ("Multiturn" if number > 2 else "Singleturn") / place
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes((folder / name).read_bytes())
+        edits.append({"input_images": places[:2], "output_images": places[2:],
+                      "prompt": (folder / f"training_images/{number}.txt").read_text()})  # fmt: skip
+    (home / "Parquet").mkdir()
+    parquet.write_table(pa.Table.from_pylist(edits[:3]), home / "Parquet/replace_part0.parquet")
+    turns = [{"data": edits[3:]}]
+    parquet.write_table(pa.Table.from_pylist(turns), home / "Parquet/version_backtracking_part0.parquet")
+    ours = dataset(str(home), tmp_path / "known")
+    assert [row.key for row in ours.rows][3:] == [f"Parquet/version_backtracking_part0.parquet/0/{turn}"
+                                                  for turn in (0, 1)]  # fmt: skip
+    assert seen(ours) == seen(dataset(str(folder), tmp_path))
+    assert seen(dataset(str(home), tmp_path / "known")) == seen(ours)  # out of the index
+    lost = next(home.glob("Singleturn/results_1/1/training*"))
+    lost.unlink()
+    (line,) = dataset(str(home), tmp_path / "known").check()
+    assert "replace_part0.parquet, row 1: results_1/1/training_images_1.png: no such file in" in line
 
 
 def test_only_the_split_that_is_asked_for(folder: Path, tmp_path: Path) -> None:

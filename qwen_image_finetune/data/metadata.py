@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from qwen_image_finetune.config import Columns
 
 METADATA = ("metadata.jsonl", "metadata.csv")
-TARGET = ("image", "file_name", "image_path", "path_target")
-REFERENCES = ("edit_image", "control", "control_path", "path_control")  # one path or a list; more are numbered
+TARGET = ("image", "file_name", "image_path", "path_target", "output_file_name")
+# One path or a list; more are numbered.
+REFERENCES = ("edit_image", "control", "control_path", "path_control", "input_file_name")
 PROMPT = ("prompt", "caption", "text")
 MASK = ("mask", "path_mask")
 

@@ -121,7 +121,7 @@ def _read(entry: DataEntry, home: Path, masks: bool, streaming: bool) -> Rows:
         return _sorted(read_metadata(Tree(folder.parent), folder.name, masks=masks, columns=entry.columns))
     inside = [] if is_folder_of_pairs(folder) or not folder.is_dir() else _shards_in(folder)
     if not inside:
-        return read_folder(folder, masks=masks, columns=entry.columns)
+        return read_folder(_of_split(folder, entry.split), masks=masks, columns=entry.columns)
     try:
         names = of_split(inside, entry.split, entry.path)
     except DataError as error:
@@ -131,6 +131,13 @@ def _read(entry: DataEntry, home: Path, masks: bool, streaming: bool) -> Rows:
     if outside:
         return [], [f"{path}: a link that leaves the data set's folder; copy the file there" for path in outside]
     return _read_shards([local_shard(folder, name) for name in names], entry, home, masks, keep=True)
+
+
+def _of_split(folder: Path, split: str) -> Path:
+    """The folder of a split that has a table of its own, as an imagefolder may have them; or the folder itself."""
+    own = folder / split
+    inside = not is_folder_of_pairs(folder) and own.resolve().is_relative_to(folder.resolve())
+    return own if inside and any((own / name).is_file() for name in METADATA) else folder
 
 
 def needs_tables(entry: DataEntry) -> bool:

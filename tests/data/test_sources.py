@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from qwen_image_finetune.config import DataEntry, DatasetArguments
 from qwen_image_finetune.data.listing import Row
-from qwen_image_finetune.data.sources import read_folder
+from qwen_image_finetune.data.sources import read_folder, read_sets
 
 
 def lay(folder: Path, *names: str) -> Path:
@@ -245,6 +246,7 @@ def test_tables(tmp_path: Path, kind: str) -> None:
         ("image_path", "control_path_0", "caption"),
         ("file_name", "control", "text"),
         ("image", "control_path", "prompt"),
+        ("output_file_name", "input_file_name", "text"),
     ],
 )
 def test_columns_of_other_tools(tmp_path: Path, kind: str, target: str, reference: str, prompt: str) -> None:
@@ -253,6 +255,22 @@ def test_columns_of_other_tools(tmp_path: Path, kind: str, target: str, referenc
     assert [(row.target_name, row.reference_names, row.prompt) for row in read(tmp_path)] == [
         ("a.png", ("b.png",), "hi")
     ]
+
+
+def test_splits_of_an_imagefolder(tmp_path: Path) -> None:
+    """Each has a folder with a table of its own; one that is a link out of the data set is none of it."""
+    home = tmp_path / "set"
+    for split, names in (("train", "abc"), ("test", "d")):
+        lay(home / split, *(f"{name}.png" for name in names))
+        write_table(home / split, "jsonl", [{"file_name": f"{name}.png", "text": split} for name in names])
+    (home / "elsewhere").symlink_to(lay(tmp_path / "other", "metadata.jsonl"))
+
+    def keys(**own: str) -> list[str]:
+        return [row.key for row in read_sets(DatasetArguments(dataset_path=[DataEntry(path=str(home), **own)]),
+                                             masks=False)[0]]  # fmt: skip
+
+    assert keys() == ["a.png", "b.png", "c.png"] and keys(split="test") == ["d.png"]
+    assert keys(split="elsewhere") == keys(split="dev") == []
 
 
 def test_numbered_columns_in_the_order_of_their_numbers(tmp_path: Path) -> None:
@@ -264,13 +282,13 @@ def test_numbered_columns_in_the_order_of_their_numbers(tmp_path: Path) -> None:
 
 
 WRONG_LINES: list[tuple[dict[str, object], str]] = [
-    ({"prompt": ""}, "none of image, file_name, image_path, path_target given"),
+    ({"prompt": ""}, "none of image, file_name, image_path, path_target, output_file_name given"),
     ({"image": "a.png"}, "none of prompt, caption, text given"),
     ({"image": "a.png", "prompt": None}, "none of prompt, caption, text given"),
     ({"image": "a.png", "prompt": 3}, "prompt is 3, not a text"),
     (
         {"image": "a.png", "file_name": "b.png", "prompt": ""},
-        "several of image, file_name, image_path, path_target given",
+        "several of image, file_name, image_path, path_target, output_file_name given",
     ),
     ({"image": "c.png", "prompt": ""}, "image 'c.png': no such file"),
     ({"image": "sub", "prompt": ""}, "image 'sub': a folder, not a file"),

@@ -44,13 +44,8 @@ def add_adapter(transformer: nn.Module, config: LoraConfig, seed: int, ranks: Ma
     """
     name = config.adapter_name
     initialisation = config.initialisation
-    if initialisation == "orthogonal" and config.r % 2:
-        raise ConfigError(f"model.lora.init_lora_weights='orthogonal' needs an even rank, not model.lora.r={config.r}")
-    modules = target_modules(transformer, config.target_modules, config.exclude_modules)
-    _check_patterns(config, modules)
+    modules = check_adapter(transformer, config)
     kind = KINDS[config.type]
-    if config.type == "oft":
-        _check_blocks(transformer, config, modules)
     if name in adapter_names(transformer):
         raise ConfigError(f"model.lora.adapter_name={name!r}: the transformer already has an adapter of that name")
     transformer.requires_grad_(False)
@@ -82,6 +77,21 @@ def add_adapter(transformer: nn.Module, config: LoraConfig, seed: int, ranks: Ma
         for _, layer in adapted_layers(transformer, each):
             for _, _, tensor in own_tensors(layer, each):
                 tensor.requires_grad_(each == name)
+
+
+def check_adapter(transformer: nn.Module, config: LoraConfig) -> list[str]:
+    """The modules that an adapter sits on, by name; of the transformer the shapes are enough.
+
+    Raises:
+        ConfigError: targets, patterns or the size of blocks do not fit it.
+    """
+    if config.initialisation == "orthogonal" and config.r % 2:
+        raise ConfigError(f"model.lora.init_lora_weights='orthogonal' needs an even rank, not model.lora.r={config.r}")
+    modules = target_modules(transformer, config.target_modules, config.exclude_modules)
+    _check_patterns(config, modules)
+    if config.type == "oft":
+        _check_blocks(transformer, config, modules)
+    return modules
 
 
 def make_everything_trainable(transformer: nn.Module, dtype: torch.dtype = torch.float32) -> None:

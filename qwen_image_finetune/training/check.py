@@ -102,13 +102,13 @@ def check_transformer(config: Config, family: Family, checkpoint: Path) -> None:
         ConfigError, LoraFileError: it does not; or the installed diffusers does not know this transformer.
     """
     from qwen_image_finetune import loading
+    from qwen_image_finetune.lora.adapters import check_adapter
     from qwen_image_finetune.lora.files import check_lora
-    from qwen_image_finetune.lora.targets import target_modules
 
     lora = with_targets(config, family).model.lora
     transformer = loading.check_base(family, checkpoint, config.model)
     if lora is not None:
-        target_modules(transformer, lora.target_modules, lora.exclude_modules)
+        check_adapter(transformer, lora)
         if lora.pretrained_weight is not None and config.train.resume_from_checkpoint is None:
             check_lora(transformer, lora.pretrained_weight, family.naming, lora)
 

@@ -38,6 +38,14 @@ def unknown_target(configure: Configure, folder: Path) -> list[str]:
     return ["model.lora.target_modules=[to_qq]"]
 
 
+def unknown_pattern(configure: Configure, folder: Path) -> list[str]:
+    return ["model.lora.alpha_pattern={to_qq: 2}"]
+
+
+def no_divisor(configure: Configure, folder: Path) -> list[str]:
+    return ["model.lora.type=oft", "model.lora.oft_block_size=7", "model.lora.init_lora_weights=true"]
+
+
 def unknown_key(configure: Configure, folder: Path) -> list[str]:
     path = folder / "transformer" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"zero_cond_u": True}))
@@ -73,6 +81,8 @@ def another_shape(configure: Configure, folder: Path) -> list[str]:
         (another_shape, "x_embedder.bias is (7,), config.json makes it"),
         (another_rank, "The file has rank 2"),
         (unknown_target, "'to_qq' matches no linear layer"),
+        (unknown_pattern, "model.lora.alpha_pattern: 'to_qq' matches no target"),
+        (no_divisor, "model.lora.oft_block_size=7 does not divide the"),
         (unknown_key, "has keys ['zero_cond_u']"),
         (without_weights, "safetensors"),
     ],

@@ -14,11 +14,14 @@ import torch
 import yaml
 from PIL import Image
 
+from qwen_image_finetune import loading
 from qwen_image_finetune.command.cli import main
 from qwen_image_finetune.command.convert import terms
 from qwen_image_finetune.config import load_config
 from qwen_image_finetune.config.classes import import_class
 from qwen_image_finetune.data.sources import read_folder
+from qwen_image_finetune.families import get_family
+from qwen_image_finetune.lora.targets import target_modules
 from qwen_image_finetune.studio import form
 
 Project = tuple[str, dict[str, Any]]  # the file to convert, and what ours must say, by dotted key
@@ -502,3 +505,90 @@ def test_sets_of_musubi_that_differ(desk: Path, capsys: pytest.CaptureFixture[st
     own, _ = entries(capsys, "train.sh")
     assert own == [{"image_size": [832, 576], "repeats": 3}, {"resolution": 512},
                    {"image_size": [832, 576], "repeats": 5}]  # fmt: skip
+
+
+def linear_layers(family: str, checkpoints: dict[str, Path]) -> Any:
+    return loading.empty_transformer(get_family(family), checkpoints[family], torch.float32)
+
+
+def on(config: Path, transformer: Any) -> set[str]:
+    """The layers that the adapter of a configuration sits on."""
+    lora = load_config(config).model.lora
+    assert lora is not None
+    return set(target_modules(transformer, lora.target_modules, lora.exclude_modules))
+
+
+def test_adapters_sit_where_theirs_sat(
+    desk: Path, capsys: pytest.CaptureFixture[str], tiny_checkpoints: dict[str, Path]
+) -> None:
+    """Their defaults, and what their filters name: parts of names, in the blocks or anywhere."""
+    flux, qwen = (linear_layers(name, tiny_checkpoints) for name in ("FluxKontext", "QwenImageEdit"))
+    every = {each: {name for name, module in each.named_modules() if isinstance(module, torch.nn.Linear)}
+             for each in (flux, qwen)}  # fmt: skip
+
+    converted(capsys, "ai.yaml")
+    inside = {each: {name for name in every[each] if "transformer_blocks." in name} for each in every}
+    assert on(Path("my_run.yaml"), qwen) == inside[qwen] and any("img_mod" in name for name in inside[qwen])
+    kwargs = {"only_if_contains": ["transformer.single_transformer_blocks.0.", "attn"], "ignore_if_contains": ["to_k"]}
+    project = yaml.safe_load(AI_TOOLKIT)
+    project["config"]["process"][0]["network"]["network_kwargs"] = kwargs
+    Path("ai.yaml").write_text(yaml.safe_dump(project))
+    converted(capsys, "ai.yaml", "--overwrite")
+    assert on(Path("my_run.yaml"), flux) == {
+        name for name in inside[flux]
+        if ("single_transformer_blocks.0." in name or "attn" in name) and "to_k" not in name
+    }  # fmt: skip
+
+    converted(capsys, "train.sh", "--overwrite")
+    assert on(Path("my_run.yaml"), qwen) == {name for name in inside[qwen] if "_mod." not in name}
+    assert on(Path("my_run.yaml"), flux) == {name for name in inside[flux] if "norm" not in name}
+    words = '--network_args "loraplus_lr_ratio=4" "exclude_mod=False" "exclude_patterns=[x]" --unheard_of'
+    Path("train.sh").write_text(MUSUBI.replace("--unheard_of", words))
+    found = converted(capsys, "train.sh", "--overwrite")
+    assert on(Path("my_run.yaml"), qwen) == inside[qwen]
+    lora = load_config(Path("my_run.yaml")).model.lora
+    assert lora is not None and lora.lr_ratio == 4
+    assert any("exclude_patterns=[x]: no counterpart" in line["words"] for line in found["keys"])
+
+    converted(capsys, "one.json", "--overwrite")
+    assert on(Path("my_run.yaml"), flux) == every[flux]
+    Path("one.json").write_text(json.dumps({**ONETRAINER, "layer_filter": "attn, ff.net"}))
+    converted(capsys, "one.json", "--overwrite")
+    assert on(Path("my_run.yaml"), flux) == {name for name in every[flux] if "attn" in name or "ff.net" in name}
+
+    converted(capsys, "config.json", "--overwrite")
+    attention = on(Path("my_run.yaml"), flux)
+    assert attention == {name for name in inside[flux] if ".attn." in name}
+
+
+def test_lokr_of_others(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A LoKr of full rank has a whole matrix, which is not scaled."""
+
+    def adapter(file: str) -> tuple[Any, ...]:
+        converted(capsys, file, "--overwrite")
+        lora = load_config(Path("my_run.yaml")).model.lora
+        assert lora is not None
+        return lora.type, lora.r, lora.lora_alpha, lora.decompose_factor
+
+    project = yaml.safe_load(AI_TOOLKIT)
+    network = project["config"]["process"][0]["network"]
+    for own, expected in (({"type": "lokr", "lokr_factor": 8}, ("lokr", 8192, 8192, 8)),
+                          ({"type": "lokr", "lokr_full_rank": False}, ("lokr", 32, 1, -1)),
+                          ({"lokr_full_rank": True, "lokr_factor": -1}, ("lora", 32, 1, -1))):  # fmt: skip
+        project["config"]["process"][0]["network"] = {**network, **own}
+        Path("ai.yaml").write_text(yaml.safe_dump(project))
+        assert adapter("ai.yaml") == expected
+
+    Path("config.json").write_text(json.dumps({**SIMPLETUNER, "lora_type": "lycoris", "lycoris_config": "lyc.json"}))
+    for tree, expected in (({"algo": "lokr", "linear_dim": 10000, "linear_alpha": 1, "factor": 10, "multiplier": 1.0},
+                            ("lokr", 8192, 8192, 10)),
+                           ({"algo": "loha", "linear_dim": 8, "linear_alpha": 4}, ("loha", 8, 4, -1))):  # fmt: skip
+        Path("lyc.json").write_text(json.dumps({**tree, "apply_preset": {"target_module": ["Attention"]}}))
+        assert adapter("config.json") == expected
+    assert "lycoris.apply_preset.target_module" in {
+        line["theirs"] for line in converted(capsys, "config.json", "--overwrite")["keys"] if line["lost"]
+    }
+    Path("one.json").write_text(json.dumps({**ONETRAINER, "peft_type": "OFT_2", "oft_block_size": 64}))
+    converted(capsys, "one.json", "--overwrite")
+    lora = load_config(Path("my_run.yaml")).model.lora
+    assert lora is not None and (lora.type, lora.oft_block_size) == ("oft", 64)

@@ -11,12 +11,16 @@ from qwen_image_finetune.command.convert.ledger import ConvertError, Ledger
 from qwen_image_finetune.command.convert.pairs import Folder, Pair, beside, named, pictures, readable, some
 from qwen_image_finetune.command.convert.terms import (
     CACHED,
+    FULL_RANK,
     NO_CLASS,
     PRECISIONS,
     RATE,
     SCHEDULES,
     base_format,
+    full_rank,
     optimizer,
+    outside_blocks,
+    targets,
 )
 from qwen_image_finetune.config.registry import FAMILIES
 
@@ -162,6 +166,26 @@ def _network(ledger: Ledger, at: str, process: Mapping[str, Any]) -> None:
     kind = str(network.get("type", "lora")).lower()
     if kind != "lora":
         ledger.becomes(f"{at}network.type", {"model.lora.type": kind})
+    own = network.get("network_kwargs") or {}
+    left_out, wanted = ([re.escape(str(name).removeprefix("transformer.")) for name in own.get(key) or []] for key in
+                        ("ignore_if_contains", "only_if_contains"))  # fmt: skip
+    where = targets(outside_blocks(left_out, wanted))
+    for key in ("ignore_if_contains", "only_if_contains"):
+        ledger.becomes(f"{at}network.network_kwargs.{key}", where if own.get(key) else {})
+        ledger.is_so(f"{at}network.network_kwargs.{key}", "none")
+    ledger.default(f"{at}network.network_kwargs.only_if_contains", "all linear layers of the blocks", where)
+    if kind == "lokr":
+        if (factor := int(ledger.get(f"{at}network.lokr_factor", -1))) > 0:
+            ledger.becomes(f"{at}network.lokr_factor", {"model.lora.decompose_factor": factor})
+        ledger.is_so(f"{at}network.lokr_factor", "near the root")
+        whole = full_rank(FULL_RANK) if network.get("lokr_full_rank", True) else {}
+        ledger.becomes(f"{at}network.lokr_full_rank", whole)
+        ledger.is_so(f"{at}network.lokr_full_rank", "as the rank says")
+        ledger.default(f"{at}network.lokr_full_rank", True, whole)
+        for name in ("linear", "rank", "linear_alpha", "alpha") if whole else ():
+            ledger.is_so(f"{at}network.{name}", "lokr_full_rank counts")
+    for name in ("lokr_factor", "lokr_full_rank"):
+        ledger.is_so(f"{at}network.{name}", "of a LoKr")
     rank = next((name for name in ("linear", "rank") if f"{at}network.{name}" in ledger), "rank")
     ledger.same(f"{at}network.", {**NETWORK, rank: "model.lora.r"})
     if "model.lora.lora_alpha" in ledger.values:

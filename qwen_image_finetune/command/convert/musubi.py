@@ -11,7 +11,17 @@ from typing import Any
 
 from qwen_image_finetune.command.convert.ledger import ConvertError, Ledger
 from qwen_image_finetune.command.convert.pairs import Folder, Pair, beside, pictures, readable, some
-from qwen_image_finetune.command.convert.terms import CACHED, NO_CLASS, PRECISIONS, RATE, SCHEDULES, optimizer
+from qwen_image_finetune.command.convert.terms import (
+    CACHED,
+    NO_CLASS,
+    PRECISIONS,
+    RATE,
+    SCHEDULES,
+    TARGETS,
+    optimizer,
+    outside_blocks,
+    targets,
+)
 
 SCRIPT = re.compile(r"(\w+)_train(?:_network)?\.py")
 FULL = re.compile(r"_train\.py")
@@ -38,6 +48,10 @@ SAME = {
     "lr_warmup_steps": "lr_scheduler.warmup_steps", "lr_scheduler_power": "lr_scheduler.power",
     "gradient_checkpointing_cpu_offload": "train.offload_activations", "guidance_scale": "train.guidance_scale",
     "sample_every_n_steps": "validation.steps",
+}  # fmt: skip
+NETWORK_ARGUMENTS = {
+    "loraplus_lr_ratio": "model.lora.lr_ratio", "rank_dropout": "model.lora.rank_dropout",
+    "module_dropout": "model.lora.module_dropout", "factor": "model.lora.decompose_factor",
 }  # fmt: skip
 NOISE_LEVELS = {"uniform": "uniform", "sigmoid": "logit_normal", "shift": "logit_normal", "flux_shift": "logit_normal",
                 "flux2_shift": "logit_normal", "qwen_shift": "logit_normal"}  # fmt: skip
@@ -98,6 +112,8 @@ def read_options(options: Mapping[str, Any], file: Path, script: str, data: Mapp
     _model(ledger, script, file)
     if FULL.search(script):
         ledger.values["model.lora"] = None
+    else:
+        _network(ledger)
     ledger.same("", SAME)
     ledger.default("network_alpha", 1.0, {} if FULL.search(script) else {"model.lora.lora_alpha": 1.0})
     steps = {} if "max_train_epochs" in options else {"train.max_train_steps": 1600}
@@ -207,6 +223,26 @@ def _optimizer(ledger: Ledger) -> None:
         name, _, value = str(word).partition("=")
         arguments[f"optimizer.init_args.{name}"] = _literal(value)
     ledger.becomes("optimizer_args", arguments)
+
+
+def _network(ledger: Ledger) -> None:
+    """Kind and arguments of the adapter; it sits on all linear layers of the blocks, but for those that modulate."""
+    kind = str(ledger.get("network_module", "")).rpartition(".")[2]
+    ledger.becomes("network_module", {"model.lora.type": kind} if kind in ("loha", "lokr") else {})
+    ours, lost = dict[str, Any](), list[str]()
+    modulates = [r"_mod\.", r"norm\w*\.linear"]
+    for word in ledger.get("network_args", []):
+        name, _, value = str(word).partition("=")
+        if name in NETWORK_ARGUMENTS:
+            ours[NETWORK_ARGUMENTS[name]] = _literal(value)
+        elif name == "exclude_mod" and _literal(value) is False:
+            modulates = []
+        else:
+            lost.append(word)
+    where = targets(outside_blocks(modulates))
+    words = f"{', '.join(lost)}: no counterpart, see {TARGETS}" if lost else ""
+    ledger.becomes("network_args", {**ours, **where}, words)
+    ledger.default("network_args", "all linear layers of the blocks that do not modulate", where)
 
 
 def _literal(text: str) -> Any:

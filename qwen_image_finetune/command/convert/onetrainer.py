@@ -10,7 +10,16 @@ from typing import Any
 
 from qwen_image_finetune.command.convert.ledger import ConvertError, Ledger
 from qwen_image_finetune.command.convert.pairs import Folder, Pair, beside, pictures, readable, several_lines
-from qwen_image_finetune.command.convert.terms import CACHED, NO_CLASS, RATE, SCHEDULES, base_format, found, optimizer
+from qwen_image_finetune.command.convert.terms import (
+    CACHED,
+    NO_CLASS,
+    RATE,
+    SCHEDULES,
+    base_format,
+    found,
+    optimizer,
+    targets,
+)
 
 EDITING = {
     "FLUX_DEV_1": "black-forest-labs/FLUX.1-Kontext-dev",
@@ -48,7 +57,7 @@ LOST = {
     "write them as validation.samples", "samples": "write them as validation.samples", "backup_after":
     "checkpoints are counted in steps: train.checkpointing_steps", "secrets":
     "secrets belong in the environment: HF_TOKEN", "cloud": "docs/clouds.md", "layer_filter":
-    "see model.lora.target_modules", "output_dtype":
+    "all weights are trained", "output_dtype":
     "LoRAs are saved in the precision that they are trained in", "unmasked_probability":
     "the mask counts at every visit",
     "learning_rate_min_factor": "schedules end at 0", "scheduler_params": "see lr_scheduler", "text_encoder_3": "",
@@ -65,7 +74,7 @@ def read(tree: Mapping[str, Any], file: Path) -> tuple[Ledger, list[Folder]]:
     """
     concepts = _concepts(tree, file)
     ledger = Ledger({**tree, "concepts": concepts})
-    _model(ledger, file)
+    _model(ledger, tree, file)
     _transformer(ledger, tree)
     folders = _folders(ledger, concepts, bool(tree.get("masked_training")), bool(tree.get("custom_conditioning_image")))
     ledger.same("", SAME)
@@ -145,7 +154,7 @@ def read(tree: Mapping[str, Any], file: Path) -> tuple[Ledger, list[Folder]]:
     return ledger, folders
 
 
-def _model(ledger: Ledger, file: Path) -> None:
+def _model(ledger: Ledger, tree: Mapping[str, Any], file: Path) -> None:
     kind, name = str(ledger.get("model_type")), str(ledger.get("base_model_name", ""))
     known = EDITING.get(kind)
     if known is None:
@@ -161,6 +170,15 @@ def _model(ledger: Ledger, file: Path) -> None:
     if ledger.get("peft_type", "LORA") != "LORA":
         ledger.becomes("peft_type", {"model.lora.type": str(ledger.get("peft_type")).lower().replace("_2", "")})
     ledger.is_so("peft_type", "a LoRA")
+    if method == "LORA":
+        names = [part.strip() for part in str(ledger.get("layer_filter", "")).split(",") if part.strip()]
+        wanted = [name if tree.get("layer_filter_regex") else re.escape(name) for name in names]
+        where = targets(f"(?!.*({'|'.join(wanted)})).*" if wanted else None)
+        ledger.becomes("layer_filter", where)
+        ledger.default("layer_filter", "all linear layers", where)
+    ledger.becomes("oft_block_size", {"model.lora.oft_block_size": ledger.get("oft_block_size")}
+                   if str(tree.get("peft_type", "")).startswith("OFT") else {})  # fmt: skip
+    ledger.is_so("oft_block_size", "of an OFT")
 
 
 def _transformer(ledger: Ledger, tree: Mapping[str, Any]) -> None:

@@ -24,8 +24,10 @@ from qwen_image_finetune.command.convert.terms import (
     PRECISIONS,
     RATE,
     SCHEDULES,
+    TARGETS,
     base_format,
     found,
+    full_rank,
     optimizer,
 )
 
@@ -38,6 +40,10 @@ MODELS = {
     ("qwen_image", "edit-v2"): "Qwen/Qwen-Image-Edit-2509",
     ("qwen_image", "edit-v2+"): "Qwen/Qwen-Image-Edit-2509",
     ("qwen_image", "edit-v3"): "Qwen/Qwen-Image-Edit-2511",
+}
+FLUX_TARGETS = {
+    "all": ["to_k", "to_q", "to_v", "add_k_proj", "add_q_proj", "add_v_proj", "to_out.0", "to_add_out"],
+    "all+ffs": "all-linear",
 }
 SAME = {
     "learning_rate": RATE, "train_batch_size": "data.batch_size",
@@ -105,7 +111,8 @@ def read(tree: Mapping[str, Any], file: Path) -> tuple[Ledger, list[Folder]]:
     """
     options = {name.lstrip("-"): value for name, value in tree.items()}
     sets = _backends(options, file)
-    ledger = Ledger({**options, "data": sets})
+    lycoris = _lycoris(options, file)
+    ledger = Ledger({**options, "data": sets, **({"lycoris": lycoris} if lycoris else {})})
     model = (str(options.get("model_family")), str(options.get("model_flavour")))
     known = MODELS.get(model)
     if known is None and "pretrained_model_name_or_path" not in ledger:
@@ -120,6 +127,8 @@ def read(tree: Mapping[str, Any], file: Path) -> tuple[Ledger, list[Folder]]:
         if int(ledger.get(name, 0)) > 0:
             ledger.same("", {name: ours})
         ledger.is_so(name, "0: the other one counts")
+    if lycoris:
+        _lycoris_kind(ledger, lycoris)
     if options.get("lora_type", "standard") != "standard":
         ledger.lost("lora_type", "LoKr, LoHa and OFT are model.lora.type")
     ledger.same("", SAME)
@@ -140,12 +149,45 @@ def read(tree: Mapping[str, Any], file: Path) -> tuple[Ledger, list[Folder]]:
     for name in ("resolution", "resolution_type"):
         ledger.is_so(name, "of the data sets that have none, see below")
     ledger.is_so("data_backend_sampling", "shares of the data sets, see below")
-    targets = "model.lora.target_modules"
-    ledger.read("flux_lora_target", targets, {"all+ffs": "all-linear"}, f"see {targets}")
+    if options.get("model_family") == "flux" and options.get("model_type") == "lora" and not lycoris:
+        ledger.read("flux_lora_target", TARGETS, FLUX_TARGETS, f"see {TARGETS}")
+        ledger.default("flux_lora_target", "all", {TARGETS: FLUX_TARGETS["all"]})
     ledger.values[CACHED] = True
     ledger.table("", SO_HERE, lost=False)
     ledger.table("", LOST | LEFT_OUT)
     return ledger, folders
+
+
+def _lycoris(options: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """What the file of lycoris_config holds; nothing where none is named, or it is not there."""
+    place = found(str(options.get("lycoris_config", "")), file) if options.get("lora_type") == "lycoris" else None
+    try:
+        tree = json.loads(place.read_text(encoding="utf-8-sig")) if place is not None else {}
+    except ValueError as error:
+        raise ConvertError(f"{place}: no JSON ({error})") from error
+    return tree if isinstance(tree, dict) else {}
+
+
+def _lycoris_kind(ledger: Ledger, tree: Mapping[str, Any]) -> None:
+    """Kind, rank and factor of an adapter of LyCORIS; a LoKr of a rank beyond every layer's has a whole matrix."""
+    kind, at = str(tree.get("algo", "lora")).lower(), "lycoris."
+    ledger.is_so("lycoris_config", "read: its keys are those below `lycoris`")
+    ledger.becomes("lora_type", {"model.lora.type": {"locon": "lora"}.get(kind, kind)})
+    ledger.is_so(f"{at}algo", "in model.lora.type")
+    whole = full_rank(tree.get("linear_dim", 16)) if kind == "lokr" else {}
+    ledger.becomes(f"{at}linear_dim", whole or {"model.lora.r": tree.get("linear_dim")})
+    if whole:
+        ledger.is_so(f"{at}linear_alpha", "a whole matrix is not scaled")
+    ledger.becomes(f"{at}linear_alpha", {"model.lora.lora_alpha": tree.get("linear_alpha")})
+    factor = int(tree.get("factor", -1))
+    ledger.becomes(f"{at}factor", {"model.lora.decompose_factor": factor} if kind == "lokr" and factor > 0 else {})
+    ledger.is_so(f"{at}factor", "near the root")
+    if float(tree.get("multiplier", 1.0)) == 1.0:
+        ledger.is_so(f"{at}multiplier", "1")
+    for key in ledger.below(f"{at}apply_preset"):
+        ledger.lost(key, f"see {TARGETS}")
+    for name in ("lora_rank", "lora_alpha"):
+        ledger.is_so(name, "lycoris_config counts")
 
 
 def _backends(options: Mapping[str, Any], file: Path) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,29 @@ PRECISIONS = {
 CACHED = "cache.use_cache"
 NO_CLASS = "no class of it is known; AdamW is the default"
 RATE = "optimizer.init_args.lr"
+
+
+FULL_RANK = 8192  # the largest rank; a LoKr whose rank is no limit has a whole matrix for its second one
+TARGETS, EXCLUDED = "model.lora.target_modules", "model.lora.exclude_modules"
+
+
+def targets(expression: str | None) -> dict[str, Any]:
+    """Every linear layer, but for those whose names `expression` matches anywhere."""
+    return {TARGETS: "all-linear"} | ({} if expression is None else {EXCLUDED: expression})
+
+
+def outside_blocks(left_out: Sequence[str] = (), wanted: Sequence[str] = ()) -> str:
+    """An expression for layers that are in no block, have one of `left_out` in their names or, where there are such,
+    none of `wanted`."""
+    parts = [r"(?!.*transformer_blocks\.).*"]
+    parts += [f".*({'|'.join(left_out)}).*"] if left_out else []
+    parts += [f"(?!.*({'|'.join(wanted)})).*"] if wanted else []
+    return "|".join(parts)
+
+
+def full_rank(rank: Any) -> dict[str, Any]:
+    """Rank and alpha of a LoKr that are so large that its second matrix is a whole one; nothing of others."""
+    return {"model.lora.r": FULL_RANK, "model.lora.lora_alpha": FULL_RANK} if int(rank) >= FULL_RANK else {}
 
 
 def optimizer(name: Any) -> str | None:

@@ -80,7 +80,7 @@ def read_shard(
         place.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(place, json.dumps(found, ensure_ascii=False))
     shards.remember(shard.path, {name: shards.Cell(*cell) for name, cell in found["cells"].items()})
-    rows, bad, files = list[Row](), list[tuple[str, str]](found["bad_rows"]), _Files(shard)
+    rows, gone, files = list[Row](), list[tuple[str, str]](), _Files(shard)
     for key, prompts, target, references, mask in found["rows"]:
         try:
             row = Row(
@@ -94,10 +94,13 @@ def read_shard(
                 mask_name=files.named(mask) if masks and mask else None,
             )
         except DataError as error:
-            bad += [(key, line) for line in error.problems]
+            gone += [(key, line) for line in error.problems]
         else:
             rows.append(row)
-    faults = [RowFault(f"{shard.path}, row {key}: {line}", f"{shard.name}/{key}") for key, line in bad]
+    if gone and not rows:  # of a million, one says it
+        return [], [f"{shard.path}: no picture that it names is there; {gone[0][1]}"]
+    faults = [RowFault(f"{shard.path}, row {key}: {line}", f"{shard.name}/{key}") for key, line in
+              [*found["bad_rows"], *gone]]  # fmt: skip
     return rows, [*(f"{shard.path}: {line}" for line in found["problems"]), *faults]
 
 

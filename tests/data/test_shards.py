@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import tarfile
 import threading
 from collections.abc import Callable, Iterator
@@ -166,7 +167,7 @@ def test_layouts_are_known_by_name(name: str, folder: Path, tmp_path: Path) -> N
         ({"target_image": None, "control_images": [], "prompt": "x"}, "row 0: target_image is empty"),
         ({"target_image": b"no picture", "control_images": [], "prompt": "x"}, "row 0: target_image: 0/target_image"),
         ({"target_image": {"bytes": None, "path": "/etc/passwd"}, "control_images": [], "prompt": "x"}, "no such file"),
-        ({"target_image": "../x.png", "control_images": [], "prompt": "x"}, "row 0: ../x.png: no such file"),
+        ({"target_image": "../x.png", "control_images": [], "prompt": "x"}, "is there; ../x.png: no such file"),
         ({"target_image": {"bytes": None, "path": None}, "control_images": [], "prompt": "x"}, "nothing where"),
         ({"data": [{"output_images": [3], "input_images": ["x"], "prompt": "x"}]}, "row 0/0: output_images of one"),
         ({"data": [{"prompt": "x"}]}, "row 0/0: output_images is empty"),
@@ -208,6 +209,10 @@ def test_pictures_that_are_files_beside_their_shards(folder: Path, tmp_path: Pat
     lost.unlink()
     (line,) = dataset(str(home), tmp_path / "known").check()
     assert "replace_part0.parquet, row 1: results_1/1/training_images_1.png: no such file in" in line
+    shutil.rmtree(home / "Singleturn")
+    problems = dataset(str(home), tmp_path / "known").check()
+    (line,) = [line for line in problems if "replace_part0" in line]  # not one for each of a million
+    assert "no picture that it names is there; results_0/0/training_images_0.png: no such file in" in line
 
 
 def test_only_the_split_that_is_asked_for(folder: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from qwen_image_finetune import loading
 from qwen_image_finetune.command.cli import main
 from qwen_image_finetune.command.lora import merge as merging
+from qwen_image_finetune.command.lora.show import dialect_of
 from qwen_image_finetune.config import LoraConfig
 from qwen_image_finetune.families import get_family
 from qwen_image_finetune.levers.single_file import SingleFile
@@ -136,6 +137,16 @@ def test_resize(one: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert all(torch.linalg.matrix_rank(delta, rtol=1e-5) == 2 for delta in after.values())
     assert main(["lora", "resize", str(one), str(output), "--overwrite"]) == 2
     assert "Give --rank, --energy" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dialect", ["diffusers", "comfy", "kohya"])
+def test_another_size_is_in_the_same_dialect(dialect: str, one: Path, tmp_path: Path) -> None:
+    """That of the first, where several become one."""
+    given, small, both = (tmp_path / f"{name}.safetensors" for name in ("given", "small", "both"))
+    assert main(["lora", "convert", str(one), str(given), "--format", dialect]) == 0
+    assert main(["lora", "resize", str(given), str(small), "--rank", "2"]) == 0
+    assert main(["lora", "add", str(given), str(one), "--output", str(both)]) == 0
+    assert dialect_of(given) == dialect_of(small) == dialect_of(both) == dialect
 
 
 def test_add(one: Path, write: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

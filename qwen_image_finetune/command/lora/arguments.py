@@ -35,8 +35,9 @@ def _family(tool: argparse.ArgumentParser) -> None:
     tool.add_argument("--family", choices=sorted(FAMILIES), help="whose LoRA it is, where the file does not say so")
 
 
-def _output(tool: argparse.ArgumentParser) -> None:
-    tool.add_argument("--format", choices=("diffusers", "comfy", "kohya"), default="comfy", help="key dialect")
+def _output(tool: argparse.ArgumentParser, default: str | None = "comfy") -> None:
+    words = "key dialect; default: that of the file, or of the first" if default is None else "key dialect"
+    tool.add_argument("--format", choices=("diffusers", "comfy", "kohya"), default=default, help=words)
     overwritten(tool)
 
 
@@ -51,15 +52,15 @@ def _show(tool: argparse.ArgumentParser) -> None:
     with_json(tool)
 
 
-def _convert(tool: argparse.ArgumentParser) -> None:
+def _convert(tool: argparse.ArgumentParser, default: str | None = "comfy") -> None:
     _file(tool)
     tool.add_argument("output", type=Path, help="file to write")
     _family(tool)
-    _output(tool)
+    _output(tool, default)
 
 
 def _resize(tool: argparse.ArgumentParser) -> None:
-    _convert(tool)
+    _convert(tool, None)
     _smaller(tool)
 
 
@@ -69,7 +70,7 @@ def _add(tool: argparse.ArgumentParser) -> None:
     _strengths(tool)
     tool.add_argument("--rank", type=of(Rank), help="of every layer, at most; default: the sum of the ranks, exact")
     _family(tool)
-    _output(tool)
+    _output(tool, None)
 
 
 def _compare(tool: argparse.ArgumentParser) -> None:

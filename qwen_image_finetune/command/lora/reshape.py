@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from qwen_image_finetune.command.lora.files import check_place, opened, plain
+from qwen_image_finetune.command.lora.show import dialect_of
 from qwen_image_finetune.families import get_family
 from qwen_image_finetune.lora.export import Dialect, write_checked
 from qwen_image_finetune.lora.factoring import Factored, resized, summed
@@ -17,11 +18,13 @@ def resize(
     output: Path,
     rank: int | None,
     energy: float | None,
-    dialect: Dialect,
+    dialect: Dialect | None,
     family: str | None,
     overwrite: bool,
 ) -> list[str]:
     """Write a LoRA with smaller layers; returns what that leaves out and which programs read it.
+
+    Without a dialect it is written in that of the file.
 
     Raises:
         LoraFileError: the file cannot be read or is no plain LoRA; neither rank nor energy is given.
@@ -35,7 +38,7 @@ def resize(
     made = {name: resized(layer, rank, energy) for name, layer in before.items()}
     metadata = {**file.metadata, "qif.family": family}
     layers = {name: factored.layer for name, factored in made.items()}
-    words = write_checked(layers, output, dialect, get_family(family).naming, metadata)
+    words = write_checked(layers, output, dialect or dialect_of(file.path), get_family(family).naming, metadata)
     ranks = [sum(layer.rank for layer in each.values()) / len(each) for each in (before, layers)]
     return [*file.notes, f"mean rank {ranks[0]:.1f} -> {ranks[1]:.1f}", *left_out(made), *words]
 
@@ -45,13 +48,14 @@ def add(
     strengths: Sequence[float],
     output: Path,
     rank: int | None,
-    dialect: Dialect,
+    dialect: Dialect | None,
     family: str | None,
     overwrite: bool,
 ) -> list[str]:
     """Write one LoRA that does what several do together, each at its strength.
 
-    Without a rank it is exact, and its layers have the sum of the ranks.
+    Without a rank it is exact, and its layers have the sum of the ranks; without a dialect it is written in that of the
+    first.
 
     Raises:
         LoraFileError: a file cannot be read, they are of two families, or there are more strengths than files.
@@ -82,6 +86,7 @@ def add(
             f"{file.path.name} at {strength:g}" for (file, _), (_, strength) in zip(files, given, strict=True)
         ),
     }
+    dialect = dialect or dialect_of(files[0][0].path)
     return [*notes, *write_checked(layers, output, dialect, get_family(families[0]).naming, metadata)]
 
 

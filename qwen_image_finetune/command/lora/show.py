@@ -10,6 +10,7 @@ from typing import Any
 from qwen_image_finetune.command.lora.files import opened, plain
 from qwen_image_finetune.families import get_family
 from qwen_image_finetune.lora.dialects import under_authors_names
+from qwen_image_finetune.lora.export import Dialect
 from qwen_image_finetune.lora.factoring import cosine
 from qwen_image_finetune.lora.header import LoraFileError
 from qwen_image_finetune.lora.layers import Changed, Layer, kind_of
@@ -130,7 +131,7 @@ def by_block(layers: dict[str, Changed]) -> dict[str, list[Changed]]:
     return dict(sorted(found.items(), key=lambda item: [int(x) if x.isdigit() else x for x in _split(item[0])]))
 
 
-def dialect_of(path: Path) -> str:
+def dialect_of(path: Path) -> Dialect:
     """Which of DIALECTS the keys of a file are written in; the nearest one for other programs' own."""
     from safetensors import safe_open
 

@@ -66,6 +66,6 @@ def show_maps(dataset: ImageDataset, folder: Path | None) -> str:
     if not shares:
         return "loss.mask_loss=difference: no pair has a reference, so everything weighs the same"
     low, middle, high = np.quantile(shares, [0, 0.5, 1])
-    where = "" if folder is None else f"; {folder} shows source, target and map of each"
+    where = f"; {folder} shows source, target and map of each" if folder else "; --maps FOLDER draws the maps"
     words = f"{low:.0%} to {high:.0%} of a picture is the edit, {middle:.0%} of the middle one"
     return f"loss.mask_loss=difference: {words}{where}"

@@ -88,7 +88,7 @@ def warm(shared_folder: Path) -> Path:
             # The name of a socket may have a hundred characters.
             socket = Path(tempfile.mkdtemp(dir="/tmp"), "socket")
             session = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
-            strange = ("ACCELERATE_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_")
+            strange = ("ACCELERATE_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_", "PYTHONHASHSEED")
             environment = {name: value for name, value in os.environ.items() if not name.startswith(strange)}
             server = subprocess.Popen(
                 [sys.executable, str(place / "server.py"), str(socket), str(session)],

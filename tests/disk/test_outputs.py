@@ -61,6 +61,9 @@ def test_new_files_may_stand_beside_those_of_a_run(version: Path, tmp_path: Path
     check_output(tmp_path / "new" / "folder" / "page.html", overwrite=False)
     (tmp_path / "v3").mkdir()  # of somebody else: no run
     check_output(tmp_path / "v3" / "config.yaml", overwrite=False)
+    (tmp_path / "v3" / "run.json").touch()
+    with pytest.raises(OutputError, match="belongs to the run"):  # which it was not before
+        check_output(tmp_path / "v3" / "config.yaml", overwrite=False)
 
 
 def test_anything_else_is_replaced_only_if_that_was_said(tmp_path: Path) -> None:

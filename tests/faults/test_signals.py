@@ -57,6 +57,7 @@ def test_a_signal_at_any_moment(lab: Lab) -> None:
             lost.append((number, family, aim, kind.name, problem, trial.said()))
         else:
             shutil.rmtree(config.parent)
+    assert seen.keys() != {"too late"}, "nobody was told anything while it ran"
     record(
         "SIGTERM, SIGINT, SIGUSR1, SIGHUP",
         tried,

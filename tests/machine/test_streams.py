@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from qwen_image_finetune.disk import history, runs, versions
+from qwen_image_finetune.disk.files import append_line
 from qwen_image_finetune.machine import console, journal
 from qwen_image_finetune.machine.signals import StopSignals
 from qwen_image_finetune.machine.streams import Unfailing
@@ -115,8 +116,12 @@ def test_the_log_has_every_line_with_its_time(tmp_path: Path, capsys: pytest.Cap
 def test_a_log_that_cannot_be_written_is_no_reason_to_stop(tmp_path: Path) -> None:
     run = runs.claim_version(tmp_path / "project")
     (run.path / history.LOG).symlink_to("/dev/full")
+    with pytest.raises(OSError):
+        append_line(run.path / history.LOG, "a line\n")
     run.log("a line\n")
+    run.record(1, {"loss": 1.0})
     run.close()
+    assert [line["step"] for line in history.read_metrics(run.path)] == [1]
 
 
 @pytest.mark.parametrize("ignored", [False, True])

@@ -53,7 +53,8 @@ def assert_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
 
 
 def rounds(folder: Path | None, **more: object) -> str:
-    settings = {"enabled": True, "steps": 2, "num_validation_samples": 1, "num_inference_steps": 1, **more}
+    fewest = {"steps": 2, "num_validation_samples": 1, "num_inference_steps": 1, "num_loss_sigmas": 2}
+    settings = {"enabled": True, **fewest, **more}
     return f"validation={json.dumps(settings if folder is None else {**settings, 'dataset_path': str(folder)})}"
 
 
@@ -123,7 +124,7 @@ def test_pairs_that_are_trained_on_are_not_held_out(
 @pytest.mark.parametrize("name", ["FluxKontext", "QwenImageEdit"])
 def test_the_loss_of_the_base_is_that_of_the_untouched_model(name: str, configure: Configure, held_out: Path) -> None:
     """A LoRA at strength 0, after a start from trained values, and a model tuned as a whole, before its first step."""
-    options = ("train.max_train_steps=5", rounds(held_out))
+    options = ("train.max_train_steps=5", rounds(held_out, steps=3))
     first = train(configure(name, *options, "logging.tracker_project_name=first"))
     assert first is not None
     lora = next(first.glob("checkpoint-*-5")) / "pytorch_lora_weights.safetensors"
@@ -133,7 +134,7 @@ def test_the_loss_of_the_base_is_that_of_the_untouched_model(name: str, configur
     base = [json.loads((run / "samples" / "base.json").read_text())["losses"] for run in (first, again, whole)]
     assert base[0] == base[1]
     assert base[0] == pytest.approx(base[2], rel=1e-6)
-    assert [line["held_out_difference"] for line in lines(whole, "held_out_loss")] == [0, 0, 0]
+    assert [line["held_out_difference"] for line in lines(whole, "held_out_loss")] == [0, 0]
     trained = lines(first, "held_out_loss")[-1]["held_out_loss"]
     assert lines(again, "held_out_loss")[-1]["held_out_loss"] == pytest.approx(trained, rel=1e-4)
     pictures = [(run / "samples" / "base" / "0.png").read_bytes() for run in (first, again)]
@@ -205,8 +206,8 @@ def test_samples_are_what_prediction_draws(configure: Configure, held_out: Path,
 
     from qwen_image_finetune.trainer import Trainer
 
-    overrides = ("train.max_train_steps=4", f"train.mixed_precision={precision}")
-    config = configure("FluxKontext", *overrides, rounds(held_out, num_inference_steps=8, seed=5))
+    overrides = ("train.max_train_steps=1", f"train.mixed_precision={precision}")
+    config = configure("FluxKontext", *overrides, rounds(held_out, num_inference_steps=8, seed=5, num_loss_pairs=0))
     run = train(config)
     assert run is not None
     trainer = Trainer(config)

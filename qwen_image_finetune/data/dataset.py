@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 from PIL.Image import Image, Resampling, Transpose
 
 from qwen_image_finetune.data import looks, suspects, told
@@ -26,7 +24,8 @@ from qwen_image_finetune.data.geometry import (
     stretched,
     transfer,
 )
-from qwen_image_finetune.data.images import DataError, fitted, open_upright, size_upright
+from qwen_image_finetune.data.headers import Headers, files_of
+from qwen_image_finetune.data.images import DataError, fitted, open_upright
 from qwen_image_finetune.data.left_out import LeftOut
 from qwen_image_finetune.data.listing import Row, RowFault
 from qwen_image_finetune.data.sizes import Sizes, fixed_notes, rounded
@@ -101,14 +100,12 @@ class ImageDataset:
     def _prepare(self) -> None:
         """What follows from the rows."""
         self._noted = len(self.notes)
+        self.notes += [*told.about_sets(self.rows), *told.about_files(self.rows, self._use_edit_mask)]
+        self._headers = Headers(self.rows)
         self._sizes = Sizes(
-            self.rows, self._size, self._side_multiple, self._seed, self._crop, self._max_buckets, self._target_extent
-        )
-        self._note_rows(self._use_edit_mask)
-        # Upright sizes of all files, row after row (target, references, mask); 0 where not yet read.
-        counts = [1 + len(row.reference_names) + (row.mask_name is not None) for row in self.rows]
-        self._first = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])  # (rows + 1,)
-        self._extents = np.zeros((int(self._first[-1]), 2), dtype=np.uint32)  # (files, 2): width, height
+            self.rows, self._size, self._side_multiple, self._seed, self._crop, self._max_buckets,
+            self._headers.of_target,
+        )  # fmt: skip
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -182,7 +179,7 @@ class ImageDataset:
             DataError: a header that cannot be read, or a picture too long and narrow.
         """
         row = self.rows[index]
-        extents = self._read_extents(index)
+        extents = self._headers.of(index)
         images = extents[: 1 + len(row.reference_names)]
         image_size, area = self._sizes.of(row, visit)
         nominal = self._crop.nominal(images[0], image_size)
@@ -252,7 +249,7 @@ class ImageDataset:
             DataError: a file that cannot be read, or has changed since its header was.
         """
         plan = self.plan(index, visit)
-        extents = self._read_extents(index)
+        extents = self._headers.of(index)
         target = self.fitted(cropped(plan.target, extent=extents[0]), plan.target.size, len(plan.references), plan.area)
         mask = None
         if plan.mask is not None:
@@ -284,32 +281,19 @@ class ImageDataset:
             )
         return rows
 
-    def _note_rows(self, use_edit_mask: bool) -> None:
-        self.notes += told.about_sets(self.rows)
-        counts = Counter(len(row.reference_names) for row in self.rows)
-        if set(counts) == {0}:
-            self.notes.append("no row has a reference: training on captions alone")
-        elif len(counts) > 1:
-            shares = ", ".join(f"{rows} rows with {count}" for count, rows in sorted(counts.items()))
-            self.notes.append(f"rows differ in the number of references: {shares}")
-        without = sum(row.mask_name is None for row in self.rows)
-        if use_edit_mask and 0 < without < len(self.rows):
-            self.notes.append(
-                f"{without} of {len(self.rows)} rows have no edit mask and count as foreground everywhere"
-            )
-
     def _note_checked(self, checked: dict[int, _Checked], everything: bool) -> None:
         """Once headers are read, or pictures decoded. Each note once, however often rows are checked."""
         found: list[str] = []
         if everything:
             found += suspects.caption_note(self.rows, [index for index, row in checked.items() if row.empty])
-            found += suspects.aspect_note(self.rows, self._extents, self._first)
+            found += suspects.aspect_note(self.rows, self._headers.extents, self._headers.first)
             found += suspects.enlarged_note(self.rows, {index: row.enlargement for index, row in checked.items()})
             found += self._sizes.notes()
             fixed = [row.shared.image_size for row in self.rows]
             for given in dict.fromkeys(size for size in fixed if size is not None and self._crop == Crop()):
                 own = [index for index, size in enumerate(fixed) if size == given]
-                found += suspects.cut_off_note(self._extents[self._first[own]], rounded(given, self._side_multiple))
+                targets = self._headers.extents[self._headers.first[own]]
+                found += suspects.cut_off_note(targets, rounded(given, self._side_multiple))
         decoded = {index: row.decoded for index, row in checked.items() if row.decoded is not None}
         looked = {index: each.look for index, each in decoded.items()
                   if each.look is not None and not self.rows[index].shared.identity}  # fmt: skip
@@ -318,24 +302,6 @@ class ImageDataset:
         prompts = {index: checked[index].prompt for index in decoded}
         found += suspects.near_copies_note(self.rows, decoded, prompts)
         self.notes += [note for note in found if note not in self.notes]
-
-    def _read_extents(self, index: int) -> list[Extent]:
-        """Upright sizes of the target, the references and the mask of a row; each header is read once."""
-        row, first, end = self.rows[index], self._first[index], self._first[index + 1]
-        extents = self._extents[first:end]
-        if not extents.all():
-            problems: list[str] = []
-            for place, path in enumerate(_files(row)):
-                try:
-                    extents[place] = size_upright(path)
-                except DataError as error:
-                    problems += error.problems
-            if problems:
-                raise DataError(problems)
-        return [(width, height) for width, height in extents.tolist()]
-
-    def _target_extent(self, index: int) -> Extent:
-        return self._read_extents(index)[0]
 
     def _check_rows(self, rows: Sequence[int], decode: bool) -> list[_Checked]:
         return [self._check_row(index, decode) for index in rows]
@@ -353,7 +319,7 @@ class ImageDataset:
             problems += error.problems
         try:
             plan = self.plan(index)
-            extents = self._read_extents(index)
+            extents = self._headers.of(index)
         except DataError as error:
             return _Checked([*problems, *error.problems])
         if row.mask is not None and not same_aspect(extents[-1], extents[0]):
@@ -362,7 +328,7 @@ class ImageDataset:
         checked = _Checked(problems, not prompt, suspects.enlargement(plan))
         if not decode:
             return checked
-        decoded = looks.decode(_files(row), row.mask_name is not None, prompt)
+        decoded = looks.decode(files_of(row), row.mask_name is not None, prompt)
         return checked._replace(problems=problems + decoded.problems, decoded=decoded, prompt=prompt)
 
 
@@ -374,12 +340,6 @@ def _crop(arguments: DatasetArguments) -> Crop:
     window = arguments.crop_size
     sides = (window, window) if isinstance(window, int) else None if window is None else (window[0], window[1])
     return Crop(random=True, window=sides, scale=(arguments.crop_scale[0], arguments.crop_scale[1]))
-
-
-def _files(row: Row) -> list[str]:
-    """Files of target, references and mask; as texts, which cost a tenth of paths."""
-    names = (row.target_name, *row.reference_names, *(() if row.mask_name is None else (row.mask_name,)))
-    return [os.path.join(row.folder, name) for name in names]
 
 
 def cropped(picture: Picture, mask: bool = False, extent: Extent | None = None) -> Image:

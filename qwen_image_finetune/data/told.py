@@ -1,7 +1,8 @@
-"""What a data set of several parts says of itself: which share each has, which pairs have several prompts or sizes."""
+"""What a data set says of itself: which share each of its parts has, what its pairs have several of, what they lack."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from math import sqrt
 
@@ -42,6 +43,19 @@ def about_sets(rows: Sequence[Row]) -> Iterator[str]:
     several = [row for row in rows if has_several(row) and not row.shared.identity]
     if several:
         yield f"{len(several)} of {len(rows)} rows may have several prompts, of which one is drawn a visit"
+
+
+def about_files(rows: Sequence[Row], use_edit_mask: bool) -> Iterator[str]:
+    """How many references rows have, and which lack a mask."""
+    counts = Counter(len(row.reference_names) for row in rows)
+    if set(counts) == {0}:
+        yield "no row has a reference: training on captions alone"
+    elif len(counts) > 1:
+        shares = ", ".join(f"{number} rows with {count}" for count, number in sorted(counts.items()))
+        yield f"rows differ in the number of references: {shares}"
+    without = sum(row.mask_name is None for row in rows)
+    if use_edit_mask and 0 < without < len(rows):
+        yield f"{without} of {len(rows)} rows have no edit mask and count as foreground everywhere"
 
 
 def about_buckets(own: Mapping[Extent, int], kept: Sequence[Extent], area: int | None) -> str:

@@ -11,13 +11,12 @@ import torch
 
 from qwen_image_finetune import loading
 from qwen_image_finetune.config import Config, ConfigError, resolve_family
-from qwen_image_finetune.data.dataset import ImageDataset
-from qwen_image_finetune.data.images import DataError
 from qwen_image_finetune.encoding import cache
 from qwen_image_finetune.encoding.cache import EncodedDataset
-from qwen_image_finetune.encoding.limits import check_prompts
+from qwen_image_finetune.encoding.limits import check_rows
 from qwen_image_finetune.encoding.pairs import encoded, open_pairs
 from qwen_image_finetune.encoding.store import Fingerprints
+from qwen_image_finetune.encoding.streaming import fill_by_shard
 from qwen_image_finetune.families import get_family
 from qwen_image_finetune.families.base import Family
 from qwen_image_finetune.fitting import out_of_memory
@@ -56,8 +55,7 @@ def fill_cache(config: Config, rows: EncodedDataset, accelerator: Accelerator, s
         if missing:
             say(f"the cache in {rows.store.folder} lacks {len(missing.texts)} texts and {len(missing.images)} pictures "
                 f"of {missing.entries} entries: encoding them")  # fmt: skip
-            check_prompts(rows.family, rows.checkpoint, rows.dataset, rows.rows_lacking(share), rows.preserved)
-            check_pictures(rows.dataset, rows.rows_lacking(share))
+            check_rows(rows, rows.rows_lacking(share))
             cache.fill(rows, share, homes, shown=team.main)
         else:
             say(f"the cache in {rows.store.folder} is complete: {missing.entries} entries")
@@ -83,20 +81,6 @@ def check_shared(rows: EncodedDataset, keys: Sequence[str]) -> None:
     )
 
 
-def check_pictures(dataset: ImageDataset, rows: Sequence[int]) -> None:
-    """Decode every picture of some rows: damage behind a header would else end the run in the middle. Say what is odd.
-
-    Raises:
-        DataError: with all problems.
-    """
-    said = len(dataset.notes)
-    problems = dataset.check(decode=True, rows=rows)
-    if problems:
-        raise DataError(problems)
-    for line in dataset.notes[said:]:
-        console.note(line)
-
-
 def prepare_embeddings(
     config: Config, rows: EncodedDataset, accelerator: Accelerator, say: Say
 ) -> DiffusionPipeline | None:
@@ -106,8 +90,7 @@ def prepare_embeddings(
         return None
     team = build_team(accelerator)
     if team.main:
-        check_prompts(rows.family, rows.checkpoint, rows.dataset, range(len(rows.dataset)), rows.preserved)
-        check_pictures(rows.dataset, range(len(rows.dataset)))
+        check_rows(rows, range(len(rows.dataset)))
     team.meet("checking the pictures")
     train = config.train
     home = torch.device("cpu") if train.low_memory else accelerator.device  # low memory: the card is the transformer's
@@ -123,8 +106,7 @@ def prepare_held_out(config: Config, rows: EncodedDataset, accelerator: Accelera
     if config.cache.use_cache:
         fill_cache(config, rows, accelerator, say)
     elif accelerator.is_main_process:
-        check_prompts(rows.family, rows.checkpoint, rows.dataset, range(len(rows.dataset)), rows.preserved)
-        check_pictures(rows.dataset, range(len(rows.dataset)))
+        check_rows(rows, range(len(rows.dataset)))
 
 
 def encode_dataset(config: Config) -> None:
@@ -135,8 +117,6 @@ def encode_dataset(config: Config) -> None:
     say: Say = console.say if accelerator.is_main_process else lambda message: None
     family = get_family(resolve_family(config, download=True)[0])
     check_drop_keys(config, family)
-    from qwen_image_finetune.encoding.streaming import fill_by_shard  # which checks pictures by this module
-
     with out_of_memory.explained(config, "encoding the data set"):
         fill_by_shard(config, family, accelerator, say)
     pairs = open_pairs(config, family, share=build_team(accelerator).share)

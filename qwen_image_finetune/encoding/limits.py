@@ -1,9 +1,10 @@
-"""What a family's encoders cannot take, found by its tokenizers and by sizes alone, before a weight is loaded."""
+"""What cannot be encoded: found by tokenizers, sizes and the pictures themselves, before a weight is loaded."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from diffusers import DiffusionPipeline
 
@@ -17,6 +18,9 @@ from qwen_image_finetune.machine import console
 from qwen_image_finetune.records import Extent
 
 _NAMED = 3  # captions in a note
+
+if TYPE_CHECKING:
+    from qwen_image_finetune.encoding.cache import EncodedDataset
 
 
 def prompt_faults(
@@ -109,3 +113,27 @@ def check_prompts(
         console.note(
             f"{len(cut)} of {len(rows)} prompts are longer than the model reads ({'; '.join(cut[:_NAMED])}{more})"
         )
+
+
+def check_pictures(dataset: ImageDataset, rows: Sequence[int]) -> None:
+    """Decode every picture of some rows: damage behind a header would else end the run in the middle. Say what is odd.
+
+    Raises:
+        DataError: with all problems.
+    """
+    said = len(dataset.notes)
+    problems = dataset.check(decode=True, rows=rows)
+    if problems:
+        raise DataError(problems)
+    for line in dataset.notes[said:]:
+        console.note(line)
+
+
+def check_rows(data: EncodedDataset, rows: Sequence[int]) -> None:
+    """Both of some rows that are about to be encoded.
+
+    Raises:
+        DataError: with all problems of their prompts; without any, with those of their pictures.
+    """
+    check_prompts(data.family, data.checkpoint, data.dataset, rows, data.preserved)
+    check_pictures(data.dataset, rows)

@@ -19,8 +19,7 @@ from qwen_image_finetune.data.listing import Row
 from qwen_image_finetune.data.shard_index import Shard, read_shard, remove
 from qwen_image_finetune.data.sources import of_set, prefixes, shared_of
 from qwen_image_finetune.encoding.cache import EncodedDataset
-from qwen_image_finetune.encoding.embeddings import check_pictures
-from qwen_image_finetune.encoding.limits import check_prompts, reference_problems
+from qwen_image_finetune.encoding.limits import check_rows, reference_problems
 from qwen_image_finetune.encoding.pairs import bad_rows, training_settings
 from qwen_image_finetune.families.base import Family
 from qwen_image_finetune.machine import console
@@ -98,9 +97,7 @@ def fill_by_shard(config: Config, family: Family, accelerator: Accelerator, say:
                 missing = rows.missing()
                 if not missing:
                     continue
-                lacking = rows.rows_lacking(missing)
-                check_prompts(family, checkpoint, dataset, lacking, rows.preserved)
-                check_pictures(dataset, lacking)
+                check_rows(rows, rows.rows_lacking(missing))
                 if pipe is None:
                     homes = encoder_homes(config.cache, "cache", accelerator.device, team)
                     pipe = loading.load_encoders(

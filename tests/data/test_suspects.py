@@ -211,7 +211,7 @@ def test_a_part_says_what_decoding_its_rows_shows(tmp_path: Path) -> None:
 
 
 def test_checking_pictures_for_training_says_what_it_finds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from qwen_image_finetune.encoding.embeddings import check_pictures
+    from qwen_image_finetune.encoding.limits import check_pictures
 
     pairs(tmp_path, "a"), pair(tmp_path, "b", picture(1, (120, 90)), picture(1, (120, 90)), end="webp")
     Image.open(tmp_path / "training_images/b.png").save(tmp_path / "control_images/b.webp", lossless=True)

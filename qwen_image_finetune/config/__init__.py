@@ -4,8 +4,8 @@ A configuration is YAML with ``${section.key}`` interpolation. `load_config` rea
 overrides, moves older spellings to today's, and validates the rest; whatever is wrong comes back in one `ConfigError`
 that names the key, what was given and what is allowed.
 
-    schema, data, lora    the sections and their keys     values         what keys may hold
-    root           a whole run
+    root           a whole run                          values         what keys may hold
+    model, lora, data, training, loss, outputs          the sections: one frozen model each, a line of meaning a key
     spellings      older names of keys                  exclusions     what no run has together
     text           YAML, safely                         interpolation  ${section.key}
     words, idle    problems and notes in words          family         which family a checkpoint is
@@ -17,23 +17,19 @@ from qwen_image_finetune.config.data import OUR_DATASETS, Columns, DataConfig, D
 from qwen_image_finetune.config.family import resolve_family
 from qwen_image_finetune.config.load import load_config
 from qwen_image_finetune.config.lora import BaseLora, LoraConfig
-from qwen_image_finetune.config.root import Config
-from qwen_image_finetune.config.schema import (
+from qwen_image_finetune.config.loss import LossConfig, PreservationConfig
+from qwen_image_finetune.config.model import ModelConfig
+from qwen_image_finetune.config.outputs import (
     CacheConfig,
-    EmaConfig,
     LoggingConfig,
-    LossConfig,
-    ModelConfig,
-    OptimizerConfig,
     PredictConfig,
     PredictDevices,
-    PreservationConfig,
     SampleConfig,
-    SchedulerConfig,
-    TrainConfig,
     ValidationConfig,
 )
+from qwen_image_finetune.config.root import Config
 from qwen_image_finetune.config.spellings import SPELLINGS
+from qwen_image_finetune.config.training import EmaConfig, OptimizerConfig, SchedulerConfig, TrainConfig
 from qwen_image_finetune.config.values import ConfigError
 from qwen_image_finetune.config.words import no_folder
 

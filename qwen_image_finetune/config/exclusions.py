@@ -6,7 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from qwen_image_finetune.config.schema import LossConfig, ModelConfig, OptimizerConfig, TrainConfig
+from qwen_image_finetune.config.loss import LossConfig
+from qwen_image_finetune.config.model import ModelConfig
+from qwen_image_finetune.config.training import OptimizerConfig, TrainConfig
 from qwen_image_finetune.config.tree import find, shown
 
 

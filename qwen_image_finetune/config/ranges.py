@@ -14,7 +14,7 @@ def checked(kind: Any, value: Any, name: str) -> Any:
     """`value` as a key of the type `kind` would have it.
 
     Args:
-        kind: one of the types of `config.schema`, such as Seed.
+        kind: one of the types of `config.values`, such as Seed.
         value: text is what was typed, as a number.
         name: of the argument, for the message.
 

@@ -10,17 +10,10 @@ from pydantic import PrivateAttr, model_validator
 
 from qwen_image_finetune.config.data import DataConfig
 from qwen_image_finetune.config.exclusions import contradictions
-from qwen_image_finetune.config.schema import (
-    CacheConfig,
-    LoggingConfig,
-    LossConfig,
-    ModelConfig,
-    OptimizerConfig,
-    PredictConfig,
-    SchedulerConfig,
-    TrainConfig,
-    ValidationConfig,
-)
+from qwen_image_finetune.config.loss import LossConfig
+from qwen_image_finetune.config.model import ModelConfig
+from qwen_image_finetune.config.outputs import CacheConfig, LoggingConfig, PredictConfig, ValidationConfig
+from qwen_image_finetune.config.training import OptimizerConfig, SchedulerConfig, TrainConfig
 from qwen_image_finetune.config.tree import shown
 from qwen_image_finetune.config.values import Section, refuse
 

@@ -4,7 +4,8 @@ import sys
 from pathlib import Path
 
 from qwen_image_finetune.command.arguments import Parser
-from qwen_image_finetune.command.cli import guarded, parse, run_training
+from qwen_image_finetune.command.cli import guarded, parse
+from qwen_image_finetune.command.running import run_training
 
 
 def main() -> int:

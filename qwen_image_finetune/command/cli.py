@@ -11,14 +11,13 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, TypeVar, cast
+from typing import Any, TextIO, TypeVar, cast
 
-from qwen_image_finetune.machine import console, journal
+from qwen_image_finetune.command import running
+from qwen_image_finetune.command.saying import loading, read_config, tell
+from qwen_image_finetune.machine import console
 from qwen_image_finetune.machine.streams import unfailing, unfailing_streams
 from qwen_image_finetune.machine.threads import sleep_while_waiting
-
-if TYPE_CHECKING:
-    from qwen_image_finetune.config import Config
 
 Asked = TypeVar("Asked")  # a dataclass of what a verb is asked for
 
@@ -94,55 +93,12 @@ def _words_aside(options: argparse.Namespace) -> AbstractContextManager[object]:
 
 def train(options: argparse.Namespace) -> None:
     """Train as the configuration says."""
-    run_training(options.config, options.overrides, dry_run=options.dry_run)
+    running.run_training(options.config, options.overrides, dry_run=options.dry_run)
 
 
 def cache(options: argparse.Namespace) -> None:
     """Compute the embeddings of the data set and keep them."""
-    run_training(options.config, options.overrides, only_cache=True)
-
-
-def run_training(config_file: Path, overrides: Sequence[str], dry_run: bool = False, only_cache: bool = False) -> None:
-    """What `qif train`, `qif cache` and `python -m src.main` share."""
-    from qwen_image_finetune.machine.signals import StopSignals
-
-    with StopSignals(), journal.recording():  # from the first moment: packages alone take seconds to load
-        from qwen_image_finetune.config import load_config
-
-        config = load_config(config_file, overrides)
-        tell(config.notes)
-        if dry_run:
-            from qwen_image_finetune.command.dry_run import lines
-            from qwen_image_finetune.levers.stored_precision import local_checkpoint
-            from qwen_image_finetune.training.check import check_run, model_notes
-
-            if local_checkpoint(config.model) is not None:
-                loading()  # its memory is predicted, and its modules are compared with the adapter
-            for line in lines(config):
-                print(line, flush=True)
-            tell(model_notes(config))
-            check_run(config)
-            return
-        check_folders(config, only_cache)
-        loading()
-        if only_cache:
-            from qwen_image_finetune.trainer import Trainer
-
-            Trainer(config).cache()
-        else:
-            from qwen_image_finetune.training.train import train
-
-            train(config)
-
-
-def check_folders(config: Config, only_cache: bool) -> None:
-    """Refuse folders that cannot be written within a moment, before a heavy package is imported."""
-    from qwen_image_finetune.disk.files import check_writable
-
-    if not only_cache:
-        check_writable(config.logging.project_dir, "logging.output_dir")
-    if only_cache or config.cache.use_cache:
-        check_writable(Path(config.cache.cache_dir).expanduser(), "cache.cache_dir")
+    running.run_training(options.config, options.overrides, only_cache=True)
 
 
 def predict(options: argparse.Namespace) -> None:
@@ -159,41 +115,11 @@ def predict(options: argparse.Namespace) -> None:
 
 def check(options: argparse.Namespace) -> None:
     """Check configuration and data, decoding every picture, and load nothing else."""
-    from qwen_image_finetune.config import load_config, resolve_family
+    from qwen_image_finetune.command.check import check
 
-    config = load_config(options.config, options.overrides)
-    tell(config.notes)
-    loading()
-    from qwen_image_finetune.data.images import DataError
-    from qwen_image_finetune.encoding.pairs import check_all_prompts, open_pairs
-    from qwen_image_finetune.families import get_family
-    from qwen_image_finetune.training.check import model_notes, refusal, run_problems
-
-    tell(model_notes(config))
-    problems = run_problems(config)
-    family = get_family(resolve_family(config)[0])
-    try:
-        pairs = open_pairs(config, family, decode=True)
-        if not problems:  # among them would be a checkpoint without tokenizers
-            check_all_prompts(config, family, pairs)
-    except DataError as error:
-        more = [line for line in error.problems if not any(line in said for said in problems)]
-        raise refusal([*problems, *more]) from error
-    beside = "" if pairs.held_out is None else f" to train on, {len(pairs.held_out)} to validate on"
-    print(f"{len(pairs.training)} pairs{beside}, all readable")
-    left_out = pairs.training.left_out
-    for row in left_out:
-        print(f"left out: {row}")
-    if config.loss.mask_loss == "difference":
-        from qwen_image_finetune.data.difference import show_maps
-
-        print(show_maps(pairs.training, options.maps))
-    if problems:
-        raise refusal(problems)
+    found = check(options.config, options.overrides, options.maps)
     if options.json:
-        held_out = 0 if pairs.held_out is None else len(pairs.held_out)
-        found = {"family": family.name, "pairs": len(pairs.training), "held_out": held_out, "problems": []}
-        options.answer(found | ({"left_out": [str(row) for row in left_out]} if left_out else {}))
+        options.answer(found)
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -227,10 +153,7 @@ def compare(options: argparse.Namespace) -> None:
 
 def plan(options: argparse.Namespace) -> None:
     """Predict the memory that training takes, and say what makes it fit a card."""
-    from qwen_image_finetune.config import load_config
-
-    config = load_config(options.config, options.overrides)
-    tell(config.notes)
+    config = read_config(options.config, options.overrides)
     loading()
     if options.json:
         from qwen_image_finetune.fitting.plan_numbers import numbers
@@ -249,7 +172,7 @@ def bench(options: argparse.Namespace) -> None:
     from qwen_image_finetune.config.registry import FAMILIES
 
     if options.quick:
-        quick_bench(Path(options.family), [*options.variants, *options.overrides])
+        running.quick_bench(Path(options.family), [*options.variants, *options.overrides])
         return
     if options.family not in FAMILIES:
         hint = "; of a configuration, --quick is measured" if Path(options.family).is_file() else ""
@@ -258,25 +181,6 @@ def bench(options: argparse.Namespace) -> None:
     from qwen_image_finetune.fitting.bench import Options, run
 
     run(filled(Options, options))
-
-
-def quick_bench(file: Path, overrides: Sequence[str]) -> None:
-    """`qif bench CONFIG --quick`."""
-    from qwen_image_finetune.config import load_config, resolve_family
-
-    config = load_config(file, overrides)
-    tell(config.notes)
-    check_folders(config, only_cache=True)
-    loading()
-    from qwen_image_finetune.encoding.pairs import open_pairs
-    from qwen_image_finetune.families import get_family, with_targets
-    from qwen_image_finetune.fitting import quick
-    from qwen_image_finetune.training.job import largest_sample
-
-    family = get_family(resolve_family(config)[0])
-    config = with_targets(config, family)
-    pairs = open_pairs(config, family)
-    quick.run(config, family, largest_sample(pairs.training, pairs.preserved))
 
 
 def export(options: argparse.Namespace) -> None:
@@ -391,15 +295,3 @@ def filled(request: type[Asked], options: argparse.Namespace) -> Asked:
     """A dataclass whose fields are options of the same names; options that can be repeated become tuples."""
     given = {field.name: getattr(options, field.name) for field in fields(cast(Any, request))}
     return request(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
-
-
-def loading() -> None:
-    """Say that packages load, which takes seconds in which nothing else is seen; once, and only if they do."""
-    if "torch" not in sys.modules:
-        console.note("loading torch and diffusers", sys.stderr)
-
-
-def tell(notes: Sequence[str]) -> None:
-    """What the reader of a configuration should know, beside what is printed: a dry run can be piped."""
-    for note in notes:
-        console.note(note, sys.stderr)

@@ -5,22 +5,30 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from qwen_image_finetune.command.saying import loading, tell
 from qwen_image_finetune.config import Config, resolve_family
 from qwen_image_finetune.disk.runs import next_version
 from qwen_image_finetune.levers.stored_precision import base_precision, local_checkpoint
 
 
-def describe(config: Config) -> str:
-    """The resolved configuration and the plan of the run, as text.
+def show(config: Config) -> None:
+    """Print the resolved configuration and the plan of the run, each line as soon as it is known.
 
     Raises:
-        ConfigError: the checkpoint contradicts the configuration.
+        ConfigError: the checkpoint contradicts the configuration, or this machine lacks what the run needs.
     """
-    return "\n".join(lines(config))
+    from qwen_image_finetune.training.check import check_run, model_notes
+
+    if local_checkpoint(config.model) is not None:
+        loading()  # its memory is predicted, and its modules are compared with the adapter
+    for line in lines(config):
+        print(line, flush=True)
+    tell(model_notes(config))
+    check_run(config)
 
 
 def lines(config: Config) -> Iterator[str]:
-    """The same line by line, each as soon as it is known."""
+    """The resolved configuration and the plan of the run; raises ConfigError where the checkpoint contradicts it."""
     yield from ("# resolved configuration", config.to_yaml().rstrip(), "", "# plan")
     yield from _plan(config)
 

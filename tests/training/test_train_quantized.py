@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qwen_image_finetune.command.dry_run import describe
+from qwen_image_finetune.command.dry_run import lines
 from qwen_image_finetune.config import Config, ConfigError
 from qwen_image_finetune.drawing.build import build_predictor
 from qwen_image_finetune.families import get_family
@@ -26,6 +26,10 @@ from tests.kin import TWO, UNLIKE
 FORMATS = ("fp8", "int8", "nf4", "fp4")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 Configure = Callable[..., Config]
+
+
+def describe(config: Config) -> str:
+    return "\n".join(lines(config))
 
 
 @pytest.fixture

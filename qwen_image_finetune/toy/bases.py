@@ -31,7 +31,6 @@ from qwen_image_finetune.toy.vae import LATENT_CHANNELS
 T5_TOKENS = 16  # the longest instructions; padding costs time and says nothing
 # Small pictures need most of their steps at high noise; both ends of the line are this one value, whatever the size.
 SHIFT = 3.0
-FAMILIES = ("flux_kontext", "qwen_image_edit")
 
 
 def write_base(family: str, vae: Path, folder: Path, seed: int = 0, words: Sequence[str] = ()) -> None:
@@ -45,7 +44,7 @@ def write_base(family: str, vae: Path, folder: Path, seed: int = 0, words: Seque
     sentences = [*SENTENCES, *all_prompts(), *words]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        pipe = _flux_kontext(vae, sentences) if family == "flux_kontext" else _qwen_image_edit(vae, sentences)
+        pipe = FAMILIES[family](vae, sentences)
     with staged_folder(folder, sealed=False) as stage:
         pipe.save_pretrained(stage, safe_serialization=True)
 
@@ -84,6 +83,9 @@ def _qwen_image_edit(vae: Path, sentences: Sequence[str]) -> DiffusionPipeline:
             axes_dims_rope=ROPE,
         ),
     )
+
+
+FAMILIES = {"flux_kontext": _flux_kontext, "qwen_image_edit": _qwen_image_edit}
 
 
 def _scheduler(**more: Any) -> FlowMatchEulerDiscreteScheduler:

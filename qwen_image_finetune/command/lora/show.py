@@ -16,7 +16,6 @@ from qwen_image_finetune.lora.header import LoraFileError
 from qwen_image_finetune.lora.layers import Changed, Layer, kind_of
 from qwen_image_finetune.lora.readers import readers_words
 
-DIALECTS = ("diffusers", "comfy", "kohya")
 SHOWN = ("ss_base_model_version", "qif.base", "ss_steps", "ss_resolution", "ss_learning_rate", "ss_output_name",
          "modelspec.date", "qif.version")  # fmt: skip
 
@@ -132,7 +131,7 @@ def by_block(layers: dict[str, Changed]) -> dict[str, list[Changed]]:
 
 
 def dialect_of(path: Path) -> Dialect:
-    """Which of DIALECTS the keys of a file are written in; the nearest one for other programs' own."""
+    """Which dialect the keys of a file are written in; the nearest one for other programs' own."""
     from safetensors import safe_open
 
     with safe_open(path, framework="np") as file:

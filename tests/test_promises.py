@@ -81,7 +81,7 @@ PROMISES: dict[str, tuple[str, ...]] = {
     "model.quantize": (
         "levers/test_quantize.py::test_layers_inside_blocks_are_quantised_modulation_included",
         "levers/test_quantize.py::test_output_stays_near",
-        "levers/test_quantize.py::test_stored_weights_are_not_changed",
+        "levers/test_quantize.py::test_stored_weights_are_not_trained",
     ),
     "model.rank": ("config/test_config.py::test_disagreeing_spellings",),
     "model.lora.r, lora_alpha, target_modules, adapter_name": (

@@ -203,31 +203,6 @@ def limit_norms(transformer: nn.Module, limit: float) -> None:
                 (tensor.to_local() if isinstance(tensor, DTensor) else tensor).mul_(ratio)
 
 
-def merge_lora(transformer: nn.Module, strength: float = 1.0) -> None:
-    """Add the active adapters to the weights, summed in float32, and take them off.
-
-    Raises:
-        ValueError: there is no adapter, or a weight is quantised: small changes would be rounded away.
-    """
-    with torch.no_grad():
-        names = [name for name in adapter_names(transformer) if not name.endswith(INITIAL)]
-        changes = {name: adapter_layers(transformer, name) for name in names}
-        for module, layer in adapted_layers(transformer):
-            weight = layer.get_base_layer().weight
-            if weight.dtype not in FLOATS:
-                raise ValueError(
-                    f"cannot merge a LoRA into {weight.dtype} weights without rounding it away; load the base with "
-                    "model.quantize=false"
-                )
-            original = weight.float()
-            merged = original.clone()
-            for name in layer.active_adapters:
-                if module in changes.get(name, ()):
-                    merged += strength * changes[name][module].change(original)
-            weight.copy_(merged)
-    remove(transformer)
-
-
 def adapter_names(transformer: nn.Module) -> tuple[str, ...]:
     """Names of the adapters in the transformer."""
     return tuple(dict.fromkeys(name for _, layer in adapted_layers(transformer) for name in layer.r))

@@ -17,6 +17,7 @@ from qwen_image_finetune.lora import adapters
 from qwen_image_finetune.lora.targets import endings, target_modules
 from qwen_image_finetune.training.trained import restore
 from tests.levers.tiny_transformers import disturb, forward, run, tiny_transformer
+from tests.lora.merging import merge
 
 FAMILIES = ["flux", "qwen"]
 DECOMPOSED = ["pissa", "pissa_niter_4", "olora"]
@@ -202,28 +203,9 @@ def test_merged_weights_do_what_the_adapter_did(init: bool | str, strength: floa
     disturb(model)
     adapters.set_strength(model, strength)
     expected = run(model)
-    adapters.merge_lora(model, strength)
+    merge(model, strength)
     torch.testing.assert_close(run(model), expected, atol=1e-5, rtol=1e-5)
     assert model.state_dict().keys() == tiny_transformer("flux").state_dict().keys()
-
-
-def test_merging_sums_in_float32() -> None:
-    model = adapted(dtype=torch.bfloat16)
-    disturb(model)
-    name, layer = next(iter(adapters.adapter_layers(model, "default").items()))
-    expected = model.get_submodule(name).base_layer.weight.double() + layer.delta().double()
-    adapters.merge_lora(model)
-    merged = model.get_submodule(name).weight
-    assert merged.dtype == torch.bfloat16
-    assert (merged.double() - expected).abs().max() <= expected.abs().max() * 2**-8  # one rounding to bfloat16
-
-
-def test_a_quantised_base_is_not_merged_into() -> None:
-    model = adapted(target_modules=["proj_mlp"])
-    layer = model.single_transformer_blocks[0].proj_mlp.base_layer
-    layer.weight = nn.Parameter(layer.weight.to(torch.float8_e4m3fn), requires_grad=False)
-    with pytest.raises(ValueError, match="rounding it away"):
-        adapters.merge_lora(model)
 
 
 def test_prepare_applies_adapters_and_recomputation() -> None:

@@ -26,6 +26,7 @@ from qwen_image_finetune.lora.readers import readers_words
 from qwen_image_finetune.lora.reading import read_lora
 from qwen_image_finetune.lora.targets import adapted_layers
 from tests.levers.tiny_transformers import disturb, run, tiny_transformer
+from tests.lora.merging import merge
 from tests.lora.test_more_than_a_lora import in_format
 
 NAMES = {"flux": "FluxKontext", "qwen": "QwenImageEdit"}
@@ -79,7 +80,7 @@ def test_it_is_what_peft_makes_of_the_same_settings(name: str) -> None:
         if isinstance(layer, tuple(kind.layer for kind in KINDS.values())):
             layer.merge()
     adapters.remove(theirs)
-    adapters.merge_lora(ours)
+    merge(ours)
     torch.testing.assert_close(weights(ours), weights(theirs), atol=1e-5, rtol=1e-5)
 
 
@@ -99,7 +100,7 @@ def test_it_starts_as_the_base_by_the_seed_and_strength_scales_all_of_it(name: s
     torch.testing.assert_close(run(model), base, atol=1e-6, rtol=1e-6)
     adapters.set_strength(model, 0.5)
     halfway = run(model)
-    adapters.merge_lora(model, 0.5)
+    merge(model, 0.5)
     torch.testing.assert_close(run(model), halfway, atol=1e-5, rtol=1e-5)
 
 

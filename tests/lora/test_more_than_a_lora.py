@@ -22,6 +22,7 @@ from qwen_image_finetune.lora.header import LoraFileError
 from qwen_image_finetune.lora.layers import Layer
 from qwen_image_finetune.lora.reading import read_lora
 from tests.levers.tiny_transformers import disturb, run, tiny_transformer
+from tests.lora.merging import merge
 
 NAMES = {"flux": "FluxKontext", "qwen": "QwenImageEdit"}
 PATTERNS: dict[str, Any] = {
@@ -60,7 +61,7 @@ def test_it_is_what_peft_makes_of_the_same_settings(fields: dict[str, Any]) -> N
         if isinstance(layer, peft.tuners.lora.LoraLayer):
             layer.merge()
     adapters.remove(theirs)
-    adapters.merge_lora(ours)
+    merge(ours)
     torch.testing.assert_close(weights(ours), weights(theirs), atol=1e-5, rtol=1e-5)
 
 

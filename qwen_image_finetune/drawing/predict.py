@@ -208,35 +208,40 @@ class Predictor:
         )
         images = [upright(image) for image in images]
         check_request(family, images, width, height, num_inference_steps)
-        size = self._picture_size(images, width, height)
+        if width is None or height is None:
+            size = usual_size(family, [image.size for image in images], self.area)
+        else:
+            size = (width, height)
         shown = [(image.size, self.seen(image, size, len(images))) for image in images]
         for words in (prompt, negative_prompt or ""):
             if read := check_prompt(family, self.pipe, words, size, shown):
                 console.note(f"the prompt is longer than the model reads: {read}")
         guidance = self.guidance(guidance_scale, true_cfg_scale, image_guidance_scale)
         seeds = [seed] if isinstance(seed, int) else list(seed)
-
-        def batch(words: str, pictures: Sequence[Image]) -> Batch:
-            if pictures != images:
-                row = self.encode(words, pictures, size)
-            else:
-                row = wanted if words == prompt else self.encode(words, images, size, wanted.references)
-            return collate([row] * len(seeds))
-
         negative = family.negative_prompt if negative_prompt is None else negative_prompt
-        guided_twice = guidance.prompt != 1.0 or guidance.image != 1.0
-        with self.encoding():
-            wanted = self.encode(prompt, images, size)
-            conditions = Conditions(
-                wanted=batch(prompt, images),
-                negative=batch(negative, images) if guided_twice else None,
-                blind=batch(negative, []) if guidance.image != 1.0 and images else None,
-            )
+        conditions = self._conditions(prompt, negative, images, size, guidance, len(seeds))
         pictures = family.decode(self.pipe, self.sample(conditions, guidance, seeds, num_inference_steps, progress))
         if images and (width is None or height is None):
             own = self.scaled(images[family.sizing_reference], size, len(images))
             pictures = [middle(picture, own) for picture in pictures]
         return pictures
+
+    def _conditions(
+        self, prompt: str, negative: str, images: Sequence[Image], size: Extent, guidance: Guidance, rows: int
+    ) -> Conditions:
+        """What the sampler needs under this guidance, as many rows of each; nothing is encoded twice."""
+        poorer = blind = None
+        with self.encoding():
+            wanted = self.encode(prompt, images, size)
+            if guidance.prompt != 1.0 or guidance.image != 1.0:
+                poorer = wanted if negative == prompt else self.encode(negative, images, size, wanted.references)
+            if guidance.image != 1.0 and images:
+                blind = self.encode(negative, [], size)
+
+        def batch(row: Encoded | None) -> Batch | None:
+            return None if row is None else collate([row] * rows)
+
+        return Conditions(collate([wanted] * rows), batch(poorer), batch(blind))
 
     def sample(
         self,
@@ -272,11 +277,6 @@ class Predictor:
         if self.family.distilled(self.pipe.config, self.transformer.config) is not None:
             scale = 1.0  # it has learnt the guidance: the pipelines do not look at a scale either
         return Guidance(prompt=scale if true_cfg_scale is None else true_cfg_scale, image=image)
-
-    def _picture_size(self, images: Sequence[Image], width: int | None, height: int | None) -> Extent:
-        if width is None or height is None:
-            return usual_size(self.family, [image.size for image in images], self.area)
-        return width, height
 
 
 def usual_size(family: Family, references: Sequence[Extent], area: int | None) -> Extent:

@@ -183,7 +183,7 @@ def problems(error: ValidationError, tree: Mapping[str, Any]) -> list[str]:
         elif detail["type"] == "extra_forbidden":
             lines[unknown(".".join(str(part) for part in detail["loc"]))] = None
         else:
-            lines[f"{key}={shown(find(tree, key))} is refused; allowed: {_wanted(key, field)}{_hint(tree, key)}"] = None
+            lines[f"{key}={shown(find(tree, key))} is refused; allowed: {_wanted(field)}{_hint(tree, key)}"] = None
     return list(lines)
 
 
@@ -251,7 +251,7 @@ def _hint(tree: Mapping[str, Any], key: str) -> str:
     return f"; load it first (hf download {names[0]} --repo-type dataset --local-dir FOLDER) and give the folder"
 
 
-def _wanted(key: str, field: FieldInfo) -> str:
+def _wanted(field: FieldInfo) -> str:
     if (section := section_of(field.annotation)) is not None:
         return f"a section with keys of {', '.join(section.model_fields)}"
     return allowed(field.annotation, field.metadata)

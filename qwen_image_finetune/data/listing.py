@@ -157,6 +157,14 @@ def unwritable(text: str) -> str | None:
     return None
 
 
+def caption_fault(text: str) -> str | None:
+    """Why the text of a table's cell cannot be a caption, or None."""
+    if broken := unwritable(text):
+        return broken
+    too_long = f"has {len(text)} characters; a caption has at most {LONGEST_CAPTION}"
+    return too_long if len(text) > LONGEST_CAPTION else None
+
+
 def same(name: str) -> str:
     """Equal for names that a reader takes for equal, however their accents are composed (Unicode's NFC)."""
     return unicodedata.normalize("NFC", name)

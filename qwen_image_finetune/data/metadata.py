@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from qwen_image_finetune.data.listing import LONGEST_CAPTION, Row, RowFault, Tree, unwritable
+from qwen_image_finetune.data.listing import Row, RowFault, Tree, caption_fault
 
 if TYPE_CHECKING:
     from qwen_image_finetune.config import Columns
@@ -183,10 +183,8 @@ def _row(tree: Tree, fields: Mapping[str, Any], masks: bool) -> Row:
     for prompt in prompts:
         if not isinstance(prompt, str):
             raise _Fault(f'{column} is {prompt!r}, not a text; the empty prompt is written ""')
-        if broken := unwritable(prompt):
-            raise _Fault(f"{column} {broken}")
-        if len(prompt) > LONGEST_CAPTION:
-            raise _Fault(f"{column} has {len(prompt)} characters; a caption has at most {LONGEST_CAPTION}")
+        if fault := caption_fault(prompt):
+            raise _Fault(f"{column} {fault}")
     mask = next((fields[column] for column in MASK if fields.get(column) is not None), None) if masks else None
     return Row(
         key=target,

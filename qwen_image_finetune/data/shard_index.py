@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from qwen_image_finetune.data import shards
 from qwen_image_finetune.data.columns import Layout, layout_of
 from qwen_image_finetune.data.images import DataError, size_of
-from qwen_image_finetune.data.listing import LONGEST_CAPTION, Row, RowFault, Tree, unwritable
+from qwen_image_finetune.data.listing import Row, RowFault, Tree, caption_fault
 from qwen_image_finetune.disk.files import write_atomic
 from qwen_image_finetune.disk.reading import MEBIBYTE, Unreadable, read_json
 
@@ -180,10 +180,8 @@ def _row(key: str, row: _Columns, layout: Layout, pictures: list[tuple[str, _Nam
 def _prompt(value: Any, column: str) -> str:
     if not isinstance(value, str):
         raise DataError(f"{column} is {value!r}, not a text")
-    if broken := unwritable(value):
-        raise DataError(f"{column} {broken}")
-    if len(value) > LONGEST_CAPTION:
-        raise DataError(f"{column} has {len(value)} characters; a caption has at most {LONGEST_CAPTION}")
+    if fault := caption_fault(value):
+        raise DataError(f"{column} {fault}")
     return value
 
 

@@ -72,7 +72,7 @@ def evaluate(request: Request) -> dict[str, Any]:
         ConfigError, DataError, LoraFileError: before the model loads, as far as files show.
     """
     run, config = open_request(request)
-    found = candidates(request, run, config)
+    found = candidates(request, run)
     # What does not fit is refused before the model loads; a LoRA is read once, whatever its strengths.
     check_loras(config, [find_lora(source) for source in {c.source: None for c in found if c.tuned is None} if source])
     output = request.output or (run / "evaluation" if run else Path("evaluation"))

@@ -94,7 +94,7 @@ def head(version: Version, is_lora: bool, shown: list[Shown], prompts: list[str]
     found: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": task}
     if base is not None:
         found |= {"base_model": base, "base_model_relation": "adapter" if is_lora else "finetune"}
-        found |= licence(version, base)
+        found |= licence(base)
     found["tags"] = [*(["lora"] if is_lora else []), "diffusers", task, "qwen-image-finetune"]
     if prompts:
         found["instance_prompt"] = Counter(prompts).most_common(1)[0][0]
@@ -109,7 +109,7 @@ def base_of(version: Version) -> str | None:
     return name if REPOSITORY.fullmatch(name) and not Path(name).exists() else None
 
 
-def licence(version: Version, base: str) -> dict[str, str]:
+def licence(base: str) -> dict[str, str]:
     """That of the base, which what was trained on it inherits; nothing for a base that is not in our table."""
     for words in (one.licence for name in FAMILIES for one in get_family(name).published if one.name == base):
         if words == "Apache 2.0":

@@ -133,7 +133,7 @@ def with_masks_there_are(config: Config) -> Config:
     return config.model_copy(update={"data": data})
 
 
-def candidates(request: Request, run: Path | None, config: Config) -> list[Candidate]:
+def candidates(request: Request, run: Path | None) -> list[Candidate]:
     """Base, copy, and every LoRA or checkpoint at every strength."""
     sources: dict[str, Path | str] = {lora: lora for lora in request.lora}
     wanted = request.checkpoints or (("best",) if run is not None and not request.lora else ())

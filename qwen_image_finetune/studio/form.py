@@ -249,7 +249,7 @@ def _defaults() -> dict[str, Any]:
     }
 
 
-def draft(shelf: Shelf, model: str, data_set: str, name: str) -> str:
+def draft(model: str, data_set: str, name: str) -> str:
     """A configuration to start from."""
     return as_yaml(
         {

@@ -105,7 +105,7 @@ def first_draft(studio: Studio, found: Found, data_set: str) -> str:
     """The text of a configuration for a data set, or for the first there is, with the first model there is."""
     data_set = data_set or next(iter(found.data_sets), "")
     model = next(iter(found.models), next(iter(FAMILIES.values())).example)
-    return form.draft(studio.shelf, model, data_set, data_set.rpartition("/")[2] or "my_run")
+    return form.draft(model, data_set, data_set.rpartition("/")[2] or "my_run")
 
 
 def started_from(studio: Studio, source: str) -> str:

@@ -216,7 +216,7 @@ def test_what_the_hub_learns_of_the_base(made: Path, monkeypatch: pytest.MonkeyP
     assert found["pipeline_tag"] == "image-to-image"
     version.settings["train.trainer"] = "QwenImage"
     assert head(version, True, [], [])["pipeline_tag"] == "text-to-image"
-    other = licence(version, "black-forest-labs/FLUX.1-Kontext-dev")
+    other = licence("black-forest-labs/FLUX.1-Kontext-dev")
     assert other == {"license": "other", "license_name": "flux.1-dev-non-commercial",
                      "license_link": "https://huggingface.co/black-forest-labs/FLUX.1-Kontext-dev"}  # fmt: skip
     version.yaml = yaml.safe_dump({"optimizer": {"init_args": {"api_key": "abc", "lr": 1}}, "a": ["/home/me/x", "y"]})

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 def draft(folder: Path) -> str:
     (folder / "model").mkdir()
     (folder / "model/model_index.json").write_text('{"_class_name": "QwenImageEditPipeline"}')
-    return form.draft(Shelf(folder), "model", "faces", "first run")
+    return form.draft("model", "faces", "first run")
 
 
 def test_the_form_has_every_key() -> None:

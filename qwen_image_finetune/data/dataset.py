@@ -133,9 +133,9 @@ class ImageDataset:
             self._note_checked(checked, everything=rows is None)
         return list(problems)
 
-    def faults(self, decode: bool = False, progress: Callable[[int, int], None] | None = None) -> list[RowFault]:
+    def faults(self, decode: bool = False) -> list[RowFault]:
         """What is wrong with single rows, also with those that lack a file and so are none: the rest of `check`."""
-        checked = self._seen = self._inspect(decode, progress, None)
+        checked = self._seen = self._inspect(decode, None, None)
         found = [RowFault(line, self.rows[index].key) for index, row in checked.items() for line in row.problems]
         return [*(line for line in self._problems if isinstance(line, RowFault)), *found]
 

@@ -34,7 +34,7 @@ from qwen_image_finetune.families.base import (
     covering,
     plain_tokens,
 )
-from qwen_image_finetune.families.flux_kontext import tiny_scheduler
+from qwen_image_finetune.families.flux_kontext import block_names, tiny_scheduler
 from qwen_image_finetune.lora.names import Native
 from qwen_image_finetune.lora.readers import EVERYTHING, Reader
 from qwen_image_finetune.records import Batch, Extent
@@ -68,7 +68,7 @@ TINY_LANGUAGE: dict[str, Any] = {
 
 def authors_names() -> dict[str, Native]:
     """Names of FLUX.2 modules in its authors' code; {} stands for the number of a block."""
-    single, double = "single_transformer_blocks.{}", "transformer_blocks.{}"
+    single = "single_transformer_blocks.{}"
     names = {
         "img_in": Native(("x_embedder",)),
         "txt_in": Native(("context_embedder",)),
@@ -82,22 +82,7 @@ def authors_names() -> dict[str, Native]:
     for embedder, native in (("timestep", "time"), ("guidance", "guidance")):
         for number, layer in ((1, "in_layer"), (2, "out_layer")):
             names[f"{native}_in.{layer}"] = Native((f"time_guidance_embed.{embedder}_embedder.linear_{number}",))
-    for stream, qkv, out, feed_forward in (
-        ("img", "to_{}", "to_out.0", "ff"),
-        ("txt", "add_{}_proj", "to_add_out", "ff_context"),
-    ):
-        block = f"double_blocks.{{}}.{stream}"
-        parts = tuple(f"{double}.attn.{qkv.format(letter)}" for letter in "qkv")
-        names[f"{block}_attn.qkv"] = Native(parts, rows=(1, 1, 1))
-        names[f"{block}_attn.proj"] = Native((f"{double}.attn.{out}",))
-        names[f"{block}_mlp.0"] = Native((f"{double}.{feed_forward}.linear_in",))
-        names[f"{block}_mlp.2"] = Native((f"{double}.{feed_forward}.linear_out",))
-        added = "added_" if stream == "txt" else ""
-        for long, short in (("query", "q"), ("key", "k")):
-            names[f"{block}_attn.norm.{long}_norm"] = Native((f"{double}.attn.norm_{added}{short}",), weight="scale")
-    for long, short in (("query", "q"), ("key", "k")):
-        names[f"single_blocks.{{}}.norm.{long}_norm"] = Native((f"{single}.attn.norm_{short}",), weight="scale")
-    return names
+    return names | block_names("linear_in", "linear_out")
 
 
 # diffusers refuses an alpha beside authors' names in the comfy dialect.

@@ -42,7 +42,7 @@ MAX_PROMPT_TOKENS = 512
 
 def authors_names() -> dict[str, Native]:
     """Names of FLUX.1 modules in its authors' code; {} stands for the number of a block."""
-    single, double = "single_transformer_blocks.{}", "transformer_blocks.{}"
+    single = "single_transformer_blocks.{}"
     names = {
         "img_in": Native(("x_embedder",)),
         "txt_in": Native(("context_embedder",)),
@@ -57,22 +57,34 @@ def authors_names() -> dict[str, Native]:
     for embedder, native in (("timestep", "time"), ("text", "vector"), ("guidance", "guidance")):
         for number, layer in ((1, "in_layer"), (2, "out_layer")):
             names[f"{native}_in.{layer}"] = Native((f"time_text_embed.{embedder}_embedder.linear_{number}",))
-    for stream, qkv, out, feed_forward, norm in (
-        ("img", "to_{}", "to_out.0", "ff", "norm1"),
-        ("txt", "add_{}_proj", "to_add_out", "ff_context", "norm1_context"),
+    for stream, norm in (("img", "norm1"), ("txt", "norm1_context")):
+        names[f"double_blocks.{{}}.{stream}_mod.lin"] = Native((f"transformer_blocks.{{}}.{norm}.linear",))
+    return names | block_names("net.0.proj", "net.2")
+
+
+def block_names(first: str, last: str) -> dict[str, Native]:
+    """Names that FLUX.1 and FLUX.2 share: attention and feed-forward of double blocks, the norms of single ones.
+
+    Args:
+        first, last: what diffusers calls the layers of a feed-forward.
+    """
+    names: dict[str, Native] = {}
+    norms = (("query", "q"), ("key", "k"))
+    for stream, qkv, out, feed_forward, added in (
+        ("img", "to_{}", "to_out.0", "ff", ""),
+        ("txt", "add_{}_proj", "to_add_out", "ff_context", "added_"),
     ):
-        block = f"double_blocks.{{}}.{stream}"
+        block, double = f"double_blocks.{{}}.{stream}", "transformer_blocks.{}"
         parts = tuple(f"{double}.attn.{qkv.format(letter)}" for letter in "qkv")
         names[f"{block}_attn.qkv"] = Native(parts, rows=(1, 1, 1))
         names[f"{block}_attn.proj"] = Native((f"{double}.attn.{out}",))
-        names[f"{block}_mlp.0"] = Native((f"{double}.{feed_forward}.net.0.proj",))
-        names[f"{block}_mlp.2"] = Native((f"{double}.{feed_forward}.net.2",))
-        names[f"{block}_mod.lin"] = Native((f"{double}.{norm}.linear",))
-        for long, short in (("query", "q"), ("key", "k")):
-            of_text = "added_" if stream == "txt" else ""
-            names[f"{block}_attn.norm.{long}_norm"] = Native((f"{double}.attn.norm_{of_text}{short}",), weight="scale")
-    for long, short in (("query", "q"), ("key", "k")):
-        names[f"single_blocks.{{}}.norm.{long}_norm"] = Native((f"{single}.attn.norm_{short}",), weight="scale")
+        names[f"{block}_mlp.0"] = Native((f"{double}.{feed_forward}.{first}",))
+        names[f"{block}_mlp.2"] = Native((f"{double}.{feed_forward}.{last}",))
+        for long, short in norms:
+            names[f"{block}_attn.norm.{long}_norm"] = Native((f"{double}.attn.norm_{added}{short}",), weight="scale")
+    for long, short in norms:
+        module = f"single_transformer_blocks.{{}}.attn.norm_{short}"
+        names[f"single_blocks.{{}}.norm.{long}_norm"] = Native((module,), weight="scale")
     return names
 
 

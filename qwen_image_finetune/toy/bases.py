@@ -33,8 +33,8 @@ T5_TOKENS = 16  # the longest instructions; padding costs time and says nothing
 SHIFT = 3.0
 
 
-def write_base(family: str, vae: Path, folder: Path, seed: int = 0, words: Sequence[str] = ()) -> None:
-    """Write an untrained base in diffusers layout.
+def write_base(family: str, vae: Path, folder: Path, words: Sequence[str] = ()) -> None:
+    """Write an untrained base in diffusers layout, always the same one.
 
     Args:
         family: one of FAMILIES.
@@ -43,7 +43,7 @@ def write_base(family: str, vae: Path, folder: Path, seed: int = 0, words: Seque
     """
     sentences = [*SENTENCES, *all_prompts(), *words]
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         pipe = FAMILIES[family](vae, sentences)
     with staged_folder(folder, sealed=False) as stage:
         pipe.save_pretrained(stage, safe_serialization=True)
@@ -101,10 +101,10 @@ def _scheduler(**more: Any) -> FlowMatchEulerDiscreteScheduler:
 
 
 @torch.no_grad()
-def settle_guidance(transformer: FluxTransformer2DModel, guidance: float = 1.0) -> None:
-    """Make every value of the guidance embedding act as `guidance`, the only one that training has seen."""
+def settle_guidance(transformer: FluxTransformer2DModel) -> None:
+    """Make every value of the guidance embedding act as 1, the only one that training has seen."""
     embedding = transformer.time_text_embed
-    projected = embedding.time_proj(torch.tensor([guidance * 1000.0]))
+    projected = embedding.time_proj(torch.tensor([1000.0]))
     constant = embedding.guidance_embedder(projected)[0]
     last = embedding.guidance_embedder.linear_2
     last.weight.zero_()

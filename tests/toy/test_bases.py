@@ -104,7 +104,7 @@ def test_a_settled_guidance_is_the_one_of_training_whatever_is_asked_for() -> No
 
     trained, other = run(1.0), run(3.5)
     assert not torch.allclose(trained, other, atol=1e-4)
-    bases.settle_guidance(model, 1.0)
+    bases.settle_guidance(model)
     torch.testing.assert_close(run(1.0), trained)
     torch.testing.assert_close(run(3.5), trained)
 

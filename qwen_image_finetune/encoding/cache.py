@@ -24,11 +24,11 @@ from qwen_image_finetune.data import difference
 from qwen_image_finetune.data.dataset import ImageDataset, cropped
 from qwen_image_finetune.data.geometry import Picture
 from qwen_image_finetune.data.images import READING
-from qwen_image_finetune.encoding.store import Entry, Fingerprints, Store, entry_key
+from qwen_image_finetune.encoding.store import Entry, Fingerprints, Store, bytes_of, entry_key
 from qwen_image_finetune.families.base import Family, Reference
 from qwen_image_finetune.levers import tiling
 from qwen_image_finetune.machine import console
-from qwen_image_finetune.records import Batch, Encoded, Example, collate, laid_out
+from qwen_image_finetune.records import Batch, Encoded, Example, collate, laid_out, memory
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -423,8 +423,14 @@ def read_stacked(store: Store, rows_of: Callable[[ReadEntry], list[Encoded]]) ->
         for row, own in zip(rows, places, strict=True)
         for tensor, place in zip(row.tensors(), own.tensors(), strict=True)
     }
-    for entry in opened:
-        entry.read({name: place_of[id(tensor)] for name, tensor in entry.tensors.items() if id(tensor) in place_of})
+    # All places first: after a file is read, torch's own code is no longer near the processor.
+    into = [
+        [bytes_of(place_of[id(tensor)] if id(tensor) in place_of else memory(tensor.shape, tensor.dtype))
+         for tensor in entry.tensors.values()]
+        for entry in opened
+    ]  # fmt: skip
+    for entry, places_of_entry in zip(opened, into, strict=True):
+        entry.fill(places_of_entry)
     return batch
 
 

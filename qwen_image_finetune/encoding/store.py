@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
-from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64", "I64": "int64"}  # what is stored
 FORMAT = 1  # part of every key: raise it when the meaning of stored tensors changes
+USUAL_HEADER = 1024  # bytes that hold nearly every one
 PART = 1 << 19  # bytes that are read and summed at a time: a second-level cache holds them
 UNSUMMED = "0" * 32  # stands where the checksum will, while it is taken
 HASH = re.compile(r"[0-9a-f]{64}")
@@ -89,7 +89,7 @@ class Store:
         write_atomic(path, data[: place.start] + digits + data[place.stop :])
 
     def open(self, key: str) -> Entry:
-        """What an entry holds, by its header; the tensors are read by the entry itself, to where they are wanted.
+        """What an entry holds, by its header; bytes of tensors are read by the entry itself, to where they are wanted.
 
         Raises:
             DamagedEntry: the file is cut short or is not ours.
@@ -98,7 +98,7 @@ class Store:
         return Entry(self.path(key), key)
 
     def read(self, key: str) -> dict[str, Tensor]:
-        """The tensors of an entry, on the CPU. Raises as `open` and `Entry.read` do."""
+        """The tensors of an entry, on the CPU. Raises as `open` and `Entry.fill` do."""
         return self.open(key).read()
 
     def verify(self, key: str) -> bool:
@@ -142,8 +142,8 @@ class Entry:
         import torch
 
         self.path, self.key = path, key
-        with open(path, "rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
+        with _opened(path) as file:
+            size = os.fstat(file).st_size
             try:
                 self._header = _header(file, size)
                 self._sum = _place_of_sum(self._header)
@@ -154,40 +154,46 @@ class Entry:
                 raise self._damaged(error) from error
         self.tensors = {name: torch.empty(shape, dtype=dtype, device="meta") for name, dtype, shape, _ in described}
 
-    def read(self, places: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """The tensors, on the CPU, by name.
+    def read(self) -> dict[str, Tensor]:
+        """The tensors, on the CPU, by name. Raises as `fill` does."""
+        read = {name: memory(meta.shape, meta.dtype) for name, meta in self.tensors.items()}
+        self.fill([bytes_of(tensor) for tensor in read.values()])
+        return read
 
-        Args:
-            places: contiguous tensors on the CPU, shaped as `tensors` are, to be filled; what has no place here gets
-                memory of its own.
+    def fill(self, places: Iterable[memoryview]) -> None:
+        """Read the bytes of the tensors, in the order of `tensors`, each to a place of its length.
 
         Raises:
             DamagedEntry: bytes are not the ones that were written; the places then hold anything.
         """
-        places = places or {}
-        filled = {
-            name: places[name] if name in places else memory(meta.shape, meta.dtype)
-            for name, meta in self.tensors.items()
-        }
-        with open(self.path, "rb", buffering=0) as file:
-            header = file.read(len(self._header))
+        with _opened(self.path) as file:
+            header = os.read(file, len(self._header))
             digest = _begin_sum(self.key, header, self._sum)
-            whole = all(_filled(file, tensor, digest) for tensor in filled.values())
+            whole = all(_filled(file, place, digest) for place in places)
         if not whole or header[self._sum] != digest.hexdigest().encode():
             raise self._damaged("its bytes are not the ones that were written")
-        return filled
 
     def _damaged(self, why: object) -> DamagedEntry:
         return DamagedEntry(f"{self.path} is damaged: {why}; the next start encodes it again")
 
 
-def _header(file: FileIO, size: int) -> bytes:
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    """A descriptor: a file object would take longer to make than an entry's header to read."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        yield file
+    finally:
+        os.close(file)
+
+
+def _header(file: int, size: int) -> bytes:
     """Length and header of a safetensors file of `size` bytes; those of the tensors follow. Raises ValueError."""
-    begun = file.read(8)
-    length = int.from_bytes(begun, "little")
-    if len(begun) < 8 or length > size - 8:
+    begun = os.pread(file, USUAL_HEADER, 0)
+    end = 8 + int.from_bytes(begun[:8], "little")
+    if len(begun) < 8 or end > size:
         raise ValueError("it is cut short")
-    return begun + file.read(length)
+    return begun[:end] if end <= len(begun) else begun + os.pread(file, end - len(begun), len(begun))
 
 
 @lru_cache(64)  # entries of one geometry differ in their checksums alone
@@ -212,20 +218,25 @@ def _described(header: bytes) -> tuple[tuple[str, torch.dtype, tuple[int, ...], 
     return tuple(tensors)
 
 
-def _filled(file: FileIO, tensor: Tensor, digest: xxhash.xxh3_128) -> bool:
-    """Read a tensor's bytes from where `file` stands, and add them to the checksum; whether there were enough.
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    import torch
+
+    data: memoryview = tensor.view(-1).view(torch.uint8).numpy().data
+    return data
+
+
+def _filled(file: int, place: memoryview, digest: xxhash.xxh3_128) -> bool:
+    """Fill `place` from where `file` stands, and add the bytes to the checksum; whether there were enough.
 
     The checksum is taken of each part while it is still near the processor; fetching everything twice from memory would
     cost as much as the checksum itself.
     """
-    import torch
-
-    data = tensor.view(-1).view(torch.uint8).numpy().data
     filled = 0
-    while filled < len(data) and (count := file.readinto(data[filled : filled + PART])):
-        digest.update(data[filled : filled + count])
+    while filled < len(place) and (count := os.readv(file, [part := place[filled : filled + PART]])):
+        digest.update(part[:count])
         filled += count
-    return filled == len(data)
+    return filled == len(place)
 
 
 def _place_of_sum(data: bytes) -> slice:

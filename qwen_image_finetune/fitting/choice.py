@@ -21,14 +21,14 @@ from qwen_image_finetune.config.exclusions import contradictions
 from qwen_image_finetune.families.base import Family
 from qwen_image_finetune.fitting import measured as remembered
 from qwen_image_finetune.fitting import plan, speed
-from qwen_image_finetune.fitting.estimate import Estimate, Estimator, Size
+from qwen_image_finetune.fitting.estimate import GIB, Estimate, Estimator, Size
 from qwen_image_finetune.levers import attention
 from qwen_image_finetune.loading import weight_dtype
 
 FORMATS: tuple[str | None, ...] = (None, "int8", "fp8", "nf4")  # the least rounded first
 NEARLY = 1.03  # a shorter run than this is no reason for a coarser base
 FIRST_STEP = 60.0  # seconds that compiling takes, measured on an H100 (docs/performance.md)
-LINK = 25e9  # bytes a second between host and card: what PCIe 4.0 x16 attains of the 31.5 of its data sheet
+ANY_HOST = 24 * GIB  # what is left of 32, supposed of a machine that is not this one
 UNSET: dict[str, Any] = {"model.quantize": False, "train.compile": False}
 
 
@@ -100,8 +100,10 @@ def decided(estimator: Estimator, card: int | None, named: speed.Card | None, he
             f"model.quantize=auto: no precision makes the run fit the {card / 2**30:.0f} GiB of this card; "
             f"`qif plan CONFIG` says what would, such as {plan.last_resort(config)}"
         )
-    if here:  # swapped blocks are page-locked: what the host has no room for is taken only if nothing else fits
-        found = [one for one in found if not list(plan.host_warnings(one.estimate))] or found
+    # Swapped blocks are page-locked: what the host has no room for is taken only if nothing else fits.
+    room = plan.free_host_memory() if here else ANY_HOST
+    if room is not None:
+        found = [one for one in found if sum(one.estimate.host_parts.values()) <= room] or found
     best, why = _best(found, config, named)
     news = _asked(config, _keys(best))
     sentence = f"chosen: {_words(news)}: {why}"
@@ -155,16 +157,26 @@ def _attention(config: Config, here: bool) -> str:
 
 
 def supposed(estimator: Estimator, estimate: Estimate, named: speed.Card, attends: str) -> float:
-    """Seconds of an optimizer step; what is fetched from the host is hidden behind computing, or it behind that."""
+    """Seconds of an optimizer step.
+
+    What is fetched from the host hides behind the computing of its own pass, or that behind it: a forward pass fetches
+    as many blocks as the longer backward one.
+    """
     train = estimator.config.train
     preserves = estimator.config.loss.preserves
     step = speed.Step(train.recomputation_keeps, train.compile is True, estimator.format, attends, preserves)
     blocks, activations = (estimate.host.get(part, 0) for part in ("swapped blocks", "activations"))
-    fetched = (5 * blocks + 4 * activations) if preserves else 2 * (blocks + activations)
+    forwards, backwards = (3, 2) if preserves else (1, 1)
     computed = estimator.summed(
         preserves, lambda found, both: speed.supposed(found, replace(step, preserves=both), named)
     )
-    return train.gradient_accumulation_steps * max(computed, fetched / LINK)
+    forward = computed / (forwards + backwards * (3 if train.gradient_checkpointing else 2))
+    backward = (computed - forwards * forward) / backwards
+    alone = forwards - backwards  # the passes without gradients keep no activations
+    passes = [(alone, forward, blocks), (backwards, forward, max(blocks, activations)),  # each way of the link
+              (backwards, backward, blocks + activations)]  # fmt: skip
+    seconds = sum(count * max(computing, fetched / named.link) for count, computing, fetched in passes)
+    return train.gradient_accumulation_steps * seconds
 
 
 def _best(found: Sequence[Candidate], config: Config, named: speed.Card | None) -> tuple[Candidate, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def write(estimator: Estimator, seconds: dict[str, float]) -> Path:
         known: dict[str, Any] = dict(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         known = {}
-    known[run_key(estimator)] = {**about(estimator), "torch": torch.__version__, "seconds": seconds}
+    known[run_key(estimator)] = {**about(estimator), **machine(), "seconds": seconds}
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(file, json.dumps(known, indent=1) + "\n")
     return file
@@ -72,6 +73,36 @@ def about(estimator: Estimator) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def machine() -> dict[str, Any]:
+    """What decides it beside that: with another torch, driver or card, what was measured counts no longer."""
+    kernels = [_version(name) for name in ("flash-attn-4", "bitsandbytes", "triton")]
+    return {"torch": torch.__version__, "driver": driver(), "card": card(), "kernels": kernels}
+
+
+def card() -> list[Any] | None:
+    """Name, bytes and multiprocessors: cards of one name differ in the latter two."""
+    if not torch.cuda.is_available():
+        return None
+    found = torch.cuda.get_device_properties()
+    return [found.name, found.total_memory, found.multi_processor_count]
+
+
+def driver() -> str | None:
+    """Version of the kernel's module for NVIDIA's cards; None where there is none to be read."""
+    try:
+        return Path("/sys/module/nvidia/version").read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def run_key(estimator: Estimator) -> str:
     """A name for all of that."""
-    return hashlib.sha256(json.dumps(about(estimator), sort_keys=True).encode()).hexdigest()[:16]
+    decides = {**about(estimator), **machine()}
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]

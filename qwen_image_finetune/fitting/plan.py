@@ -130,6 +130,9 @@ def memory_changes(estimator: Estimator) -> Iterator[tuple[dict[str, Any], str]]
     for keep in KEEPS:
         yield _recompute(keep), "time: a part is computed twice" if keep is not None else "nothing"
     yield _recompute("none"), "time: the whole forward pass is computed twice"
+    if estimator.config.train.compile is True:  # which blocks that are swapped cannot be
+        keys = {**_recompute(0.0), "train.offload_activations": True}
+        yield keys, "time: a part is computed twice, activations are fetched"
     if estimator.config.model.lora is not None:
         for swapped in range(1, estimator.footprint.num_blocks + 1):
             keys = {**_recompute("none"), "train.blocks_to_swap": swapped, "train.compile": False}

@@ -179,7 +179,7 @@ def step_words(estimator: Estimator, config: Config, format: str | None, card: s
         here: the card is this machine's, so that it is known which attention runs.
     """
     if card is None:
-        return f"a step: not said of a card that is not known by name: {', '.join(each.name for each in speed.CARDS)}"
+        return "a step: not said of a card that is not known by name, as are those of docs/performance.md"
     step, lacking = _step(config, format, card, here)
     expected = step_seconds(estimator, config, format, card, here)
     if expected is not None:

@@ -8,6 +8,7 @@ tests/test_speed.py.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 
 from qwen_image_finetune.fitting.footprint import Footprint
@@ -26,13 +27,19 @@ class Card:
     int8_products: float  # the same for int8, summed in int32
     bandwidth: float  # of its memory, GB/s
     attained: Attained | None = None
+    lanes: int = 16  # of PCIe 4.0, to the host; one of 5.0 counts as two, of 3.0 as a half
+
+    @property
+    def link(self) -> float:
+        """Bytes a second between host and card, each way: 25 GB/s of the 31.5 that 16 lanes of PCIe 4.0 have by their
+        data sheet, a guess, on a board that gives the card all its lanes."""
+        return self.lanes / 16 * 25e9
 
     def is_called(self, name: str) -> bool:
-        """Whether `name`, as people or the driver write it, means this card."""
-        words, parts = name.replace("-", " ").lower().split(), self.name.lower().split()
-        if name.strip().isdigit():  # "4090", as people say
-            return name.strip() in parts
-        return all(any(part in word for word in words) for part in parts)
+        """Whether `name`, as people or the driver write it, means this card; one in a laptop has another chip."""
+        apart = re.sub(r"(?<=\d)(?=(ti|super)\b)|(?<=rtx)(?=\d)", " ", re.sub(r"[-_]", " ", name.lower()))
+        words, own = {"rtx", *apart.split()}, {*self.name.lower().split()}  # people say "4090"
+        return own <= words and not (words - own) & {"laptop", "mobile", "ti", "super"}
 
 
 @dataclass(frozen=True)
@@ -45,26 +52,69 @@ class Attained:
     attention: dict[str, tuple[float, float]] = field(default_factory=dict)  # by name: forward, backward
 
 
-# Measured are the H100's rates as `attained` alone; docs/performance.md says how. What the table itself says are peaks,
-# written down from NVIDIA's data sheets and whitepapers. Beside each card: which columns were compared with a published
-# table since (memory, products in 16 bits, fp8, int8, bandwidth), and which are by count; the others were not compared.
+def _geforce(
+    name: str, memory: int, cores: int, clock: float, bandwidth: float, fp8: bool = True, lanes: int = 16
+) -> Card:
+    """Peaks by count, as the data sheets of these cards count them: each tensor core does in a cycle 128 operations in
+    16 bits, 256 in fp8 (both summed in float32), 512 in int8.
+
+    Args:
+        cores: tensor cores, four of each multiprocessor.
+        clock: GHz, boost.
+        fp8: whether the generation has it.
+    """
+    products = cores * clock * 128 / 1000
+    return Card(name, memory, products, 2 * products if fp8 else None, 4 * products, bandwidth, lanes=lanes)
+
+
+# Measured are the H100's rates as `attained` alone; docs/performance.md says how. What the table itself says are peaks
+# of NVIDIA's data sheets and whitepapers. Beside each card: which columns were compared with a published table (memory,
+# products in 16 bits, fp8, int8, bandwidth); the others were not compared.
 _H100 = Attained(806, 1525, attention={"flash": (352, 301), "flash4": (721, 601)})
 CARDS = (  # the more special name first
-    Card("H100 PCIe", 80, 756, 1513, 1513, 2000),  # compared: memory, bandwidth
-    Card("H100", 80, 989, 1979, 1979, 3350, _H100),  # compared: all; attained: measured, but for int8
-    Card("H200", 141, 989, 1979, 1979, 4800),  # compared: memory, 16 bits, fp8, bandwidth; int8 as of the H100's chip
-    Card("B200", 180, 2250, 4500, 4500, 7700),  # compared: products, bandwidth; memory is 180 or 192 by system
+    Card("H100 PCIe", 80, 756, 1513, 1513, 2000, lanes=32),  # compared: memory, bandwidth
+    Card("H100", 80, 989, 1979, 1979, 3350, _H100, lanes=32),  # compared: all; attained: measured, but for int8
+    # Compared: memory, 16 bits, fp8, bandwidth; int8 as of the H100's chip.
+    Card("H200", 141, 989, 1979, 1979, 4800, lanes=32),
+    # Compared: products, bandwidth; memory is 180 or 192 by system.
+    Card("B200", 180, 2250, 4500, 4500, 7700, lanes=32),
     Card("A100 80GB", 80, 312, None, 624, 1935),  # compared: products; bandwidth of the PCIe card, SXM has 2039
     Card("A100", 40, 312, None, 624, 1555),  # compared: all
     Card("L40S", 48, 362, 733, 733, 864),  # compared: fp8, int8; in 16 bits the table says 366
-    Card("RTX PRO 6000", 96, 504, 1008, 1008, 1792),  # compared: all
+    Card("L4", 24, 121, 242, 242, 300),  # compared: memory; products within 4 % of another table's
+    Card("A10G", 24, 70, None, 140, 600),  # not compared
+    Card("A10", 24, 125, None, 250, 600),  # compared: memory, bandwidth, number of cores and clock
+    Card("T4", 16, 65, None, 130, 320, lanes=8),  # compared: all
+    Card("RTX PRO 6000", 96, 504, 1008, 1008, 1792, lanes=32),  # compared: all
     Card("RTX 6000 Ada", 48, 364, 728, 728, 960),  # not compared
-    # Compared: memory, bandwidth. Products by count, of 3352 as published (sparse fp4): half of it dense; of that int8
-    # is a half, fp8 summed in float32 a quarter, 16 bits an eighth.
-    Card("RTX 5090", 32, 209, 419, 838, 1792),
-    Card("RTX 4090", 24, 165, 330, 661, 1008),  # compared: all
-    # Products by count: 328 tensor cores at 1.695 GHz, 128 operations a cycle in 16 bits, 512 in int8.
-    Card("RTX 3090", 24, 71, None, 284, 936),
+    Card("RTX A6000", 48, 155, None, 310, 768),  # not compared
+    Card("RTX A5000", 24, 111, None, 222, 768),  # not compared
+    Card("RTX A4000", 16, 77, None, 153, 448),  # compared: memory, 16 bits, bandwidth
+    # GeForce: peaks by count. Of the 4090 a published table says the same; of the 50-series what is published (sparse
+    # fp4) is sixteen times these 16 bits. Compared beside each: memory, cores, clock, bandwidth.
+    _geforce("RTX 5090", 32, 680, 2.407, 1792, lanes=32),  # compared: all
+    _geforce("RTX 5080", 16, 336, 2.617, 960, lanes=32),  # compared: all
+    _geforce("RTX 5070 Ti", 16, 280, 2.452, 896, lanes=32),  # compared: all
+    _geforce("RTX 5070", 12, 192, 2.512, 672, lanes=32),  # compared: memory, clock
+    _geforce("RTX 5060 Ti", 16, 144, 2.572, 448),  # compared: all; also sold with 8 GB; PCIe 5.0 x8
+    _geforce("RTX 5060", 8, 120, 2.497, 448),  # compared: memory; PCIe 5.0 x8
+    _geforce("RTX 4090", 24, 512, 2.52, 1008),  # compared: all
+    _geforce("RTX 4080 Super", 16, 320, 2.55, 736),  # compared: memory, cores, bandwidth
+    _geforce("RTX 4080", 16, 304, 2.505, 717),  # compared: all
+    _geforce("RTX 4070 Ti Super", 16, 264, 2.61, 672),  # not compared
+    _geforce("RTX 4070 Ti", 12, 240, 2.61, 504),  # not compared
+    _geforce("RTX 4070 Super", 12, 224, 2.475, 504),  # not compared
+    _geforce("RTX 4070", 12, 184, 2.475, 504),  # compared: all
+    _geforce("RTX 4060 Ti", 16, 136, 2.535, 288, lanes=8),  # compared: cores, clock, bandwidth; also sold with 8 GB
+    _geforce("RTX 4060", 8, 96, 2.46, 272, lanes=8),  # not compared
+    _geforce("RTX 3090 Ti", 24, 336, 1.86, 1008, fp8=False),  # compared: all
+    _geforce("RTX 3090", 24, 328, 1.695, 936, fp8=False),  # compared: number of cores
+    _geforce("RTX 3080 Ti", 12, 320, 1.665, 912, fp8=False),  # not compared
+    _geforce("RTX 3080", 10, 272, 1.71, 760, fp8=False),  # not compared
+    _geforce("RTX 3070 Ti", 8, 192, 1.77, 608, fp8=False),  # not compared
+    _geforce("RTX 3070", 8, 184, 1.725, 448, fp8=False),  # compared: memory
+    _geforce("RTX 3060 Ti", 8, 152, 1.665, 448, fp8=False),  # not compared
+    _geforce("RTX 3060", 12, 112, 1.777, 360, fp8=False),  # compared: all
 )
 
 # The three constants that were fitted, to measured steps of the two architectures. Norms, activations, rotations and

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -72,13 +73,48 @@ def test_floor_by_hand(full_size: dict[str, Footprint]) -> None:
         ("3090", "RTX 3090"),
         ("80", None),
         ("24GB", None),
-        ("NVIDIA RTX A6000", None),
+        ("NVIDIA RTX A6000", "RTX A6000"),
+        ("NVIDIA RTX A2000", None),
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA L40", None),
+        ("NVIDIA A10G", "A10G"),
+        ("Tesla T4", "T4"),
+        ("RTX4090", "RTX 4090"),
+        ("4070", "RTX 4070"),
+        ("4060Ti", "RTX 4060 Ti"),
+        ("NVIDIA GeForce RTX 4060 Ti", "RTX 4060 Ti"),
+        ("NVIDIA GeForce RTX 4070 Ti SUPER", "RTX 4070 Ti Super"),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 2080 Ti", None),
         ("Radeon", None),
     ],
 )
 def test_cards_are_found_by_name(called: str, name: str | None) -> None:
     card = card_called(called)
     assert (card and card.name) == name
+
+
+def test_every_card_is_found_by_its_own_name() -> None:
+    for card in CARDS:
+        assert card_called(card.name) == card_called(f"NVIDIA GeForce {card.name}") == card
+
+
+def test_the_page_names_the_cards_that_are_known() -> None:
+    page = (Path(__file__).parents[2] / "docs/performance.md").read_text(encoding="utf-8")
+    named = page.partition("Known by name are:\n\n")[2].partition(".\n\n")[0].replace("\n", " ").split(", ")
+    assert named == [card.name for card in CARDS]
+
+
+def test_what_is_counted_for_geforce_is_what_is_published() -> None:
+    """The whitepapers say 165.2, 330.3 and 660.6 of the 4090, 71 and 284 of the 3090; the 50-series is published as
+    sparse fp4, sixteen times the 16 bits."""
+    for name, factor, published in [("RTX 4090", 1, 165.2), ("RTX 3090", 1, 71.2), ("RTX 5080", 16, 1801),
+                                    ("RTX 5070", 16, 988), ("RTX 5060 Ti", 16, 759)]:  # fmt: skip
+        card = card_called(name)
+        assert card is not None
+        assert factor * card.products == pytest.approx(published, rel=0.003)
+        assert card.int8_products == 4 * card.products
+        assert card.fp8_products == (None if name == "RTX 3090" else 2 * card.products)
 
 
 def test_no_card_attains_more_than_its_peak() -> None:

@@ -208,3 +208,13 @@ def test_what_is_carried_is_chosen_by_the_index() -> None:
     wheel = card_wheels.newest("some-thing", [files[0] | {"size": 40 << 20}])
     assert card_wheels.fits(20 << 20, [wheel], 60)
     assert not card_wheels.fits((20 << 20) + 1, [wheel], 60)
+
+
+def test_what_is_expected_is_of_the_rows_own_sizes() -> None:
+    """Of four samples about four times that of one; of fewer pixels less."""
+    measurer = card_measure.Measurer("H100", tiny=True)
+    one, four, small = (
+        measurer.predict(card.Row("FluxKontext", "fp8-kept", **sizes)) for sizes in ({}, {"batch": 4}, {"side": 512})
+    )
+    assert 3 < four["milliseconds"] / one["milliseconds"] <= 4
+    assert small["milliseconds"] < one["milliseconds"] and small["peak_bytes"] < one["peak_bytes"] < four["peak_bytes"]

@@ -39,7 +39,7 @@ def kontext(
         )
         cpu = [f"cache.{part}_device=cpu" for part in ("vae_encoder", "text_encoder", "text_encoder_2")]
         made = Estimator(get_family("FluxKontext"), load_config(path, [*cpu, *overrides]), None)
-        made.__dict__["footprint"] = full_size["FluxKontext"]
+        made._footprint = lambda sizes: full_size["FluxKontext"]  # type: ignore[method-assign]
         return made
 
     return estimator

@@ -22,6 +22,7 @@ from qwen_image_finetune.families.base import Family
 from qwen_image_finetune.fitting import measured as remembered
 from qwen_image_finetune.fitting import plan, speed
 from qwen_image_finetune.fitting.estimate import GIB, Estimate, Estimator, Size
+from qwen_image_finetune.fitting.host_memory import free_host_memory
 from qwen_image_finetune.levers import attention
 from qwen_image_finetune.loading import weight_dtype
 
@@ -101,7 +102,7 @@ def decided(estimator: Estimator, card: int | None, named: speed.Card | None, he
             f"`qif plan CONFIG` says what would, such as {plan.last_resort(config)}"
         )
     # Swapped blocks are page-locked: what the host has no room for is taken only if nothing else fits.
-    room = plan.free_host_memory() if here else ANY_HOST
+    room = free_host_memory() if here else ANY_HOST
     if room is not None:
         found = [one for one in found if sum(one.estimate.host_parts.values()) <= room] or found
     best, why = _best(found, config, named)

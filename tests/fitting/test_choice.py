@@ -86,7 +86,7 @@ def test_blocks_are_not_swapped_to_a_host_without_room(
 ) -> None:
     """On 8 GiB, 16 bits with nearly everything swapped are as fast as nf4 by PCIe 5.0, and rounded less."""
     for free, chosen in ((64, False), (16, "nf4"), (2, False)):
-        monkeypatch.setattr(plan, "free_host_memory", lambda free=free: free * GIB)
+        monkeypatch.setattr(choice, "free_host_memory", lambda free=free: free * GIB)
         config, sentence = choice.decided(kontext(*AUTO), 8 * GIB, card_called("H100"), here=True)
         assert config.model.quantize == chosen, (free, sentence)
 

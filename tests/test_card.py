@@ -210,11 +210,8 @@ def test_what_is_carried_is_chosen_by_the_index() -> None:
     assert not card_wheels.fits((20 << 20) + 1, [wheel], 60)
 
 
-def test_what_is_expected_is_of_the_rows_own_sizes() -> None:
-    """Of four samples about four times that of one; of fewer pixels less."""
+def test_what_is_expected_is_of_the_rows_own_batch() -> None:
     measurer = card_measure.Measurer("H100", tiny=True)
-    one, four, small = (
-        measurer.predict(card.Row("FluxKontext", "fp8-kept", **sizes)) for sizes in ({}, {"batch": 4}, {"side": 512})
-    )
+    one, four = (measurer.predict(card.Row("FluxKontext", "fp8-kept", batch=batch)) for batch in (1, 4))
     assert 3 < four["milliseconds"] / one["milliseconds"] <= 4
-    assert small["milliseconds"] < one["milliseconds"] and small["peak_bytes"] < one["peak_bytes"] < four["peak_bytes"]
+    assert one["peak_bytes"] < four["peak_bytes"]

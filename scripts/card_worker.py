@@ -89,4 +89,8 @@ def _serve(answers: Connection, make: Callable[..., Callable[[Any], Any]], argum
             question = answers.recv()
         except EOFError:  # who asks is gone
             return
-        answers.send(function(question))
+        answer = function(question)
+        try:
+            answers.send(answer)
+        except BrokenPipeError:  # gone meanwhile
+            return

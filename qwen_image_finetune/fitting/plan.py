@@ -62,21 +62,26 @@ def cheapest_change(estimator: Estimator, card: int) -> tuple[Change, Estimate] 
 
 def changes(estimator: Estimator, card: int) -> Iterator[tuple[Change, Config, str | None]]:
     """What can be changed, in the order of what it costs: nothing, time, precision."""
-    config, base, prices = estimator.config, dict[str, Any](), []
-    if not config.cache.use_cache:
+    config, first = estimator.config, beside_the_model(estimator, card)
+    if first.keys:
+        yield first, with_keys(config, first.keys), None
+    for lossy, losses in _losses(estimator):
+        for keys, price in memory_changes(estimator):
+            together = {**first.keys, **lossy, **keys}
+            changed, prices = with_keys(config, together), [first.price] if first.price else []
+            yield Change(together, "; ".join([*prices, *losses, price])), changed, lossy.get("model.quantize")
+
+
+def beside_the_model(estimator: Estimator, card: int) -> Change:
+    """What makes room for the encoders, before and while a run trains; no keys where they have it."""
+    base, prices = dict[str, Any](), []
+    if not estimator.config.cache.use_cache:
         base["cache.use_cache"] = True
         prices.append("nothing: the encoders leave before training begins")
     keys, price = encoders_that_fit(estimator, card)
     if keys:
-        base |= keys
         prices.append(price)
-    if base:
-        yield Change(base, "; ".join(prices)), with_keys(config, base), None
-    for lossy, losses in _losses(estimator):
-        for keys, price in memory_changes(estimator):
-            together = {**base, **lossy, **keys}
-            changed = with_keys(config, together)
-            yield Change(together, "; ".join([*prices, *losses, price])), changed, lossy.get("model.quantize")
+    return Change(base | keys, "; ".join(prices))
 
 
 def encoders_that_fit(estimator: Estimator, card: int) -> tuple[dict[str, Any], str]:

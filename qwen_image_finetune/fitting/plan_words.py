@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -17,6 +18,7 @@ from qwen_image_finetune.fitting.plan import (
     NothingFits,
     as_overrides,
     asks,
+    beside_the_model,
     card_memory,
     cheapest_change,
     decided,
@@ -126,6 +128,9 @@ def _lines(estimator: Estimator, card: int | None, named: speed.Card | None, her
         yield f"fits a card of {card / GIB:.0f} GiB"
         return
     yield f"does not fit a card of {card / GIB:.0f} GiB"
+    if choice.asks(config) and (said := _room_for_a_choice(estimator, card, named, here)):
+        yield from said
+        return
     found_change = cheapest_change(estimator, card)
     if found_change is None:
         yield f"nothing that is known here makes it fit; what is left: {last_resort(config)}"
@@ -135,6 +140,26 @@ def _lines(estimator: Estimator, card: int | None, named: speed.Card | None, her
     yield f"it costs {change.price}"
     format = change.keys.get("model.quantize", estimator.format)
     yield f"with it, {step_words(estimator, with_keys(config, change.keys), format, named, here)}"
+
+
+def _room_for_a_choice(estimator: Estimator, card: int, named: speed.Card | None, here: bool) -> list[str]:
+    """What to change beside precision and compilation so that these can be chosen; nothing where that is not enough."""
+    change = beside_the_model(estimator, card)
+    if not change.keys:
+        return []
+    config, other = estimator.config, copy.copy(estimator)
+    other.config = with_keys(config, change.keys)
+    try:
+        chosen = list(decide(other, card, named, here))
+    except NothingFits:
+        return []
+    peak = f"{other.estimate().peak / GIB:.1f} GiB"
+    return [
+        f"the cheapest change that makes it fit ({peak}): {as_overrides(config, change.keys)}",
+        f"it costs {change.price}",
+        *(f"with it, {sentence}" for sentence in chosen),
+        f"with it, {step_words(other, other.config, other.format, named, here)}",
+    ]
 
 
 def _sizes(sizes: Sequence[Size]) -> str:

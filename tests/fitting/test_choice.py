@@ -17,6 +17,7 @@ from qwen_image_finetune.families import get_family
 from qwen_image_finetune.fitting import bench, choice, measured, plan, quick
 from qwen_image_finetune.fitting.estimate import GIB, Estimator
 from qwen_image_finetune.fitting.footprint import Footprint
+from qwen_image_finetune.fitting.plan_words import describe
 from qwen_image_finetune.fitting.speed import Step, card_called, seconds, supposed
 from qwen_image_finetune.training.train import train
 
@@ -69,6 +70,20 @@ def test_what_is_chosen_for_a_card(
     assert why in sentence
     assert "\n" not in sentence
     assert config.train.memory == "auto", "keeps its meaning: it is decided afterwards, with the rest known"
+
+
+def test_a_plan_makes_room_for_the_encoders_and_leaves_the_choice(
+    kontext: Callable[..., Estimator], tmp_path: Path
+) -> None:
+    """T5 in 16 bits takes 9.3 GiB: of a card of 8 nothing is chosen until it is in 8 bits, and then what it was."""
+    kontext()
+    words = describe(load_config(tmp_path / "run.yaml", AUTO), "RTX 3070").splitlines()
+    change = next(line for line in words if line.startswith("the cheapest change that makes it fit"))
+    assert change.endswith(" GiB): model.quantize_text_encoders=true")
+    assert any(line.startswith("with it, chosen: model.quantize=nf4 train.compile=false:") for line in words)
+    assert any(line.startswith("with it, memory: ") and "train.blocks_to_swap=37" in line for line in words)
+    enough = describe(load_config(tmp_path / "run.yaml", [*AUTO, "model.quantize_text_encoders=true"]), "RTX 3070")
+    assert "fits a card of 8 GiB" in enough
 
 
 def test_what_is_written_is_not_chosen(kontext: Callable[..., Estimator]) -> None:

@@ -115,9 +115,12 @@ def cut_off_note(extents: NDArray[np.uint32], image_size: Extent) -> list[str]:
     """How much of the targets a fixed shape cuts off, where that is much.
 
     Args:
-        extents: width and height in pixels of every target, (rows, 2).
+        extents: width and height in pixels of every target, (rows, 2); zeros of one that cannot be read.
         image_size: width and height of what is trained on.
     """
+    extents = extents[extents.all(axis=1)]
+    if not len(extents):
+        return []
     ratios = extents[:, 0] / extents[:, 1] * image_size[1] / image_size[0]
     lost = 1 - np.minimum(ratios, 1 / ratios)
     count = int((lost > CUT_OFF).sum())

@@ -12,7 +12,7 @@ from PIL import Image
 from qwen_image_finetune.config import DatasetArguments
 from qwen_image_finetune.data.dataset import ImageDataset
 from qwen_image_finetune.data.part import Part
-from qwen_image_finetune.data.suspects import few_note
+from qwen_image_finetune.data.suspects import cut_off_note, few_note
 from qwen_image_finetune.records import Extent
 
 DATA = Path(__file__).parents[2] / "data"
@@ -220,3 +220,11 @@ def test_checking_pictures_for_training_says_what_it_finds(tmp_path: Path, capsy
         check_pictures(data, range(2))
     said = capsys.readouterr().out
     assert said == "note: 1 of 2 pairs have the same picture as source and target (b): nothing to learn from them\n"
+
+
+def test_targets_that_cannot_be_read_have_no_shape() -> None:
+    """They may be left out by data.max_bad_share; what is said of the others is true."""
+    sizes = np.array([[100, 100], [0, 0], [200, 100]], dtype=np.uint32)
+    (note,) = cut_off_note(sizes, (64, 64))
+    assert "cuts up to 50% off 1 of 2 targets" in note
+    assert cut_off_note(sizes[1:2], (64, 64)) == []

@@ -111,6 +111,12 @@ def _warms_up_to_the_end(config: Config) -> bool:
     return steps is not None and schedule.scheduler_type != "constant" and schedule.warmup_steps >= steps
 
 
+def _descends_twice(config: Config) -> bool:
+    """Schedule-free optimizers, of either package, are called so; warming up is what they want."""
+    free = "ScheduleFree" in config.optimizer.class_path.rpartition(".")[2]
+    return free and not config.lr_scheduler.scheduler_type.startswith("constant")
+
+
 # (when, what to know): settings that work together in a way one might not expect; {c.section.key} is what they are.
 ADVICE: tuple[tuple[Condition, str], ...] = (
     (lambda c: c.cache.use_cache and c.cache.num_variations == 1 and c.data.is_random and not _own_class(c),
@@ -124,6 +130,9 @@ ADVICE: tuple[tuple[Condition, str], ...] = (
     (_finds_its_own_rate,
      "optimizer.init_args.lr={c.optimizer.init_args[lr]} makes {c.optimizer.class_path} crawl: it finds the learning "
      "rate by itself, and lr is a factor on it, which should be 1.0"),
+    (_descends_twice,
+     "lr_scheduler.scheduler_type={c.lr_scheduler.scheduler_type} with {c.optimizer.class_path}: it averages its "
+     "weights in place of a schedule, and wants constant"),
     (_warms_up_to_the_end,
      "lr_scheduler.warmup_steps={c.lr_scheduler.warmup_steps}, but the run ends after {c.max_steps} steps "
      "(train.max_train_steps): the learning rate never reaches optimizer.init_args.lr"),

@@ -24,7 +24,7 @@ from qwen_image_finetune.lora import variants
 from qwen_image_finetune.lora.kinds import KINDS, Kind, full_scale, kind_of_layer, own_tensors
 from qwen_image_finetune.lora.layers import Changed, Layer
 from qwen_image_finetune.lora.names import USUAL_TARGETS, exactly
-from qwen_image_finetune.lora.starts import FLOATS, INITIAL, factors, fill, initialise
+from qwen_image_finetune.lora.starts import FLOATS, INITIAL, check_rank, factors, fill, initialise
 from qwen_image_finetune.lora.targets import adapted_layers, endings, linear_modules, lora_layers, target_modules
 
 MAGNITUDE = "lora_magnitude_vector"
@@ -83,12 +83,17 @@ def check_adapter(transformer: nn.Module, config: LoraConfig) -> list[str]:
     """The modules that an adapter sits on, by name; of the transformer the shapes are enough.
 
     Raises:
-        ConfigError: targets, patterns or the size of blocks do not fit it.
+        ConfigError: targets, patterns, the rank or the size of blocks do not fit it.
     """
     if config.initialisation == "orthogonal" and config.r % 2:
         raise ConfigError(f"model.lora.init_lora_weights='orthogonal' needs an even rank, not model.lora.r={config.r}")
     modules = target_modules(transformer, config.target_modules, config.exclude_modules)
     _check_patterns(config, modules)
+    linear = linear_modules(transformer)
+    for module in modules if config.pretrained_weight is None and config.type == "lora" else ():
+        found = (rank for pattern, rank in config.rank_pattern.items() if _means(pattern, module))
+        layer = cast(nn.Linear, linear[module])
+        check_rank(config.initialisation, next(found, config.r), (layer.out_features, layer.in_features))
     if config.type == "oft":
         _check_blocks(transformer, config, modules)
     return modules
@@ -224,10 +229,15 @@ def _inject(transformer: nn.Module, config: LoraConfig, name: str, ranks: Mappin
 def _check_patterns(config: LoraConfig, modules: Sequence[str]) -> None:
     for key, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
         for pattern in patterns:
-            if not any(re.match(rf"(.*\.)?({pattern})$", module) for module in modules):  # as peft looks names up
+            if not any(_means(pattern, module) for module in modules):
                 raise ConfigError(
                     f"model.lora.{key}: {pattern!r} matches no target; they end in {', '.join(endings(modules))}"
                 )
+
+
+def _means(pattern: str, module: str) -> bool:
+    """Whether a pattern is about a module, as peft looks names up."""
+    return re.match(rf"(.*\.)?({pattern})$", module) is not None
 
 
 def _targets(transformer: nn.Module, config: LoraConfig) -> list[str] | str:

@@ -48,19 +48,27 @@ def initialise(layer: LoraLayer, name: str, initialisation: bool | str) -> tuple
     return None
 
 
+def check_rank(initialisation: bool | str, rank: int, shape: tuple[int, int]) -> None:
+    """
+    Raises:
+        ConfigError: so many directions are to be taken out of a matrix that has fewer.
+    """
+    if isinstance(initialisation, str) and _needs_base(initialisation) and rank > min(shape):
+        raise ConfigError(
+            f"model.lora.init_lora_weights={initialisation!r}: model.lora.r={rank} is more than a layer of {shape} has "
+            f"directions; use at most {min(shape)}, or other target_modules"
+        )
+
+
 def _initialise_from_base(layer: LoraLayer, name: str, initialisation: str) -> tuple[Tensor, Tensor]:
     base = base_layer(layer)
-    shape, dtype, rank = tuple(base.weight.shape), base.weight.dtype, layer.r[name]
+    dtype = base.weight.dtype
+    check_rank(initialisation, layer.r[name], (base.out_features, base.in_features))
     key = f"model.lora.init_lora_weights={initialisation!r}"
     if dtype not in FLOATS:
         raise ConfigError(
             f'{key} decomposes the base, which is quantised ({dtype}); use true or "gaussian", or '
             "set model.quantize=false"
-        )
-    if rank > min(shape):
-        raise ConfigError(
-            f"{key}: model.lora.r={rank} is more than a layer of {shape} has directions; use at most {min(shape)}, "
-            "or other target_modules"
         )
     original = base.weight.data
     base.weight.data = original.float().clone()  # peft subtracts from this copy, for OLoRA in place

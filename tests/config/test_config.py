@@ -466,6 +466,14 @@ def test_an_optimizer_that_finds_its_rate_is_not_to_be_given_a_small_one(load: L
     assert load({"optimizer.class_path": "torch.optim.Adam", "optimizer.init_args.lr": 1e-4}).notes == ()
 
 
+@pytest.mark.parametrize("name", ["schedulefree.AdamWScheduleFree", "pytorch_optimizer.ScheduleFreeAdamW"])
+def test_a_schedule_beside_a_schedule_free_optimizer_is_said(load: Load, name: str) -> None:
+    [note] = load({"optimizer.class_path": name, "lr_scheduler.scheduler_type": "cosine"}).notes
+    assert note.startswith(f"lr_scheduler.scheduler_type=cosine with {name}: it averages its weights")
+    assert load({"optimizer.class_path": name, "lr_scheduler.scheduler_type": "constant_with_warmup"}).notes == ()
+    assert load({"optimizer.class_path": "torch.optim.Adam", "lr_scheduler.scheduler_type": "cosine"}).notes == ()
+
+
 def test_a_warm_up_as_long_as_the_run_is_said(load: Load) -> None:
     settings: dict[str, Any] = {"lr_scheduler.scheduler_type": "cosine", "train.max_train_steps": 100}
     [note] = load({**settings, "lr_scheduler.warmup_steps": 100}).notes

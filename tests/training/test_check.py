@@ -46,6 +46,10 @@ def no_divisor(configure: Configure, folder: Path) -> list[str]:
     return ["model.lora.type=oft", "model.lora.oft_block_size=7", "model.lora.init_lora_weights=true"]
 
 
+def too_many_directions(configure: Configure, folder: Path) -> list[str]:
+    return ["model.lora.init_lora_weights=pissa", "model.lora.rank_pattern={to_q: 400}"]
+
+
 def unknown_key(configure: Configure, folder: Path) -> list[str]:
     path = folder / "transformer" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"zero_cond_u": True}))
@@ -82,6 +86,7 @@ def another_shape(configure: Configure, folder: Path) -> list[str]:
         (another_rank, "The file has rank 2"),
         (unknown_target, "'to_qq' matches no linear layer"),
         (unknown_pattern, "model.lora.alpha_pattern: 'to_qq' matches no target"),
+        (too_many_directions, "model.lora.r=400 is more than a layer of (128, 128) has directions"),
         (no_divisor, "model.lora.oft_block_size=7 does not divide the"),
         (unknown_key, "has keys ['zero_cond_u']"),
         (without_weights, "safetensors"),

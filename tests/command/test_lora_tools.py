@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from qwen_image_finetune.lora import adapters, factoring
 from qwen_image_finetune.lora.files import save_lora
 from qwen_image_finetune.lora.layers import Layer
 from qwen_image_finetune.lora.reading import read_lora
+from tests.levers.live_bytes import LiveBytes
 
 FAMILY = get_family("FluxKontext")
 NAMING = FAMILY.naming
@@ -267,3 +269,42 @@ def test_refusals(one: Path, folder: Path, tmp_path: Path, capsys: pytest.Captur
         assert main(["lora", *map(str, words)]) == 2
         assert said in capsys.readouterr().err, words
     assert list(tmp_path.iterdir()) == []
+
+
+class Filled(LiveBytes):
+    """Without parameters of modules that are made for their shapes alone: nobody ever writes to those."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.empty.memory_format:
+            return func(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+@pytest.mark.parametrize("tool", ["checkpoint", "file", "extract"])
+def test_memory_does_not_grow_with_the_model(tool: str, one: Path, folder: Path, tmp_path: Path) -> None:
+    """Of a base with many blocks as much as of one with two is held at once: what one of its matrices takes."""
+
+    def most(depth: int) -> tuple[int, int]:
+        base, output = Path(shutil.copytree(folder, tmp_path / f"{depth}")), tmp_path / f"{depth}-made"
+        shutil.rmtree(base / "transformer")
+        about = FAMILY.transformer.load_config(folder, subfolder="transformer")
+        torch.manual_seed(0)
+        model: Any = FAMILY.transformer.from_config({**about, "num_single_layers": depth})
+        model.save_pretrained(base / "transformer")
+        size = sum(tensor.nbytes for tensor in model.state_dict().values())
+        words = ["merge", base, one, "--output", output]
+        if tool == "file":
+            words = ["merge", base, one, "--single-file", "--output", f"{output}.safetensors"]
+        if tool == "extract":
+            tuned = Path(shutil.copytree(base, tmp_path / f"{depth}-tuned"))
+            with torch.no_grad():
+                model.transformer_blocks[0].attn.to_q.weight.add_(0.1)
+            model.save_pretrained(tuned / "transformer")
+            words = ["extract", tuned, base, f"{output}.safetensors", "--rank", "2"]
+        del model
+        with Filled() as live:
+            assert main(["lora", *map(str, words)]) == 0
+        return live.peak, size
+
+    (few, _), (many, size) = most(2), most(24)
+    assert 0 < many < 1.05 * few and many < size / 4

@@ -264,7 +264,7 @@ def test_a_base_of_the_hubs_cache_is_planned_as_it_is_stored(
 
     text = describe(config, "24GB")
     assert "base in fp8" in text and "memory: nothing to change" in text and "not on this machine" not in text
-    assert "frozen base in fp8, as the checkpoint is (dtypes" in dry_run.describe(config)
+    assert "frozen base in fp8, as the checkpoint is (dtypes" in "\n".join(dry_run.lines(config))
     found = [settled(config, family, place, [(1024, 1024)] * 2, 24 * GIB)[0].train.blocks_to_swap
              for place in (folder, None)]  # fmt: skip
     assert found[0] == 0

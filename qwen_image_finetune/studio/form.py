@@ -35,6 +35,7 @@ OPTIMIZERS = (
     "torch.optim.Adam",
     "torch.optim.SGD",
     "torch.optim.Adafactor",
+    "transformers.optimization.Adafactor",
     "torch.optim.Muon",
     "bitsandbytes.optim.AdamW8bit",
     "bitsandbytes.optim.Adam8bit",

@@ -23,6 +23,7 @@ from qwen_image_finetune.data.sources import read_folder
 from qwen_image_finetune.families import get_family
 from qwen_image_finetune.lora.targets import target_modules
 from qwen_image_finetune.studio import form
+from qwen_image_finetune.training.optim import build_optimizer
 
 Project = tuple[str, dict[str, Any]]  # the file to convert, and what ours must say, by dotted key
 
@@ -392,6 +393,34 @@ def test_optimizers_are_what_they_are_called() -> None:
     assert terms.optimizer("SCHEDULE_FREE_ADAMW") == terms.optimizer("schedulefree.AdamWScheduleFree")
     assert terms.optimizer("AdEMAMix_8bit") == "bitsandbytes.optim.AdEMAMix8bit"
     assert terms.optimizer("lookahead") is None and terms.optimizer(3) is None
+
+
+ADAFACTORS = {
+    "ai.yaml": lambda text: text.replace("optimizer: adamw8bit", "optimizer: adafactor"),
+    "train.sh": lambda text: text.replace('adamw8bit --optimizer_args "weight_decay=0.01" "betas=(0.9,0.99)"',
+        'adafactor --optimizer_args "relative_step=True" "warmup_init=True" "weight_decay=0.01"'),
+    "one.json": lambda text: json.dumps(json.loads(text) | {"optimizer": {
+        "optimizer": "ADAFACTOR", "eps": 1e-30, "eps2": 1e-3, "scale_parameter": False, "relative_step": False,
+        "warmup_init": False, "weight_decay": 0.01, "clip_threshold": 1.0, "beta1": None, "fused": False}}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("file", ADAFACTORS)
+def test_adafactor_takes_the_rate_as_it_stands(file: str, desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As their programs run it. A share of a weight's size, as torch's takes, would leave an adapter at zero."""
+    Path(file).write_text(ADAFACTORS[file](Path(file).read_text()))
+    found = converted(capsys, file)
+    config = load_config(Path("my_run.yaml"))
+    arguments = config.optimizer.init_args
+    assert config.optimizer.class_path == "transformers.optimization.Adafactor"
+    assert (arguments["scale_parameter"], arguments["relative_step"]) == (False, False)
+    assert arguments["weight_decay"] == 0.01 and "warmup_init" not in arguments
+    weight = torch.nn.Parameter(torch.zeros(4, 4))  # as the second factor of an adapter begins
+    optimizer = build_optimizer(config.optimizer, [weight])
+    weight.grad = torch.ones(4, 4)
+    optimizer.step()
+    assert weight.abs().max().item() == pytest.approx(arguments["lr"], rel=0.01)
+    assert not [key for key in found["keys"] if "optimizer" in key["theirs"] and key["lost"]]
 
 
 def small(folder: str, number: int, caption: str = "make it") -> None:

@@ -32,6 +32,10 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "Adam8bit": (ADAM8BIT, {"lr": 1e-3, "betas": [0.9, 0.999]}),
     "Prodigy": (PRODIGY, {"lr": 1.0, "betas": [0.9, 0.999], "use_bias_correction": True, "safeguard_warmup": True}),
     "Adafactor": ("torch.optim.Adafactor", {"lr": 1e-2}),
+    "Adafactor with a rate of its own": (
+        "transformers.optimization.Adafactor",
+        {"lr": 1e-2, "scale_parameter": False, "relative_step": False},
+    ),
     "Muon": ("torch.optim.Muon", {"lr": 1e-2}),
     "Lion8bit": ("bitsandbytes.optim.Lion8bit", {"lr": 1e-3}),
     "PagedAdamW8bit": ("bitsandbytes.optim.PagedAdamW8bit", {"lr": 1e-3}),

@@ -11,6 +11,7 @@ from qwen_image_finetune.command.convert.ledger import ConvertError, Ledger
 from qwen_image_finetune.command.convert.pairs import Folder, Pair, beside, named, pictures, readable, some
 from qwen_image_finetune.command.convert.terms import (
     CACHED,
+    FINDS_ITS_RATE,
     FULL_RANK,
     NO_CLASS,
     PRECISIONS,
@@ -20,6 +21,7 @@ from qwen_image_finetune.command.convert.terms import (
     full_rank,
     optimizer,
     outside_blocks,
+    settle_adafactor,
     targets,
 )
 from qwen_image_finetune.config.registry import FAMILIES
@@ -206,7 +208,10 @@ def _training(ledger: Ledger, at: str) -> None:
         ledger.is_so(at + name, "1 is the default")
     ledger.read(f"{at}optimizer", "optimizer.class_path", optimizer, NO_CLASS)
     for key in ledger.below(f"{at}optimizer_params."):
+        if key.endswith(FINDS_ITS_RATE) and ledger.get(key):
+            ledger.lost(key, f"the rate is {RATE}, as it stands")
         ledger.becomes(key, {f"optimizer.init_args.{key.rpartition('.')[2]}": ledger.get(key)})
+    settle_adafactor(ledger)
     ledger.read(f"{at}lr_scheduler", "lr_scheduler.scheduler_type", SCHEDULES)
     for key in ledger.below(f"{at}lr_scheduler_params."):
         schedule = {"num_warmup_steps": "lr_scheduler.warmup_steps", "num_cycles": "lr_scheduler.num_cycles"}

@@ -67,11 +67,11 @@ class Ledger:
             words = "off"
         self._add(Line(key, self._left.pop(key), known, words, lost=not known and words != "off"))
 
-    def default(self, key: str, value: Any, ours: Mapping[str, Any]) -> None:
+    def default(self, key: str, value: Any, ours: Mapping[str, Any], words: str = "their default") -> None:
         """A key that is not there means `value` in their program, and something else here."""
         if ours and key not in self._left and not any(name in self.values for name in ours):
             known = {name: each for name, each in ours.items() if _is_known(name)}
-            self._add(Line(key, value, known, "their default", lost=not known))
+            self._add(Line(key, value, known, words, lost=not known))
 
     def is_so(self, key: str, words: str) -> None:
         """A key that asks for what happens here in any case."""

@@ -13,6 +13,7 @@ from qwen_image_finetune.command.convert.ledger import ConvertError, Ledger
 from qwen_image_finetune.command.convert.pairs import Folder, Pair, beside, pictures, readable, some
 from qwen_image_finetune.command.convert.terms import (
     CACHED,
+    FINDS_ITS_RATE,
     NO_CLASS,
     PRECISIONS,
     RATE,
@@ -20,6 +21,7 @@ from qwen_image_finetune.command.convert.terms import (
     TARGETS,
     optimizer,
     outside_blocks,
+    settle_adafactor,
     targets,
 )
 
@@ -221,8 +223,10 @@ def _optimizer(ledger: Ledger) -> None:
     arguments = {}
     for word in ledger.get("optimizer_args", []):
         name, _, value = str(word).partition("=")
-        arguments[f"optimizer.init_args.{name}"] = _literal(value)
+        if name not in FINDS_ITS_RATE or not _literal(value):
+            arguments[f"optimizer.init_args.{name}"] = _literal(value)
     ledger.becomes("optimizer_args", arguments)
+    settle_adafactor(ledger)
 
 
 def _network(ledger: Ledger) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from qwen_image_finetune.command.convert.ledger import ConvertError, Ledger
 from qwen_image_finetune.command.convert.pairs import Folder, Pair, beside, pictures, readable, several_lines
 from qwen_image_finetune.command.convert.terms import (
+    ADAFACTOR,
     CACHED,
     NO_CLASS,
     RATE,
@@ -18,6 +19,7 @@ from qwen_image_finetune.command.convert.terms import (
     base_format,
     found,
     optimizer,
+    settle_adafactor,
     targets,
 )
 
@@ -90,7 +92,7 @@ def read(tree: Mapping[str, Any], file: Path) -> tuple[Ledger, list[Folder]]:
     if kind and all(value is not None for value in betas):
         ledger.becomes("optimizer.beta1", {"optimizer.init_args.betas": betas})
         ledger.is_so("optimizer.beta2", "in optimizer.init_args.betas")
-    ledger.same("optimizer.", {name: f"optimizer.init_args.{name}" for name in ("weight_decay", "eps")})
+    _arguments(ledger, kind)
     for key in ledger.below("optimizer."):
         if ledger.get(key) in (False, None):
             ledger.is_so(key, "off")
@@ -209,6 +211,19 @@ def _moments(ledger: Ledger) -> None:
             ledger.is_so(f"{name}_unit", "steps")
         for key in (name, f"{name}_unit"):
             ledger.lost(key, f"counted in steps: {next(iter(ours))}")
+
+
+def _arguments(ledger: Ledger, kind: Any) -> None:
+    """Numbers of the optimizer that it has here too."""
+    names = {"weight_decay", "eps"}
+    if optimizer(kind) == ADAFACTOR:
+        names = {"weight_decay", "clip_threshold", "decay_rate", "scale_parameter"}
+        if all(f"optimizer.{name}" in ledger for name in ("eps", "eps2")):
+            both = [ledger.get("optimizer.eps"), ledger.get("optimizer.eps2")]
+            ledger.becomes("optimizer.eps", {"optimizer.init_args.eps": both})
+            ledger.is_so("optimizer.eps2", "in optimizer.init_args.eps")
+    ledger.same("optimizer.", {name: f"optimizer.init_args.{name}" for name in sorted(names)})
+    settle_adafactor(ledger)
 
 
 def _concepts(tree: Mapping[str, Any], file: Path) -> list[dict[str, Any]]:

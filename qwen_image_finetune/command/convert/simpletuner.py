@@ -29,6 +29,7 @@ from qwen_image_finetune.command.convert.terms import (
     found,
     full_rank,
     optimizer,
+    settle_adafactor,
 )
 
 MODELS = {
@@ -134,6 +135,7 @@ def read(tree: Mapping[str, Any], file: Path) -> tuple[Ledger, list[Folder]]:
     ledger.same("", SAME)
     ledger.default("lora_alpha", options.get("lora_rank", 16), {"model.lora.lora_alpha": options.get("lora_rank", 16)})
     ledger.read("optimizer", "optimizer.class_path", optimizer, NO_CLASS)
+    settle_adafactor(ledger)
     ledger.read("lr_scheduler", "lr_scheduler.scheduler_type", SCHEDULES)
     ledger.read("mixed_precision", "train.mixed_precision", PRECISIONS)
     if options.get("base_model_precision") in ("no_change", "no", "bf16"):

@@ -6,6 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qwen_image_finetune.command.convert.ledger import Ledger
+
+# Theirs, and not torch's, whose rate is always a share of a weight's size: an adapter, which begins at zero, would
+# learn nothing at their rates.
+ADAFACTOR = "transformers.optimization.Adafactor"
 OPTIMIZERS = {
     "adam": "torch.optim.Adam",
     "adamw": "torch.optim.AdamW",
@@ -19,7 +24,7 @@ OPTIMIZERS = {
     "sgd": "torch.optim.SGD",
     "adagrad": "torch.optim.Adagrad",
     "rmsprop": "torch.optim.RMSprop",
-    "adafactor": "torch.optim.Adafactor",
+    "adafactor": ADAFACTOR,
     "prodigy": "prodigyopt.Prodigy",
     "ademamix": "bitsandbytes.optim.AdEMAMix",
     "came": "pytorch_optimizer.CAME",
@@ -30,7 +35,14 @@ OPTIMIZERS = {
 # Of a class that is named by its path.
 PACKAGES = tuple(
     f"{package}."
-    for package in ("torch.optim", "bitsandbytes.optim", "pytorch_optimizer", "schedulefree", "prodigyopt")
+    for package in (
+        "torch.optim",
+        "bitsandbytes.optim",
+        "transformers.optimization",
+        "pytorch_optimizer",
+        "schedulefree",
+        "prodigyopt",
+    )
 )
 SCHEDULES = {
     name: name for name in ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts",
@@ -43,6 +55,7 @@ PRECISIONS = {
 CACHED = "cache.use_cache"
 NO_CLASS = "no class of it is known; AdamW is the default"
 RATE = "optimizer.init_args.lr"
+FINDS_ITS_RATE = ("relative_step", "warmup_init")  # Adafactor's; it takes no rate with these, and schedules need one
 
 
 FULL_RANK = 8192  # the largest rank; a LoKr whose rank is no limit has a whole matrix for its second one
@@ -75,6 +88,13 @@ def optimizer(name: Any) -> str | None:
     plain = name.lower().replace("_", "").replace("-", "").removeprefix("optimi").removeprefix("bnb")
     plain = plain.removesuffix("bf16").removesuffix("fp32")
     return OPTIMIZERS.get(plain) or (name if name.startswith(PACKAGES) else None)
+
+
+def settle_adafactor(ledger: Ledger) -> None:
+    """Adafactor, if it is that, takes the rate of the configuration as it stands, where nothing else was said."""
+    if ledger.values.get("optimizer.class_path") == ADAFACTOR:
+        for name in ("scale_parameter", "relative_step"):
+            ledger.default(name, False, {f"optimizer.init_args.{name}": False}, f"the rate is {RATE}, as it stands")
 
 
 def base_format(name: Any) -> str | None:

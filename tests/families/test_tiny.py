@@ -84,6 +84,11 @@ def sample(family: Family, pipe: DiffusionPipeline, prompt: str = "draw the mask
     return predictor.sample(conditions, predictor.guidance(4.0), [0], 2)
 
 
+@pytest.fixture(scope="module")
+def latents(family: Family, pipe: DiffusionPipeline) -> torch.Tensor:
+    return sample(family, pipe)
+
+
 def difference(one: torch.Tensor, other: torch.Tensor) -> float:
     """Root mean square of the difference as a share of that of `one`."""
     return float((one - other).square().mean().sqrt() / one.square().mean().sqrt())
@@ -216,10 +221,16 @@ def test_qwen_special_tokens_are_in_order() -> None:
     assert ids == list(range(ids[0], ids[0] + 14))
 
 
+@pytest.fixture(scope="module")
+def built() -> list[transformers.PreTrainedTokenizerBase]:
+    return [build() for build in (clip_tokenizer, t5_tokenizer, qwen_tokenizer)]
+
+
 @pytest.mark.parametrize("text", ["Größe: 12 pixels!", "a café, 日本", "<draw> it's  here"])
-def test_tokenizers_survive_the_disk(pipe: DiffusionPipeline, text: str) -> None:
+def test_tokenizers_survive_the_disk(
+    pipe: DiffusionPipeline, built: list[transformers.PreTrainedTokenizerBase], text: str
+) -> None:
     """Any text can be written; the loaded Qwen tokenizer gives it back unchanged."""
-    built = [build() for build in (clip_tokenizer, t5_tokenizer, qwen_tokenizer)]
     parts = [getattr(part, "tokenizer", part) for part in pipe.components.values()]  # of processors, theirs
     loaded = [part for part in parts if isinstance(part, transformers.PreTrainedTokenizerBase)]
     assert loaded
@@ -237,21 +248,19 @@ def test_tokenizers_survive_the_disk(pipe: DiffusionPipeline, text: str) -> None
 # Behaviour
 
 
-def test_sampling_is_finite_and_repeatable(family: Family, pipe: DiffusionPipeline) -> None:
-    latents = sample(family, pipe)
+def test_sampling_is_finite_and_repeatable(family: Family, pipe: DiffusionPipeline, latents: torch.Tensor) -> None:
     assert 0.3 < latents.std() < 5
     assert torch.equal(latents, sample(family, pipe))
 
 
-def test_decoded_pictures_use_the_range(family: Family, pipe: DiffusionPipeline) -> None:
-    pixels = np.asarray(family.decode(pipe, sample(family, pipe))[0].convert("RGB"))
+def test_decoded_pictures_use_the_range(family: Family, pipe: DiffusionPipeline, latents: torch.Tensor) -> None:
+    pixels = np.asarray(family.decode(pipe, latents)[0].convert("RGB"))
     assert pixels.shape == (HEIGHT, WIDTH, 3)
     assert pixels.std() > 30
     assert ((pixels == 0) | (pixels == 255)).mean() < 0.5
 
 
-def test_prompt_and_reference_reach_the_latents(family: Family, pipe: DiffusionPipeline) -> None:
-    latents = sample(family, pipe)
+def test_prompt_and_reference_reach_the_latents(family: Family, pipe: DiffusionPipeline, latents: torch.Tensor) -> None:
     assert difference(latents, sample(family, pipe, prompt="remove the hat")) > 0.05
     if family.max_references:
         assert difference(latents, sample(family, pipe, seed=1)) > 0.05

@@ -74,7 +74,7 @@ def test_the_pipeline_draws_our_picture_with_our_file(
     transformer = family.transformer.from_pretrained(folder, subfolder="transformer")
     lora_files.load_lora(transformer, tmp_path, family.naming)
     predictor = Predictor(family, pipe, transformer, loading.load_scheduler(folder), AREA)
-    ours = predictor.predict(images, PROMPT, 3, guidance_scale=GUIDANCE, width=size[0], height=size[1], seed=7)[0]
+    ours = predictor.predict(images, PROMPT, 2, guidance_scale=GUIDANCE, width=size[0], height=size[1], seed=7)[0]
 
     load_elsewhere(pipe, tmp_path / LORA_WEIGHTS)
     theirs = run_pipeline(family, pipe, images, *size)
@@ -101,7 +101,7 @@ def test_in_bfloat16_too(name: str, tiny_checkpoints: dict[str, Path], tmp_path:
     trainer.setup_predict()
     assert trainer._predictor is not None
     trainer._predictor.area = AREA
-    ours = trainer.predict(picture(128, 96), PROMPT, 3, guidance_scale=GUIDANCE, width=128, height=96, seed=7)[0]
+    ours = trainer.predict(picture(128, 96), PROMPT, 2, guidance_scale=GUIDANCE, width=128, height=96, seed=7)[0]
 
     pipe = family.pipeline.from_pretrained(folder, dtype=torch.bfloat16)
     pipe.set_progress_bar_config(disable=True)

@@ -167,7 +167,7 @@ def test_diffusers_draws_our_picture_with_both_loras(
     resolution = {"data": {"init_args": {"resolution": round(AREA**0.5)}}}
     config = Config.model_validate({"model": model, "train": {"mixed_precision": "no"}, **resolution})
     ours = TunedPredictor(config)
-    drawing = dict(num_inference_steps=3, guidance_scale=GUIDANCE, width=80, height=176, seed=7)
+    drawing = dict(num_inference_steps=2, guidance_scale=GUIDANCE, width=80, height=176, seed=7)
     base = ours.predict(picture(333, 777), PROMPT, **drawing)[0]
     ours.load_lora(trained)
     both = ours.predict(picture(333, 777), PROMPT, **drawing)[0]

@@ -83,16 +83,17 @@ def test_a_lora_before_or_after_the_setup(trainer: Trainer, lora: Path) -> None:
     before.load_lora(lora)
     before.setup_predict()
     trainer.load_lora(lora.parent)  # a checkpoint folder is as good as its file
-    assert same(draw(before), draw(trainer)) and not same(draw(before), base)
+    changed = draw(before)
+    assert same(changed, draw(trainer)) and not same(changed, base)
     trainer.load_lora(lora, strength=0.0)
     assert same(draw(trainer), base)
     trainer.load_lora(lora.parent.parent, strength=1.0)  # a version stands for its newest checkpoint
-    assert same(draw(trainer), draw(before))
+    assert same(draw(trainer), changed)
     halves = Trainer(trainer.config)
     halves.load_loras([(lora, 0.25), (lora, 0.75)])  # together they are the whole, up to how products round
-    assert difference(draw(halves), draw(before)) <= 1 < difference(draw(before), base)
+    assert difference(draw(halves), changed) <= 1 < difference(changed, base)
     trainer.load_loras([(lora, 0.0), (lora, 1.0)])
-    assert same(draw(trainer), draw(before))
+    assert same(draw(trainer), changed)
 
 
 def test_strengths_belong_to_loras_one_by_one() -> None:

@@ -27,6 +27,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # torch's compiler would start a pool of processes, each of which imports torch, for the few kernels that tests need.
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+# Nor does it try which vectors this processor and its C++ compiler have: ten seconds, and slower compilations after.
+os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "0"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"

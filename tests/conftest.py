@@ -29,6 +29,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 # Nor does it try which vectors this processor and its C++ compiler have: ten seconds, and slower compilations after.
 os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "0"
+# Where Python was told to keep no compiled modules, as in containers, each of a hundred processes would compile ours.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"

@@ -32,15 +32,15 @@ def test_scores_are_means_over_the_pictures_of_an_evaluation(tmp_path: Path) -> 
 
 def test_what_is_learnt_over_time_begins_with_the_base() -> None:
     samples = [
-        Sample("a", "", {"reference": mask(8), "base": mask(1), "truth": mask(4)}, {10: mask(2), 20: mask(4)}),
-        Sample("b", "", {"reference": mask(8), "base": mask(8), "truth": mask(4)}, {10: mask(4), 20: mask(4)}),
+        Sample("a", "", {"reference": mask(8), "base": mask(1), "truth": mask(4)}, {10: mask(2), 20: mask(4)}, {}),
+        Sample("b", "", {"reference": mask(8), "base": mask(8), "truth": mask(4)}, {10: mask(4), 20: mask(4)}, {}),
     ]
     assert demo_page.overlaps(samples) == [(0, 3 / 8), (10, 3 / 4), (20, 1.0)]
 
 
 def test_a_row_for_each_face_and_the_steps_spread_over_the_run() -> None:
     drawn = {step: mask(4) for step in range(10, 130, 10)}
-    page = demo_page.filmstrip([Sample("a<b", "", {"reference": mask(8), "truth": mask(4)}, drawn)])
+    page = demo_page.filmstrip([Sample("a<b", "", {"reference": mask(8), "truth": mask(4)}, drawn, {})])
     assert re.findall(r'<th scope="col">([^<]+)', page) == [
         "face", "base alone", "step 10", "step 40", "step 70", "step 90", "step 120", "true mask",
     ]  # fmt: skip

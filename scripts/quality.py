@@ -130,10 +130,13 @@ class Judge:
             ]
         self.conditions = Conditions(collate(rows))
 
-    def __call__(self, lora: Path | None) -> dict[str, float]:
-        """Mean foreground IoU of the masks, and mean loss of the held-out pairs, with a LoRA or with the base alone.
+    def __call__(self, trained: Path | None) -> dict[str, float]:
+        """Mean foreground IoU of the masks, and mean loss of the held-out pairs.
 
         The loss is the squared error at fixed noise, at `LEVELS` noise levels of the base's own distribution.
+
+        Args:
+            trained: a folder with a LoRA, or with a transformer that was tuned as a whole; None is the base alone.
         """
         import torch
         from draw_many import add_lora
@@ -147,10 +150,11 @@ class Judge:
         from qwen_image_finetune.training.objective import Objective
 
         predictor, config, family = self.predictor, self.config, self.predictor.family
-        folder = loading.checkpoint_folder(config, family)
-        predictor.transformer = load_for_prediction(config, family, folder, torch.device("cpu"), tuned=False)
-        if lora is not None:
-            add_lora(predictor, lora)
+        tuned = trained is not None and (trained / "transformer").is_dir()
+        folder = trained if trained and tuned else loading.checkpoint_folder(config, family)
+        predictor.transformer = load_for_prediction(config, family, folder, torch.device("cpu"), tuned)
+        if trained and not tuned:
+            add_lora(predictor, trained / versions.LORA_WEIGHTS)
         objective = Objective(config, family, predictor.transformer, predictor.scheduler.config, self.accelerator)
         drawn = HeldOutLoss(objective, config.validation.model_copy(update={"num_loss_sigmas": LEVELS}))
         levels, noise = (torch.stack(each) for each in zip(*map(drawn.draw, self.pairs), strict=True))
@@ -178,8 +182,7 @@ def bring(study: Study, judge: Judge, base: str, row: Row, seed: int, steps: int
     for folder in (*before, last):
         step = int(folder.name.rpartition("-")[2])
         if step in MARKS and str(step) not in study.marks(base, row, seed):
-            weights = folder / "ema" if config.train.ema.enabled else folder
-            study.note(base, row, seed, step, judge(weights / versions.LORA_WEIGHTS))
+            study.note(base, row, seed, step, judge(folder / "ema" if config.train.ema.enabled else folder))
     for folder in before:
         shutil.rmtree(folder)
 
@@ -211,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"# {base}, {row.name}, seed {seed}, {steps} steps: IoU {found['iou']:.3f}, loss {found['loss']:.4f}, "
               f"{time.process_time() - began:.0f} s of processor time", flush=True)  # fmt: skip
     quality_page.write(study.written)
-    print("\n".join(quality_page.tables(study.written, ROWS)))
+    print("\n".join(quality_page.tables(study.written)))
     return 0
 
 

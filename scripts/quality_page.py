@@ -19,6 +19,12 @@ BEGIN, END = "<!-- quality: written by python scripts/quality.py -->", "<!-- end
 SHOWN = (50, 100, 200, 400, 800)  # steps with a column
 LADDER = (800, 400, 200)  # steps at which rows are compared: the most that both have
 GOALS = (0.75, 0.80)  # IoU
+CHAPTERS = {
+    "Losses and noise levels": "loss",
+    "Averages": "average",
+    "Optimizers": "optimizer",
+    "The whole model": "full",
+}
 ADAPTERS = ("DoRA",)  # rows of docs/adapters.md that also decide about a default
 Curves = dict[int, dict[int, dict[str, float]]]  # seed -> steps -> "iou" and "loss"
 
@@ -139,17 +145,21 @@ def spread(written: Mapping[str, Any]) -> Iterator[str]:
 
 
 def of_adapters(written: Mapping[str, Any]) -> Iterator[str]:
-    """Kinds of adapters, both bases side by side."""
-    rows = [row for row in ROWS if row.kind == "adapter" or row.name in ADAPTERS]
+    """The section of docs/adapters.md."""
+    yield from side_by_side(written, [row for row in ROWS if row.kind == "adapter" or row.name in ADAPTERS])
+
+
+def side_by_side(written: Mapping[str, Any], rows: Sequence[Row]) -> Iterator[str]:
+    """Rows after 200 steps, both bases in one table, beside our defaults."""
     known = [
         row for row in rows if any(200 in marks for base in BASES for marks in curves(written, base, row).values())
     ]
     if known:
-        titles = " | ".join(f"`{title}` | against a plain LoRA" for title in BASES.values())
+        titles = " | ".join(f"`{title}` | against our defaults" for title in BASES.values())
         yield f"| IoU after 200 steps | {titles} |"
         yield "|---" * (1 + 2 * len(BASES)) + "|"
         for row in (DEFAULTS, *known):
-            cells = ["LoRA, rank 16" if row is DEFAULTS else row.name]
+            cells = [row.name]
             for base in BASES:
                 found = curves(written, base, row)
                 compared = in_words(difference(found, curves(written, base, DEFAULTS)))
@@ -165,8 +175,9 @@ def unknown(rows: Sequence[Row], known: Sequence[Row]) -> Iterator[str]:
         yield f"Not measured yet: {'; '.join(names)}."
 
 
-def tables(written: Mapping[str, Any], rows: Sequence[Row] = ROWS) -> Iterator[str]:
+def tables(written: Mapping[str, Any]) -> Iterator[str]:
     """The section of docs/defaults.md."""
+    rows = [row for row in ROWS if row.decides]
     known = [row for row in rows if any(curves(written, base, row) for base in BASES)]
     for base in BASES:
         yield from (*of_base(written, base, known), "")
@@ -175,6 +186,8 @@ def tables(written: Mapping[str, Any], rows: Sequence[Row] = ROWS) -> Iterator[s
     yield from (*of_peers(written), "")
     yield "Where their settings come from; rates are multiplied by 40, as ours is for these bases:"
     yield from ("", *(f"- {row.name}: {row.words}." for row in rows if row.words))
+    for heading, kind in CHAPTERS.items():
+        yield from ("", f"### {heading}", "", *side_by_side(written, [row for row in ROWS if row.kind == kind]))
 
 
 def with_section(text: str, lines: Iterator[str]) -> str:

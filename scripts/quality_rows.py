@@ -27,7 +27,8 @@ class Row:
 
     Attributes:
         settings: overrides of the configuration.
-        kind: "default" (is it a better one?), "peer" (another trainer's), or what of docs/adapters.md it belongs to.
+        kind: "default" (is it a better one?), "peer" (another trainer's), "adapter" (docs/adapters.md), or a chapter
+            of docs/defaults.md.
         by_base: in place of `settings`, for a base.
         words: where another trainer's settings come from.
     """
@@ -63,6 +64,12 @@ def lora(rank: int, alpha: float) -> tuple[str, str]:
     return f"model.lora.r={rank}", f"model.lora.lora_alpha={alpha:g}"
 
 
+def optimizer(class_path: str, factor: float) -> tuple[str, str]:
+    """The overrides for an optimizer at so many times the rate, all else as the optimizer has it."""
+    return f"optimizer.class_path={class_path}", f"optimizer.init_args={{lr: {RATE * factor:g}}}"
+
+
+FULL = ("model.lora=null", "train.mixed_precision=bf16")
 DEFAULTS = Row("our defaults")
 ATTENTION = Row("attention alone", ("model.lora.target_modules=null",))  # the default for models of full size
 ROWS = (
@@ -116,4 +123,18 @@ ROWS = (
     Row("weighting min_snr", ("loss.weighting=min_snr",), "loss"),
     Row("weighting sigma_sqrt", ("loss.weighting=sigma_sqrt",), "loss"),
     Row("mask_loss difference", ("loss.mask_loss=difference",), "loss"),
+    Row("sigma_range 0.3 to 1", ("loss.sigma_range=[0.3, 1.0]",), "loss"),
+    Row("sigma_stratified", ("train.sigma_stratified=true",), "loss"),
+    Row("preservation 0.5", ("loss.preservation.weight=0.5",), "loss"),
+    Row("torch Adafactor", optimizer("torch.optim.Adafactor", 1), "optimizer"),
+    Row("Lion, a tenth of the rate", optimizer("pytorch_optimizer.Lion", 0.1), "optimizer"),
+    Row("CAME", optimizer("pytorch_optimizer.CAME", 1), "optimizer"),
+    Row("Muon", optimizer("pytorch_optimizer.Muon", 1), "optimizer"),
+    Row("schedule-free AdamW", optimizer("schedulefree.AdamWScheduleFree", 1), "optimizer"),
+    Row("Prodigy, lr 1", optimizer("prodigyopt.Prodigy", 1 / RATE), "optimizer"),
+    Row("8-bit Adam", optimizer("bitsandbytes.optim.Adam8bit", 1), "optimizer"),
+    Row("8-bit AdEMAMix", optimizer("bitsandbytes.optim.AdEMAMix8bit", 1), "optimizer"),
+    Row("full fine-tuning", (*FULL, rate(0.1)), "full"),
+    Row("full fine-tuning, bf16 weights", (*FULL, rate(0.1), "train.weight_precision=bf16"), "full"),
+    Row("full fine-tuning, a fortieth of the rate", (*FULL, rate(1 / 40)), "full"),
 )  # fmt: skip

@@ -105,6 +105,7 @@ ROWS = (
     Row("windows and flips", ("data.init_args.random_crop=true", "data.init_args.random_flip=true",
                               "data.init_args.crop_scale=[0.85, 1.0]", "cache.num_variations=16")),
     Row("rsLoRA, rank 64", (*lora(64, 64), "model.lora.use_rslora=true"), "adapter"),
+    Row("rsLoRA, rank 64, alpha 16", (*lora(64, 16), "model.lora.use_rslora=true"), "adapter"),
     Row("LoRA+, lr_ratio 4", ("model.lora.lr_ratio=4",), "adapter"),
     Row("LoKr", ("model.lora.type=lokr",), "adapter"),
     Row("LoKr, 3 times the rate", ("model.lora.type=lokr", rate(3)), "adapter"),

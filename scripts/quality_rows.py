@@ -128,6 +128,7 @@ ROWS = (
     Row("sigma_stratified", ("train.sigma_stratified=true",), "loss"),
     Row("preservation 0.5", ("loss.preservation.weight=0.5",), "loss"),
     Row("torch Adafactor", optimizer("torch.optim.Adafactor", 1), "optimizer"),
+    Row("torch Adafactor, lr 1", optimizer("torch.optim.Adafactor", 1 / RATE), "optimizer"),
     Row("Lion, a tenth of the rate", optimizer("pytorch_optimizer.Lion", 0.1), "optimizer"),
     Row("CAME", optimizer("pytorch_optimizer.CAME", 1), "optimizer"),
     Row("Muon", optimizer("pytorch_optimizer.Muon", 1), "optimizer"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -193,7 +194,7 @@ def tables(written: Mapping[str, Any]) -> Iterator[str]:
 def with_section(text: str, lines: Iterator[str]) -> str:
     """A page with its section written anew."""
     before, _, rest = text.partition(BEGIN)
-    section = "\n".join(lines).rstrip()
+    section = re.sub("\n{3,}", "\n\n", "\n".join(lines).rstrip())
     return f"{before}{BEGIN}\n\n{section}\n\n{END}{rest.partition(END)[2]}"
 
 

@@ -131,6 +131,7 @@ ROWS = (
     Row("torch Adafactor, lr 1", optimizer("torch.optim.Adafactor", 1 / RATE), "optimizer"),
     Row("Lion, a tenth of the rate", optimizer("pytorch_optimizer.Lion", 0.1), "optimizer"),
     Row("CAME", optimizer("pytorch_optimizer.CAME", 1), "optimizer"),
+    Row("CAME, 5 times the rate", optimizer("pytorch_optimizer.CAME", 5), "optimizer"),
     Row("Muon", optimizer("pytorch_optimizer.Muon", 1), "optimizer"),
     Row("schedule-free AdamW", optimizer("schedulefree.AdamWScheduleFree", 1), "optimizer"),
     Row("Prodigy, lr 1", optimizer("prodigyopt.Prodigy", 1 / RATE), "optimizer"),

@@ -64,9 +64,9 @@ def lora(rank: int, alpha: float) -> tuple[str, str]:
     return f"model.lora.r={rank}", f"model.lora.lora_alpha={alpha:g}"
 
 
-def optimizer(class_path: str, factor: float) -> tuple[str, str]:
-    """The overrides for an optimizer at so many times the rate, all else as the optimizer has it."""
-    return f"optimizer.class_path={class_path}", f"optimizer.init_args={{lr: {RATE * factor:g}}}"
+def optimizer(class_path: str, factor: float, more: str = "") -> tuple[str, str]:
+    """The overrides for an optimizer at so many times the rate, all else as the optimizer has it, but for `more`."""
+    return f"optimizer.class_path={class_path}", f"optimizer.init_args={{lr: {RATE * factor:g}{more}}}"
 
 
 FULL = ("model.lora=null", "train.mixed_precision=bf16")
@@ -129,9 +129,11 @@ ROWS = (
     Row("preservation 0.5", ("loss.preservation.weight=0.5",), "loss"),
     Row("torch Adafactor", optimizer("torch.optim.Adafactor", 1), "optimizer"),
     Row("torch Adafactor, lr 1", optimizer("torch.optim.Adafactor", 1 / RATE), "optimizer"),
+    Row("transformers' Adafactor", optimizer("transformers.optimization.Adafactor", 1,
+                                             ", scale_parameter: false, relative_step: false"), "optimizer"),
     Row("Lion, a tenth of the rate", optimizer("pytorch_optimizer.Lion", 0.1), "optimizer"),
     Row("CAME", optimizer("pytorch_optimizer.CAME", 1), "optimizer"),
-    Row("CAME, 5 times the rate", optimizer("pytorch_optimizer.CAME", 5), "optimizer"),
+    Row("CAME, a tenth of the rate", optimizer("pytorch_optimizer.CAME", 0.1), "optimizer"),
     Row("Muon", optimizer("pytorch_optimizer.Muon", 1), "optimizer"),
     Row("schedule-free AdamW", optimizer("schedulefree.AdamWScheduleFree", 1), "optimizer"),
     Row("Prodigy, lr 1", optimizer("prodigyopt.Prodigy", 1 / RATE), "optimizer"),

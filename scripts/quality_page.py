@@ -18,7 +18,7 @@ from qwen_image_finetune.judging.intervals import t_interval
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 BEGIN, END = "<!-- quality: written by python scripts/quality.py -->", "<!-- end of quality -->"
 SHOWN = (50, 100, 200, 400, 800)  # steps with a column
-LADDER = (800, 400, 200)  # steps at which rows are compared: the most that both have
+LADDER = (800, 400, 200)  # steps at which rows are compared
 GOALS = (0.75, 0.80)  # IoU
 CHAPTERS = {
     "Losses and noise levels": "loss",
@@ -59,15 +59,16 @@ def steps_to(found: Curves, before: float, goal: float) -> float | None:
 
 
 def difference(found: Curves, reference: Curves, what: str = "iou") -> tuple[int, list[float]] | None:
-    """At the most steps that both got to: by seed, how far a row lies above the reference of the same seed."""
+    """How far a row lies above the reference of the same seed: where most seeds got to, after the most steps."""
+    best: tuple[int, list[float]] | None = None
     for step in LADDER:
         values = [
             marks[step][what] - reference[seed][step][what]
             for seed, marks in found.items() if step in marks and step in reference.get(seed, {})
         ]  # fmt: skip
-        if values:
-            return step, values
-    return None
+        if len(values) > (0 if best is None else len(best[1])):
+            best = step, values
+    return best
 
 
 def in_words(compared: tuple[int, list[float]] | None) -> str:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -44,9 +45,13 @@ keeper.main()
 def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shelf]:
     monkeypatch.setattr(queue_module, "keeper_command", lambda: [sys.executable, "-c", KEEPER])
     monkeypatch.setattr(queue_module, "cards", lambda: ["none"])
+    before = psutil.Process().children()  # servers of this session may be among them: other tests need those
     yield Shelf(tmp_path)
-    for process in psutil.Process().children(recursive=True):
-        process.kill()
+    for child in psutil.Process().children():
+        if child not in before:
+            for process in (*child.children(recursive=True), child):
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
 
 
 def opened(shelf: Shelf) -> Queue:

@@ -14,6 +14,7 @@ from torch import Tensor
 from qwen_image_finetune import levers
 from qwen_image_finetune.config import Config
 from qwen_image_finetune.levers import compile as compiling
+from qwen_image_finetune.levers import quantized_linear
 from qwen_image_finetune.levers.offload import Offload, Offloaded
 from qwen_image_finetune.levers.quantize import quantize
 from qwen_image_finetune.levers.release import GradientRelease
@@ -52,7 +53,7 @@ def configured(pair: tuple[str, ...], targets: Any) -> Config:
     for name in pair:
         train |= {key: value for key, value in ALONE.get(name, {}).items() if key not in train}
         train |= LEVERS.get(name, {})
-    format = next((name for name in pair if name in FORMATS), False)
+    format = next((name for name in pair if name in (*FORMATS, "int8")), False)
     lora = None if "release" in pair else {"r": 4, "lora_alpha": 8, "target_modules": targets}
     return Config.model_validate(
         {"model": {"pretrained_model_name_or_path": "tiny", "quantize": format, "lora": lora}, "train": train}
@@ -121,3 +122,22 @@ def test_a_pair_is_refused_or_changes_nothing(
         else:
             assert torch.equal(tensor, expected[name]), name
     assert any(offloaded) == ("offload" in pair)
+
+
+def test_what_a_plan_joins_for_a_small_card(offloaded: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """int8 that is multiplied as int8, compiled, attention kept, the rest on the host: as the same products alone.
+
+    In 16 bits, in which they are: a sum in another order may round an activation to the next code.
+    """
+    monkeypatch.setattr(compiling, "Compilation", partial(compiling.Compilation, "aot_eager"))
+    plain, joined = configured(("int8",), COMPILED), configured(("int8", "keep", "compile", "offload"), COMPILED)
+    with torch.autocast("cpu", torch.bfloat16):
+        in_16_bits = gradients("qwen", plain)
+        monkeypatch.setattr(quantized_linear, "has_int8_products", lambda device: True)
+        expected = gradients("qwen", plain)
+        assert not any(offloaded)
+        found = gradients("qwen", joined)
+    assert any(offloaded) and len(expected) > 20
+    assert any(not torch.equal(tensor, in_16_bits[name]) for name, tensor in expected.items())
+    for name, tensor in expected.items():
+        assert float((found[name] - tensor).norm()) <= 1e-2 * float(tensor.norm()), name

@@ -21,6 +21,7 @@ from qwen_image_finetune.command.convert.terms import (
     optimizer,
     settle_adafactor,
     targets,
+    without,
 )
 
 EDITING = {
@@ -175,7 +176,7 @@ def _model(ledger: Ledger, tree: Mapping[str, Any], file: Path) -> None:
     if method == "LORA":
         names = [part.strip() for part in str(ledger.get("layer_filter", "")).split(",") if part.strip()]
         wanted = [name if tree.get("layer_filter_regex") else re.escape(name) for name in names]
-        where = targets(f"(?!.*({'|'.join(wanted)})).*" if wanted else None)
+        where = targets(without(wanted) if wanted else None)
         ledger.becomes("layer_filter", where)
         ledger.default("layer_filter", "all linear layers", where)
     ledger.becomes("oft_block_size", {"model.lora.oft_block_size": ledger.get("oft_block_size")}

@@ -56,8 +56,6 @@ CACHED = "cache.use_cache"
 NO_CLASS = "no class of it is known; AdamW is the default"
 RATE = "optimizer.init_args.lr"
 FINDS_ITS_RATE = ("relative_step", "warmup_init")  # Adafactor's; it takes no rate with these, and schedules need one
-
-
 FULL_RANK = 8192  # the largest rank; a LoKr whose rank is no limit has a whole matrix for its second one
 TARGETS, EXCLUDED = "model.lora.target_modules", "model.lora.exclude_modules"
 
@@ -72,8 +70,13 @@ def outside_blocks(left_out: Sequence[str] = (), wanted: Sequence[str] = ()) -> 
     none of `wanted`."""
     parts = [r"(?!.*transformer_blocks\.).*"]
     parts += [f".*({'|'.join(left_out)}).*"] if left_out else []
-    parts += [f"(?!.*({'|'.join(wanted)})).*"] if wanted else []
+    parts += [without(wanted)] if wanted else []
     return "|".join(parts)
+
+
+def without(wanted: Sequence[str]) -> str:
+    """An expression for names that have none of `wanted` in them."""
+    return f"(?!.*({'|'.join(wanted)})).*"
 
 
 def full_rank(rank: Any) -> dict[str, Any]:
